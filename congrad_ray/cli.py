@@ -1,0 +1,305 @@
+"""The front door: `congrad <verb>`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from congrad_ray import recipe as recipes
+from congrad_ray.plan import check_fits, most_cpus, needs
+from congrad_ray.profile import load_profile
+from congrad_ray.recipe import Recipe, load_recipe
+from congrad_ray.rundir import RunDirectory, RunDirectoryError
+from congrad_ray.settings import parse_yaml, validate
+
+app = typer.Typer(
+    name="congrad",
+    help="Conflicting gradient filtering for multilingual preference alignment, on Ray.\n\n"
+    "A recipe says what to do, a profile where; a run directory holds every stage's result. Any command can be "
+    "stopped and given again: it goes on where it was.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe YAML; see jobs/recipes/.")]
+RunUri = Annotated[
+    str, typer.Option("--run", metavar="DIR", help="The run directory: a path or a URI (s3://, gs://).")
+]
+ProfileName = Annotated[
+    str,
+    typer.Option("--profile", metavar="P", help="A profile YAML or the name of one in cluster/profiles/."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=c", help="Override a setting of the recipe; repeat for more."),
+]
+Redo = Annotated[
+    bool, typer.Option("--redo", help="Throw away and redo stages made with other settings or inputs.")
+]
+Iteration = Annotated[int, typer.Option("--iteration", min=0, metavar="N", help="Which iteration, from 0.")]
+
+
+def _log(text: str) -> None:
+    typer.echo(f"{time.strftime('%H:%M:%S')}  {text}")
+    sys.stdout.flush()
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    run: RunUri,
+    profile: ProfileName = "local",
+    set_: Overrides = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    redo: Redo = False,
+) -> None:
+    """All stages in order, for every iteration of the recipe. Stages that are done are skipped."""
+    from congrad_ray.pipeline import STAGES, run_all
+
+    if until is not None and until not in STAGES:
+        raise RunDirectoryError(f"--until {until}: no such stage; stages are {', '.join(STAGES)}")
+    directory = RunDirectory.open(run)
+    loaded = load_recipe(recipe, set_ or [])
+    before = time.monotonic()
+    run_all(loaded, load_profile(profile), directory, until, redo, _log)
+    _show_run(directory, loaded)
+    _log(f"all done in {time.monotonic() - before:.0f} s: {directory.path}")
+
+
+def _stage_command(name: str, summary: str, each_iteration: bool) -> Callable[..., None]:
+    def perform(recipe: Path, run: str, iteration: int, profile: str, set_: list[str] | None, redo: bool) -> None:
+        from congrad_ray.execution import run_stage
+        from congrad_ray.pipeline import STAGES
+
+        directory = RunDirectory.open(run)
+        loaded = load_recipe(recipe, set_ or [])
+        if iteration >= loaded.iterations:
+            raise RunDirectoryError(
+                f"--iteration {iteration}: the recipe has iterations 0..{loaded.iterations - 1}"
+            )
+        run_stage(STAGES[name], loaded, load_profile(profile), directory, iteration, redo, _log)
+        _show_stage(directory, name, iteration)
+
+    def in_iteration(
+        recipe: RecipePath,
+        run: RunUri,
+        iteration: Iteration = 0,
+        profile: ProfileName = "local",
+        set_: Overrides = None,
+        redo: Redo = False,
+    ) -> None:
+        perform(recipe, run, iteration, profile, set_, redo)
+
+    def once(
+        recipe: RecipePath,
+        run: RunUri,
+        profile: ProfileName = "local",
+        set_: Overrides = None,
+        redo: Redo = False,
+    ) -> None:
+        perform(recipe, run, 0, profile, set_, redo)
+
+    command = in_iteration if each_iteration else once
+    command.__doc__ = f"{summary}."
+    return command
+
+
+for _name, _summary, _each in (
+    ("prompts", "Read, clean and draw the training and evaluation prompts", False),
+    ("generate", "Sample responses from the policy with vLLM under Ray Data", True),
+    ("judge", "Score the responses 0..5 with the policy or another model", True),
+    ("pair", "Pair the best with the worst response of every prompt", True),
+    ("sketch", "Count-sketch every pair's gradient on a pool of model replicas", True),
+    ("select", "Keep the pairs that agree with the de-conflicted direction", True),
+    ("train", "DPO on the kept pairs with Ray Train and DeepSpeed", True),
+    ("evaluate", "Compare the trained model with its starting point", True),
+    ("report", "Write RUN/report.html", False),
+):
+    app.command(_name)(_stage_command(_name, _summary, _each))
+
+
+@app.command("filter")
+def filter_command(
+    preferences: Annotated[str, typer.Argument(metavar="PREFERENCES", help="JSONL, Parquet, or a hub dataset.")],
+    model: Annotated[str, typer.Option(help="The model to be trained: a folder or hub name.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where selected.parquet and the rest go.")],
+    keep: Annotated[float, typer.Option(help="Top fraction kept per language.")] = 0.5,
+    beta: Annotated[float, typer.Option(help="DPO's beta of the training to come.")] = 0.1,
+    length_penalty: Annotated[float, typer.Option(help="Alpha of R-DPO, per token.")] = 0.0,
+    width: Annotated[int, typer.Option(help="Numbers per sketch.")] = 16384,
+    max_length: Annotated[int, typer.Option(help="Tokens of a prompt with one response.")] = 2048,
+    max_tokens_per_batch: Annotated[int, typer.Option(help="Padded tokens of a micro-batch.")] = 8192,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="The model's dtype.")] = "float32",
+    chat: Annotated[bool, typer.Option("--chat", help="Take strings as chat messages.")] = False,
+    chat_template: Annotated[str | None, typer.Option(help="A Jinja file that replaces the model's.")] = None,
+    profile: ProfileName = "local",
+    redo: Redo = False,
+) -> None:
+    """Filter a preference dataset: the pairs whose gradients agree across languages.
+
+    PREFERENCES has prompt, chosen and rejected (strings or chat messages, as in TRL) and language.
+    """
+    from congrad_ray.filtering import filter_preferences
+
+    summary = filter_preferences(
+        preferences,
+        validate(
+            recipes.Model,
+            {"name": model, "dtype": dtype, "chat_template": chat_template, "max_length": max_length},
+            "--model",
+        ),
+        out,
+        load_profile(profile),
+        validate(recipes.Select, {"keep": keep}, "--keep").keep,
+        validate(recipes.Train, {"beta": beta, "length_penalty": length_penalty}, "--beta, --length-penalty"),
+        validate(recipes.Sketch, {"width": width, "max_tokens_per_batch": max_tokens_per_batch}, "--width"),
+        chat,
+        redo,
+        _log,
+    )
+    _show_selection(summary)
+    _log(f"kept pairs: {out.rstrip('/')}/selected.parquet")
+
+
+@app.command()
+def plan(recipe: RecipePath, profile: ProfileName = "local", set_: Overrides = None) -> None:
+    """What will run where, what it needs and what there is. Runs nothing; exit code 2 if it does not fit."""
+    from congrad_ray.session import this_machine
+
+    loaded, where = load_recipe(recipe, set_ or []), load_profile(profile)
+    machine = this_machine(where, most_cpus(loaded, where))
+    table = Table(title=f"{loaded.name}: {loaded.iterations} iteration(s), profile {where.name}")
+    for column in ("stage", "rows at most", "runs as", "CPUs least..most", "GPUs least..most"):
+        table.add_column(column, justify="left" if column in ("stage", "runs as") else "right")
+    for need in needs(loaded, where):
+        table.add_row(
+            need.stage,
+            f"{need.rows:,}",
+            need.what,
+            f"{need.least_cpus:g}..{need.most_cpus:g}",
+            f"{need.least_gpus:g}..{need.most_gpus:g}",
+        )
+    console.print(table)
+    if where.address or os.environ.get("RAY_ADDRESS"):
+        console.print("The cluster at the profile's address is checked when a stage starts.")
+        return
+    console.print(f"There is: {machine.where}, {machine.gpus:g} GPUs")
+    for need in needs(loaded, where):
+        check_fits(need, machine)
+    console.print("Every stage fits.")
+
+
+@app.command()
+def status(run: RunUri) -> None:
+    """The stages of a run and how far each is."""
+    directory = RunDirectory.open(run)
+    if not directory.exists("recipe.yaml"):
+        raise RunDirectoryError(f"{run} holds no run: there is no recipe.yaml in it")
+    stored = validate(Recipe, parse_yaml(directory.read_bytes("recipe.yaml")), f"{run}/recipe.yaml")
+    _show_run(directory, stored)
+
+
+@app.command()
+def doctor(
+    run: Annotated[str, typer.Option("--run", metavar="DIR", help="Where runs will be written.")] = ".",
+) -> None:
+    """Versions, devices and disk; what is missing and the command that mends it. Exit code 1 if something is."""
+    from congrad_ray.doctor import examine
+
+    findings = examine(Path(run))
+    table = Table("what", "found", "to mend it")
+    for finding in findings:
+        table.add_row(finding.what, finding.found, finding.mend or "[green]ok[/green]")
+    console.print(table)
+    if any(finding.mend for finding in findings):
+        raise typer.Exit(1)
+
+
+def _show_run(directory: RunDirectory, recipe: Recipe) -> None:
+    from congrad_ray.pipeline import FIRST, ITERATED, LAST
+
+    table = Table("stage", "iteration", "state", "rows", "seconds", title=directory.path)
+    steps = [(stage, None) for stage in FIRST]
+    steps += [(stage, number) for number in range(recipe.iterations) for stage in ITERATED]
+    steps += [(stage, None) for stage in LAST]
+    for stage, number in steps:
+        folder = directory.stage(stage.folder, number)
+        manifest = folder.manifest()
+        label = "" if number is None else str(number)
+        if manifest:
+            table.add_row(
+                stage.name, label, "[green]done[/green]", f"{manifest.rows:,}", f"{manifest.seconds:.0f}"
+            )
+        elif folder.exists("_started.json"):
+            table.add_row(stage.name, label, "[yellow]begun[/yellow]", f"{folder.rows_so_far():,}", "")
+        else:
+            table.add_row(stage.name, label, "", "", "")
+    console.print(table)
+    for number in range(recipe.iterations):
+        _show_stage(directory, "evaluate", number)
+
+
+def _show_stage(directory: RunDirectory, name: str, iteration: int) -> None:
+    """The result of a stage that a person wants to see at once."""
+    if name == "select":
+        _show_selection(directory.stage("selection", iteration).read_json("summary.json"))
+    if name == "evaluate":
+        summary = directory.stage("evaluation", iteration).read_json("summary.json")
+        if summary:
+            _show_evaluation(summary, iteration)
+
+
+def _show_selection(summary: dict[str, Any]) -> None:
+    table = Table("language", "pairs", "kept", "mean cosine", "conflicting", title="selection")
+    for language, row in summary["per_language"].items():
+        table.add_row(
+            language,
+            str(row["pairs"]),
+            str(row["kept"]),
+            f"{row['mean_cosine']:.3f}",
+            f"{row['conflicting']:.1%}",
+        )
+    console.print(table)
+    for when in ("before", "after"):
+        matrix = Table("", *summary["languages"], title=f"cosines between languages {when} surgery")
+        for language, row in zip(summary["languages"], summary[f"cosine_{when}"], strict=True):
+            matrix.add_row(language, *(f"{value:.2f}" for value in row))
+        console.print(matrix)
+
+
+def _show_evaluation(summary: dict[str, Any], iteration: int) -> None:
+    raise NotImplementedError
+
+
+def _stop(signal_number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command. Exit codes: 0 done, 1 failed, 2 wrong input or settings, 130 interrupted (goes on later)."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        app(list(arguments) if arguments is not None else None)
+    except SystemExit as end:
+        if end.code == 130:
+            typer.echo("interrupted; the same command goes on from here", err=True)
+        raise
+    except ValueError as error:
+        # Ray wraps what a worker raised; its cause is the error that says what to do.
+        typer.echo(f"error: {getattr(error, 'cause', None) or error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

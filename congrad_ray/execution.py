@@ -1,0 +1,74 @@
+"""Doing one stage: is it done, does it fit, do it, commit it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from congrad_ray.plan import check_fits, most_cpus, needs
+from congrad_ray.profile import Profile
+from congrad_ray.recipe import Recipe
+from congrad_ray.rundir import Manifest, RunDirectory, RunDirectoryError, fingerprint
+from congrad_ray.session import connect, machine
+from congrad_ray.settings import to_yaml
+from congrad_ray.stages.base import Context, Log, Stage
+
+
+def input_fingerprints(stage: Stage, run: RunDirectory, iteration: int) -> dict[str, str]:
+    """The fingerprints of a stage's inputs. Raises RunDirectoryError naming the first that is not finished."""
+    found = {}
+    for folder, of_iteration in stage.inputs(iteration):
+        manifest = run.stage(folder, of_iteration).manifest()
+        place = folder if of_iteration is None else f"iteration-{of_iteration}/{folder}"
+        if manifest is None:
+            raise RunDirectoryError(
+                f"{stage.name} needs {place}, which is not finished in {run.path}: run the stage that makes it "
+                "first, or `congrad run`, which does all in order."
+            )
+        found[place] = manifest.fingerprint
+    return found
+
+
+def run_stage(
+    stage: Stage,
+    recipe: Recipe,
+    profile: Profile,
+    run: RunDirectory,
+    iteration: int = 0,
+    redo: bool = False,
+    log: Log = print,
+) -> Manifest:
+    """Does a stage unless it is done already, on a connected Ray where it needs one, and commits it.
+
+    Raises DoesNotFit, RunDirectoryError, InputError or ModelError: each a ValueError that says what to do.
+    """
+    number = iteration if stage.each_iteration else None
+    label = stage.name if number is None else f"{stage.name} (iteration {iteration})"
+    inputs = input_fingerprints(stage, run, iteration)
+    settings = stage.settings(recipe, iteration)
+    identity = fingerprint(stage.name, settings, inputs)
+    output = run.stage(stage.folder, number)
+    state = output.begin(identity, redo, label)
+    if state == "done":
+        manifest = output.manifest()
+        assert manifest is not None
+        log(f"{label}: done already ({manifest.rows} rows)")
+        return manifest
+    log(f"{label}: {'going on' if state == 'continue' else 'starting'}: {stage.summary}")
+    run.write_bytes("recipe.yaml", to_yaml(recipe).encode())
+    if stage.uses_ray:
+        connect(profile, most_cpus(recipe, profile))
+        need = next(need for need in needs(recipe, profile) if need.stage == stage.name)
+        check_fits(need, machine(profile))
+    before = time.monotonic()
+    outcome = stage.run(Context(recipe, profile, run, iteration, output, lambda text: log(f"{label}: {text}")))
+    counters = {key: value for key, value in outcome.counters.items() if value not in ({}, None)}
+    manifest = output.commit(
+        stage.name, number, identity, settings, inputs, outcome.rows, time.monotonic() - before, counters
+    )
+    log(f"{label}: {manifest.rows} rows in {manifest.seconds:.0f} s {_brief(counters)}".rstrip())
+    return manifest
+
+
+def _brief(counters: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in counters.items() if isinstance(value, int | float))

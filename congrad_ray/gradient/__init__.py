@@ -1,0 +1,1 @@
+"""Per-pair preference gradients, their count-sketches, and an exact oracle (torch only, no Ray)."""

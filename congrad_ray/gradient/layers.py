@@ -1,0 +1,66 @@
+"""Which layers of a model a pair's gradient is taken over."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+class UnsupportedLayers(ValueError):
+    """The model has weights, or uses layers in a way, from which per-pair gradients cannot be taken."""
+
+
+def target_layers(model: PreTrainedModel, layers: str | None = None) -> dict[str, nn.Module]:
+    """The layers whose weights count as the model's parameters, by module name in the model's order.
+
+    By default every `nn.Linear` and transformers `Conv1D` except the output embedding, which is never
+    included: it is as large as the vocabulary, and often the input embedding too. `layers` is a regular
+    expression (`re.search`) over module names that narrows this down.
+
+    Raises `UnsupportedLayers` if nothing matches, and, when `layers` is None, if the model holds weights of
+    three or more dimensions outside convolutions: mixture-of-experts layers with all experts in one tensor,
+    which per-pair gradients would silently leave out.
+    """
+    head = model.get_output_embeddings()
+    candidates: dict[str, nn.Module] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    chosen = {name: module for name, module in candidates.items() if layers is None or re.search(layers, name)}
+    if not chosen:
+        raise UnsupportedLayers(
+            f"no layer of {type(model).__name__} matches {layers!r}; its linear layers are for example "
+            f"{list(candidates)[:5]}"
+            if candidates
+            else f"{type(model).__name__} has no nn.Linear or Conv1D layers to take gradients of"
+        )
+    if layers is None:
+        fused = _fused_expert_weights(model)
+        if fused:
+            raise UnsupportedLayers(
+                f"{type(model).__name__} keeps the weights of several experts in one tensor "
+                f"({', '.join(fused[:3])}{', ...' if len(fused) > 3 else ''}), which per-pair gradients do "
+                "not cover; to leave the experts out knowingly, name the layers to use by a regular "
+                "expression, for example layers='self_attn'"
+            )
+    return chosen
+
+
+def _fused_expert_weights(model: PreTrainedModel) -> list[str]:
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [
+        f"{module_name}.{name}"
+        for module_name, module in model.named_modules()
+        if not isinstance(module, convolutions)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 3
+    ]
+
+
+def weight_as_out_in(layer: nn.Module, weight: Tensor) -> Tensor:
+    """`weight` (or its gradient) with shape (out, in): Conv1D keeps it the other way round."""
+    return weight.T if isinstance(layer, Conv1D) else weight

@@ -1,0 +1,1 @@
+"""vLLM under Ray Data: chat requests in, completions out."""

@@ -1,0 +1,303 @@
+"""One way to ask a model: a Ray dataset of rows in, the rows with the model's completions out.
+
+The vLLM engines of `ray.data.llm` are the only actors. Chat templates and tokenisation run in Ray Data's own map
+tasks with the tokeniser of training (`chat_prompt_ids`), so what a model is asked and what it is trained on
+are the same ids, with the beginning-of-sequence token exactly once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from congrad_ray.models import ModelSource
+from congrad_ray.preference.tokenization import MissingChatTemplate, chat_prompt_ids, load_tokenizer
+from congrad_ray.profile import Profile
+from congrad_ray.stages.rows import FAILURE, failure
+from congrad_ray.tables import Message, row_id, table_of
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+    from ray.data.llm import vLLMEngineProcessorConfig
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+# What goes through Ray's processor, whose own columns are Python dictionaries without a schema: rows travel as
+# JSON text, so that no column of theirs can change its Arrow type from one block to the next.
+_REQUESTS = pa.schema(
+    [
+        pa.field("row", pa.large_string()),
+        pa.field("failure", pa.string()),  # JSON; "" in a row that goes to the engine
+        pa.field("tokenized_prompt", pa.list_(pa.int32())),
+        pa.field("sampling", pa.string()),
+    ]
+)
+_FAILURE_TYPE = pa.struct([pa.field("reason", pa.string()), pa.field("detail", pa.string())])
+_ERROR = "__inference_error__"  # ray.data.llm: a row with this set bypasses the engine and the postprocess function
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to ask: chat messages (the last one the user's) and how to sample. Temperature 0 is greedy."""
+
+    messages: list[Message]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came back.
+
+    `truncated`: generation stopped at `max_tokens` and not by an end of turn. `first_logprobs`: natural
+    log-probabilities, before temperature and top_p, of the scored tokens as the first generated one.
+    """
+
+    text: str
+    prompt_tokens: int
+    response_tokens: int
+    truncated: bool
+    first_logprobs: Mapping[int, float] = field(default_factory=dict)
+
+
+def sampling_seed(seed: int, identifier: str) -> int:
+    """A seed in 0..2**31-1 for one request: the same for the same recipe seed and row id, on every machine."""
+    return int(row_id("seed", seed, identifier), 16) % 2**31
+
+
+def load_chat_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that is to chat. Raises MissingChatTemplate, so call it before an engine starts."""
+    tokenizer = source.load_tokenizer()
+    chat_prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
+    return tokenizer
+
+
+def end_of_turn_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end a turn: the tokenizer's end of sequence and those of the generation configuration."""
+    from transformers import GenerationConfig
+
+    found = {tokenizer.eos_token_id}
+    try:
+        configured = GenerationConfig.from_pretrained(source.local_path()).eos_token_id
+    except OSError:  # a model without generation_config.json
+        configured = None
+    found.update(configured if isinstance(configured, list) else [configured])
+    return sorted(identifier for identifier in found if identifier is not None)
+
+
+def complete(
+    dataset: Dataset,
+    source: ModelSource,
+    profile: Profile,
+    request: Callable[[Row], Request],
+    answer: Callable[[Row, Completion], Row],
+    schema: pa.Schema,
+    scored_tokens: Sequence[int] = (),
+) -> Dataset:
+    """Asks the model for every row; the result has the columns of `schema` and FAILURE, in any order.
+
+    `request` and `answer` run in Ray tasks. `answer` gets the row and its completion and returns a row of
+    `schema`. A row that fails keeps the columns of `schema` that it already has, the others are null, and its
+    FAILURE is one of 'bad_request' (its messages cannot be rendered), 'prompt_too_long' (prompt tokens +
+    max_tokens exceed `model.max_length`; it is not sent to an engine) and 'inference_error'.
+    `scored_tokens`: ids whose log-probabilities as the first generated token are wanted.
+
+    Raises MissingChatTemplate or ModelError before any engine starts.
+    """
+    from ray.data.llm import build_processor
+
+    tokenizer = load_chat_tokenizer(source)
+    template = str(tokenizer.chat_template)
+    stop_ids = end_of_turn_ids(source, tokenizer)
+    max_length = source.settings.max_length
+
+    def prepare(batch: pa.Table) -> pa.Table:
+        of_worker = _cached_tokenizer(source, template)
+        prepared = [_prepare(row, request, of_worker, max_length, stop_ids, scored_tokens) for row in batch.to_pylist()]
+        return table_of(prepared, _REQUESTS)
+
+    def finish(batch: pa.Table) -> pa.Table:
+        return _finish(batch.to_pylist(), answer, schema)
+
+    processor = build_processor(
+        _processor_config(source, profile, scored_tokens),
+        preprocess=lambda row: {"sampling_params": json.loads(row["sampling"]), _ERROR: row["failure"]},
+        postprocess=lambda row: {
+            "row": row["row"],
+            "failure": "",
+            "completion": json.dumps(_completion(row, stop_ids)),
+        },
+    )
+    if source.folder is not None and not source.folder.is_local:
+        _fetch_where_engines_run(processor, source)
+    # Blocks of one engine batch: otherwise a small table is one block and all of it goes to a single engine.
+    requests = dataset.repartition(target_num_rows_per_block=profile.engines.batch_size).map_batches(
+        prepare, batch_format="pyarrow", batch_size=None
+    )
+    return processor(requests).map_batches(finish, batch_format="pyarrow", batch_size=None)
+
+
+def _prepare(
+    row: Row,
+    request: Callable[[Row], Request],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stop_ids: Sequence[int],
+    scored_tokens: Sequence[int],
+) -> Row:
+    """The row as one of `_REQUESTS`."""
+    failed = None
+    sampling: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    ids = [0]  # never sent: an empty list would have no Arrow type of its own in a block of failed rows
+    try:
+        asked = request(row)
+        ids = chat_prompt_ids(tokenizer, asked.messages)
+    except MissingChatTemplate:
+        raise
+    except Exception as error:  # a template may raise anything, Jinja's own errors among them
+        failed = failure("bad_request", f"{type(error).__name__}: {error}")
+    else:
+        sampling = {
+            "max_tokens": asked.max_tokens,
+            "temperature": float(asked.temperature),
+            "top_p": float(asked.top_p),
+            "seed": asked.seed,
+        }
+        if len(ids) + asked.max_tokens > max_length:
+            failed = failure(
+                "prompt_too_long",
+                f"{len(ids)} prompt tokens + {asked.max_tokens} to generate > model.max_length {max_length}",
+            )
+    sampling["stop_token_ids"] = list(stop_ids)
+    if scored_tokens:
+        sampling["logprob_token_ids"] = list(scored_tokens)
+    return {
+        "row": json.dumps(row, ensure_ascii=False),
+        "failure": json.dumps(failed) if failed else "",
+        "tokenized_prompt": ids,
+        "sampling": json.dumps(sampling),
+    }
+
+
+def _completion(row: Row, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """The fields of a Completion from an output row of ray.data.llm, which has no finish reason."""
+    tokens = [int(token) for token in row["generated_tokens"]]
+    first = row["logprobs"][0] if row.get("logprobs") is not None and len(row["logprobs"]) else {}
+    max_tokens = json.loads(row["sampling"])["max_tokens"]
+    return {
+        "text": row["generated_text"],
+        "prompt_tokens": int(row["num_input_tokens"]),
+        "response_tokens": len(tokens),
+        "truncated": len(tokens) >= max_tokens and tokens[-1] not in stop_ids,
+        "first_logprobs": {str(token): float(entry["logprob"]) for token, entry in first.items()},
+    }
+
+
+def _finish(rows: Sequence[Row], answer: Callable[[Row, Completion], Row], schema: pa.Schema) -> pa.Table:
+    results = []
+    for result in rows:
+        row = json.loads(result["row"])
+        failed = None
+        if result.get("failure"):
+            failed = json.loads(result["failure"])
+        elif result.get(_ERROR):
+            failed = failure("inference_error", result[_ERROR])
+        if failed:
+            results.append({name: row.get(name) for name in schema.names} | {FAILURE: failed})
+            continue
+        values = json.loads(result["completion"])
+        values["first_logprobs"] = {int(token): value for token, value in values["first_logprobs"].items()}
+        results.append(answer(row, Completion(**values)) | {FAILURE: None})
+    nullable = [column.with_nullable(True) for column in schema]
+    return table_of(results, pa.schema([*nullable, pa.field(FAILURE, _FAILURE_TYPE)]))
+
+
+_tokenizers: dict[tuple[str, str, str], PreTrainedTokenizerBase] = {}
+
+
+def _cached_tokenizer(source: ModelSource, template: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of this worker process. The template comes along: its file may be on the driver only."""
+    key = (source.name, source.fingerprint, template)
+    if key not in _tokenizers:
+        _tokenizers.clear()  # a stage uses one model at a time
+        _tokenizers[key] = load_tokenizer(source.local_path(), template, **source.pretrained_arguments())
+    return _tokenizers[key]
+
+
+def _processor_config(
+    source: ModelSource, profile: Profile, scored_tokens: Sequence[int]
+) -> vLLMEngineProcessorConfig:
+    from ray.data.llm import vLLMEngineProcessorConfig
+
+    engines, settings = profile.engines, source.settings
+    on_cpu = profile.device == "cpu"
+    engine_kwargs: dict[str, Any] = {
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_length,
+        "max_num_seqs": engines.max_num_seqs,
+        "trust_remote_code": settings.trust_remote_code,
+        "enable_prefix_caching": True,
+        "enforce_eager": on_cpu or engines.enforce_eager,
+        "load_format": "safetensors",
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if "revision" in source.pretrained_arguments():
+        engine_kwargs["revision"] = engine_kwargs["tokenizer_revision"] = settings.revision
+    bundle: dict[str, float] = {"CPU": engines.cpus / engines.tensor_parallel_size}
+    environment: dict[str, str] = {}
+    if on_cpu:
+        environment = _cpu_environment(profile)
+    else:
+        engine_kwargs["tensor_parallel_size"] = engines.tensor_parallel_size
+        engine_kwargs["gpu_memory_utilization"] = engines.gpu_memory_utilization
+        bundle["GPU"] = engines.gpus / engines.tensor_parallel_size
+    return vLLMEngineProcessorConfig(
+        model_source=source.local_path(),
+        engine_kwargs=engine_kwargs,
+        concurrency=(engines.min_actors, engines.max_actors),
+        batch_size=engines.batch_size,
+        # Enough batches at once to fill the engine, and one more to be at hand when the first is done.
+        max_concurrent_batches=max(2, math.ceil(engines.max_num_seqs / engines.batch_size) + 1),
+        placement_group_config={"bundles": [dict(bundle) for _ in range(engines.tensor_parallel_size)]},
+        runtime_env={"env_vars": environment} if environment else None,
+        should_continue_on_error=True,
+        log_engine_metrics=False,
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+        prepare_multimodal_stage=False,
+    )
+
+
+def _cpu_environment(profile: Profile) -> dict[str, str]:
+    """Variables of an engine's process on a CPU; each saves seconds at the start or time while running."""
+    return {
+        # The model then runs in the engine's own process: one Python start and one import of vLLM less.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # vLLM would pin every engine of a node to the same cores; threads that wait for a busy core spin.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(profile.threads or max(1, math.floor(profile.engines.cpus))),
+        # Without it the first request with log-probabilities waits for a C++ compilation of the sampler.
+        "TORCH_COMPILE_DISABLE": "1",
+    }
+
+
+def _fetch_where_engines_run(processor: Any, source: ModelSource) -> None:
+    """Makes each engine load its node's copy of a checkpoint that is on an object store."""
+    stage = processor.get_stage_by_name("vLLMEngineStage")
+    engine = stage.fn
+
+    class FetchingEngine(engine):  # type: ignore[valid-type,misc]
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **{**named, "model": source.local_path()})
+
+    stage.fn = FetchingEngine

@@ -1,0 +1,121 @@
+"""Which checkpoint is the policy of an iteration, and how it is loaded on whatever node needs it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.fs as pafs
+from filelock import FileLock
+
+from congrad_ray.recipe import BUILTIN_WORLD, Model, Recipe
+from congrad_ray.rundir import Folder, RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ModelError(ValueError):
+    """A model cannot be loaded; the text names it and the way out."""
+
+
+def cache_directory() -> Path:
+    """Where this node keeps models it built or fetched: $CONGRAD_RAY_CACHE or ~/.cache/congrad_ray."""
+    return Path(os.environ.get("CONGRAD_RAY_CACHE", "~/.cache/congrad_ray")).expanduser()
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint: a local path or hub name (`name`), or a folder of the run directory (`folder`)."""
+
+    name: str
+    settings: Model
+    folder: Folder | None = None
+    fingerprint: str = ""
+
+    def local_path(self) -> str:
+        """A path (or hub name) that transformers and vLLM can load on this node; fetched once per node."""
+        if self.folder is None:
+            return self.name
+        if self.folder.is_local:
+            return self.folder.path
+        target = cache_directory() / "checkpoints" / (self.fingerprint or self.folder.path.replace("/", "_"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not (target / "config.json").exists():
+                partial = target.with_suffix(".partial")
+                pafs.copy_files(
+                    self.folder.path,
+                    str(partial),
+                    source_filesystem=self.folder.filesystem,
+                    destination_filesystem=pafs.LocalFileSystem(),
+                )
+                partial.rename(target)
+        return str(target)
+
+    def pretrained_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained`, for the model and the tokenizer alike."""
+        arguments: dict[str, Any] = {"trust_remote_code": self.settings.trust_remote_code}
+        if self.folder is None and self.settings.revision:
+            arguments["revision"] = self.settings.revision
+        return arguments
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with the recipe's chat template where it names one. Raises ModelError."""
+        from congrad_ray.preference.tokenization import load_tokenizer
+
+        template = self.settings.chat_template
+        try:
+            text = Path(template).read_text(encoding="utf-8") if template else None
+        except OSError as error:
+            raise ModelError(f"model.chat_template: cannot read {template}: {error}") from error
+        path = self.local_path()
+        try:
+            return load_tokenizer(path, text, **self.pretrained_arguments())
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot load the tokenizer of {path}: {error}") from error
+
+    def load_model(self, device: str) -> PreTrainedModel:
+        """The causal language model in the recipe's dtype on `device`, in evaluation mode. Raises ModelError."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        path = self.local_path()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, self.settings.dtype),
+                use_safetensors=True,
+                **self.pretrained_arguments(),
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot load the model {path}: {error}") from error
+        return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def named_model(name: str, settings: Model, seed: int = 0) -> ModelSource:
+    """The model with this name: a folder, a hub name, or the built-in world's (trained here on first use)."""
+    if name == BUILTIN_WORLD:
+        from congrad_ray.world.model import world_model
+
+        return ModelSource(str(world_model(seed)), settings)
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ModelError(f"model {name} looks like a path, but there is no such folder")
+    is_folder = Path(name).expanduser().is_dir()
+    return ModelSource(str(Path(name).expanduser().resolve()) if is_folder else name, settings)
+
+
+def policy(recipe: Recipe, run: RunDirectory, iteration: int) -> ModelSource:
+    """M_iteration: the recipe's model for 0, else the checkpoint that the iteration before trained."""
+    if iteration == 0:
+        return named_model(recipe.model.name, recipe.model, recipe.seed)
+    folder = run.stage("policy", iteration - 1)
+    manifest = folder.manifest()
+    return ModelSource(folder.path, recipe.model, folder, manifest.fingerprint if manifest else "")
+
+
+def policy_input(iteration: int) -> list[tuple[str, int | None]]:
+    """The stage input that M_iteration is: none for the recipe's own model."""
+    return [("policy", iteration - 1)] if iteration > 0 else []

@@ -1,0 +1,1 @@
+"""Preference pairs as tokens: tokenisation, batches, log-probabilities and the DPO loss (no Ray)."""

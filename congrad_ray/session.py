@@ -1,0 +1,80 @@
+"""Connecting to Ray: a cluster's, or one started here with enough logical CPUs for the stages to come."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from congrad_ray.plan import Machine
+from congrad_ray.profile import Profile
+
+
+def connect(profile: Profile, cpus_needed: float) -> None:
+    """Connects to the profile's address, the cluster of this job, or starts Ray here; does nothing if connected.
+
+    `cpus_needed`: what the hungriest stage needs at once. A Ray started here gets at least as many logical CPUs:
+    they are permits to run, and a stage whose actors hold all of them waits for ever for its own map tasks.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        environment = {
+            "VLLM_NO_USAGE_STATS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(profile.engines.kv_cache_gib))),
+        }
+        address = _address(profile)
+        if address:
+            ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": environment})
+        else:
+            store = profile.object_store_gib
+            ray.init(
+                num_cpus=_local_cpus(profile, cpus_needed),
+                object_store_memory=int(store * 2**30) if store else None,
+                include_dashboard=False,
+                log_to_driver=False,
+                runtime_env={"env_vars": environment},
+            )
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def machine(profile: Profile) -> Machine:
+    """What the connected cluster has, or what its autoscaler may bring up where that is more."""
+    import ray
+
+    found = dict(ray.cluster_resources())
+    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    for name, most in limits.items():
+        found[name] = max(found.get(name, 0.0), most)
+    return Machine(
+        found.get("CPU", 0.0),
+        found.get("GPU", 0.0),
+        found.get("memory", 0.0) / 2**30,
+        "the connected Ray cluster",
+    )
+
+
+def this_machine(profile: Profile, cpus_needed: float) -> Machine:
+    """What a Ray started here would have, without starting it."""
+    gpus = 0
+    if profile.device == "cuda":
+        import torch
+
+        gpus = torch.cuda.device_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cpus = _local_cpus(profile, cpus_needed)
+    where = f"this machine: {os.cpu_count()} CPUs, {memory:.0f} GiB; Ray is given {cpus} logical CPUs"
+    return Machine(cpus, gpus, memory, where)
+
+
+def _address(profile: Profile) -> str | None:
+    return profile.address or os.environ.get("RAY_ADDRESS")
+
+
+def _local_cpus(profile: Profile, cpus_needed: float) -> int:
+    return profile.local_cpus or max(os.cpu_count() or 1, math.ceil(cpus_needed))

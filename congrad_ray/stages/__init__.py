@@ -1,0 +1,1 @@
+"""One module per stage; here alone Ray Data and Ray Train meet the core. A stage reads tables and writes one."""

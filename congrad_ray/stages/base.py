@@ -1,0 +1,60 @@
+"""What every stage is made of: its name, its inputs, its part of the recipe, and the function that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from congrad_ray.profile import Profile
+from congrad_ray.recipe import Recipe
+from congrad_ray.rundir import RunDirectory, StageFolder
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a stage's function needs to know."""
+
+    recipe: Recipe
+    profile: Profile
+    run: RunDirectory
+    iteration: int
+    output: StageFolder
+    log: Log = print
+
+    def input(self, folder: str, iteration: int | None = None) -> StageFolder:
+        """The folder of a stage of this iteration (or of `iteration`)."""
+        return self.run.stage(folder, self.iteration if iteration is None else iteration)
+
+    @property
+    def prompts(self) -> StageFolder:
+        return self.run.stage("prompts", None)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage reports when it is done: rows written, and counters for its manifest and the screen."""
+
+    rows: int
+    counters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage.
+
+    `inputs(iteration)` names the folders read, as (folder, iteration or None); `settings(recipe, iteration)` is
+    the part of the recipe that decides the output; `run(context)` does the work. A stage that `uses_ray` is
+    called on a connected Ray.
+    """
+
+    name: str
+    folder: str
+    summary: str
+    inputs: Callable[[int], Sequence[tuple[str, int | None]]]
+    settings: Callable[[Recipe, int], Any]
+    run: Callable[[Context], Outcome]
+    each_iteration: bool = True
+    uses_ray: bool = True

@@ -1,0 +1,123 @@
+"""Streaming rows from one table to the next: read what is missing, write what comes, keep failures apart."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from congrad_ray.rundir import Folder, StageFolder
+from congrad_ray.stages.base import Context, Log, Outcome
+from congrad_ray.tables import quarantined, table_of
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+FAILURE = "failure"  # column: null in a good row, else {"reason": ..., "detail": ...}
+
+
+def failure(reason: str, detail: object) -> dict[str, str]:
+    """The value of the FAILURE column of a row that goes to quarantine."""
+    return {"reason": reason, "detail": str(detail)}
+
+
+def read_missing(folder: Folder, output: StageFolder, id_column: str) -> tuple[Dataset, int]:
+    """A Ray dataset over the rows of `folder` whose id is not in `output` yet, and their number."""
+    import ray
+
+    done = output.ids(id_column)
+    ids = folder.read_table([id_column])[id_column].to_pylist()
+    missing = sum(identifier not in done for identifier in ids)
+    dataset = ray.data.read_parquet(folder.files(".parquet"), filesystem=folder.filesystem)
+    if done:
+        skip = ray.put(pa.array(sorted(done)))
+
+        def keep(batch: pa.Table) -> pa.Table:
+            return batch.filter(pc.invert(pc.is_in(batch[id_column], value_set=ray.get(skip))))
+
+        dataset = dataset.map_batches(keep, batch_format="pyarrow", batch_size=None)
+    return dataset, missing
+
+
+def write_rows(
+    dataset: Dataset,
+    context: Context,
+    schema: pa.Schema,
+    id_column: str,
+    total: int,
+    rows_per_part: int = 256,
+) -> None:
+    """Runs `dataset` and writes its rows as Parquet parts of the stage, with progress on the log.
+
+    A row whose FAILURE column is set goes to the stage's `quarantine/`. Each part is whole or not there: what a
+    kill can cost is the batches in flight.
+    """
+    output = context.output
+
+    def write(batch: pa.Table) -> pa.Table:
+        rows = batch.to_pylist()
+        failed = [row for row in rows if row.get(FAILURE)]
+        good = [row for row in rows if not row.get(FAILURE)]
+        name = f"part-{uuid.uuid4().hex}.parquet"
+        output.write_quarantine(
+            (
+                quarantined(row[id_column], row.get("language"), row[FAILURE]["reason"], row[FAILURE]["detail"])
+                for row in failed
+            ),
+            name,
+        )
+        if good:
+            output.write_table(name, table_of(good, schema))
+        return pa.table({"written": [len(good)], "failed": [len(failed)]})
+
+    progress = Progress(context.log, total)
+    parts = dataset.map_batches(write, batch_format="pyarrow", batch_size=rows_per_part)
+    for part in parts.iter_rows():
+        progress.add(part["written"], part["failed"])
+
+
+def outcome_of(output: StageFolder, id_column: str, counters: dict[str, Any] | None = None) -> Outcome:
+    """The outcome of a stage written by `write_rows`; rows that a retried task wrote twice are removed."""
+    seen: set[str] = set()
+    for path in output.parts():
+        ids = pq.read_table(path, columns=[id_column], filesystem=output.filesystem)[id_column].to_pylist()
+        fresh = [identifier not in seen and not seen.add(identifier) for identifier in ids]  # type: ignore[func-returns-value]
+        if not all(fresh):
+            table = pq.read_table(path, filesystem=output.filesystem).filter(pa.array(fresh))
+            output.write_table(path.rsplit("/", 1)[1], table)
+    return Outcome(len(seen), {**(counters or {}), "quarantined": output.quarantine_counts()})
+
+
+class Progress:
+    """Prints rows done, rate and time left at most every few seconds."""
+
+    def __init__(self, log: Log, total: int, every_seconds: float = 10.0) -> None:
+        self._log, self._total, self._every = log, total, every_seconds
+        self._written = self._failed = 0
+        self._start = self._last = time.monotonic()
+
+    def add(self, written: int, failed: int = 0) -> None:
+        self._written += written
+        self._failed += failed
+        now = time.monotonic()
+        done = self._written + self._failed
+        if now - self._last < self._every and done < self._total:
+            return
+        self._last = now
+        rate = done / max(now - self._start, 1e-9)
+        left = (self._total - done) / rate if rate else 0.0
+        failed_text = f", {self._failed} failed" if self._failed else ""
+        self._log(f"{done}/{self._total} rows{failed_text}, {rate:.1f} rows/s, {left:.0f} s left")
+
+
+def count_by(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], str]) -> dict[str, int]:
+    """How many rows there are for each value of `key`, sorted by the value."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[key(row)] = counts.get(key(row), 0) + 1
+    return dict(sorted(counts.items()))

@@ -1,0 +1,182 @@
+"""train: M_{t+1} by length-penalised DPO on the selected pairs, with Ray Train and DeepSpeed."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow.compute as pc
+
+from congrad_ray.models import policy, policy_input
+from congrad_ray.recipe import Recipe
+from congrad_ray.rundir import Folder
+from congrad_ray.stages.base import Context, Log, Outcome, Stage
+from congrad_ray.training.loop import FAILURE, REFERENCE_GAP, TrainingJob, train_worker
+from congrad_ray.training.metrics import Row, read_metrics
+from congrad_ray.training.schedule import TrainingError, make_schedule
+
+# Where checkpoints live until the policy is written; the name inside says which workers can read them.
+_RAY_TRAIN = "ray_train"
+# nats per token by which the policy's first log-probabilities may differ from the table's
+_REFERENCE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+def settings(recipe: Recipe, iteration: int) -> dict[str, Any]:
+    """What decides the policy; how often a run saves and logs does not."""
+    return {
+        "model": recipe.model.model_dump(mode="json"),
+        "train": recipe.train.model_dump(mode="json", exclude={"save_steps", "logging_steps"}),
+    }
+
+
+def run(context: Context) -> Outcome:
+    """Trains on `selection/selected.parquet`; raises TrainingError naming what is wrong with it or with a step."""
+    started = time.monotonic()
+    train, workers = context.recipe.train, context.profile.trainers
+    selection = context.input("selection")
+    pairs = _check_selection(selection)
+    schedule = make_schedule(train, pairs, workers.num_workers)
+    job = TrainingJob(
+        train=train,
+        schedule=schedule,
+        policy=policy(context.recipe, context.run, context.iteration),
+        selection=selection,
+        output=context.output,
+        threads=context.profile.threads or max(1, math.floor(workers.cpus)),
+    )
+    context.log(
+        f"{pairs} pairs, {schedule.total_steps} steps of up to {train.batch_size} pairs: {workers.num_workers} "
+        f"workers x {schedule.accumulation} passes x {train.micro_batch_size} pairs, ZeRO {train.zero_stage}"
+    )
+    with _progress(context.output, schedule.total_steps, context.log):
+        _fit(context, job)
+    rows = read_metrics(context.output)
+    _warn_of_reference_gap(rows, context)
+    (context.output / _RAY_TRAIN).delete()
+    tail = rows[-max(1, len(rows) // 10) :]
+    return Outcome(
+        rows=pairs,
+        counters={
+            "steps": schedule.total_steps,
+            "final_loss": round(rows[-1]["loss"], 6),
+            "final_rewards_accuracies": round(sum(row["rewards/accuracies"] for row in tail) / len(tail), 4),
+            "final_rewards_margins": round(sum(row["rewards/margins"] for row in tail) / len(tail), 6),
+            "reference_gap": rows[0].get(REFERENCE_GAP),
+            "training_seconds": round(time.monotonic() - started, 1),
+        },
+    )
+
+
+def _check_selection(selection: Folder) -> int:
+    """The number of selected pairs. Raises TrainingError where a reference log-probability is no number."""
+    columns = ["pair_id", "ref_chosen_logps", "ref_rejected_logps"]
+    table = selection.read_table(columns, "selected.parquet")
+    for name in columns[1:]:
+        good = pc.fill_null(pc.is_finite(table[name]), False)
+        bad = table.filter(pc.invert(good))["pair_id"].to_pylist()
+        if bad:
+            raise TrainingError(
+                f"{name} is not a finite number in {len(bad)} of {len(table)} pairs of {selection.path}"
+                f"/selected.parquet, first {bad[0]}: run the sketch stage again with --redo"
+            )
+    return len(table)
+
+
+def _fit(context: Context, job: TrainingJob) -> None:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    profile, output = context.profile, context.output
+    workers = profile.trainers
+    if output.exists(FAILURE):
+        output.filesystem.delete_file(f"{output.path}/{FAILURE}")
+    storage = output / _RAY_TRAIN
+    # ZeRO's shards fit only the number of workers that wrote them, so another number starts again from step 0.
+    name = f"{workers.num_workers}-workers"
+    output.filesystem.create_dir(storage.path, recursive=True)
+    resources = {"CPU": workers.cpus}
+    if workers.gpus:
+        resources["GPU"] = workers.gpus
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=profile.device == "cuda",
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage.path,
+            storage_filesystem=storage.filesystem,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise TrainingError(
+            f"training failed after {workers.max_failures} restarts: {error}\nThe same command goes on from the "
+            "last checkpoint."
+        ) from error
+    found = output.read_json(FAILURE)
+    if found:
+        raise TrainingError(found["message"])
+
+
+@contextmanager
+def _progress(output: Folder, total_steps: int, log: Log, every_seconds: float = 5.0) -> Iterator[None]:
+    """Logs the newest line of the metrics while the body runs: the workers write it, the driver only looks."""
+    stop = threading.Event()
+    rows = read_metrics(output)
+    seen = rows[-1]["step"] if rows else 0
+
+    def watch() -> None:
+        nonlocal seen
+        while not stop.wait(every_seconds):
+            rows = read_metrics(output)
+            if rows and rows[-1]["step"] != seen:
+                seen = rows[-1]["step"]
+                log(_line(rows[-1], total_steps))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _line(row: Row, total_steps: int) -> str:
+    return (
+        f"step {int(row['step'])}/{total_steps}: loss {row['loss']:.4f}, "
+        f"accuracy {row['rewards/accuracies']:.2f}, margin {row['rewards/margins']:.4f}, "
+        f"gradient norm {row['grad_norm']:.3g}, {row['tokens_per_second']:.0f} tokens/s"
+    )
+
+
+def _warn_of_reference_gap(rows: list[Row], context: Context) -> None:
+    gap = rows[0].get(REFERENCE_GAP, 0.0)
+    tolerance = _REFERENCE_TOLERANCE[context.recipe.model.dtype]
+    if gap > tolerance:
+        context.log(
+            "warning: before the first step the policy's log-probabilities differ from the selection's reference "
+            f"by {gap:.4g} nats per token on average (tolerance {tolerance:g}). Was the selection made with "
+            "another model, tokenizer or chat template?"
+        )
+
+
+STAGE = Stage(
+    name="train",
+    folder="policy",
+    summary="length-penalised DPO on the selected pairs",
+    inputs=lambda iteration: [("selection", iteration), *policy_input(iteration)],
+    settings=settings,
+    run=run,
+)

@@ -1,0 +1,101 @@
+"""What the world's model learns from: answers and judgements, flawed at the same rates in every language."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from congrad_ray.world.languages import ALL_LANGUAGES, vocabulary
+from congrad_ray.world.score import true_score
+from congrad_ray.world.tasks import KINDS, WorldPrompt, rubric_text, task_content, world_prompts
+
+
+@dataclass(frozen=True)
+class FlawRates:
+    """The probability of each flaw; flaws are independent of each other, of the language and of the task."""
+
+    content: float
+    language: float
+    closing: float
+    repetition: float
+
+
+# Answers leave room for alignment: about a third of them are perfect.
+ANSWER_FLAWS = FlawRates(content=0.2, language=0.2, closing=0.35, repetition=0.2)
+# A judge must see every score, so what it judges is flawed more often.
+JUDGED_FLAWS = FlawRates(content=0.5, language=0.25, closing=0.35, repetition=0.25)
+JUDGE_SHARE = 0.35
+PROMPTS_PER_LANGUAGE = 3000
+
+
+def _wrong_content(content: list[str], language: str, random_source: random.Random) -> list[str]:
+    """The content with one mistake: an entry changed, two swapped, one left out or one too many."""
+    words = vocabulary(language)
+
+    def another(entry: str) -> str:
+        if entry.isdigit():
+            return str(max(0, int(entry) + random_source.choice((-10, -2, -1, 1, 2, 10))))
+        table = next(table for table in (words.items, words.days, words.opposites) if entry in table)
+        return random_source.choice(table)
+
+    wrong = list(content)
+    while wrong == content:
+        position = random_source.randrange(len(content))
+        mistake = random_source.choice(("change", "swap", "drop", "add")) if len(content) > 1 else "change"
+        if mistake == "swap":
+            other = random_source.randrange(len(content))
+            wrong[position], wrong[other] = wrong[other], wrong[position]
+        elif mistake == "drop":
+            del wrong[position]
+        elif mistake == "add":
+            wrong.insert(position, another(content[position]))
+        else:
+            wrong[position] = another(content[position])
+    return wrong
+
+
+def flawed_answer(task: str, language: str, rates: FlawRates, random_source: random.Random) -> str:
+    """An answer to the task with each flaw at its rate.
+
+    A wrong language is English half of the time, otherwise any other language of the world.
+    """
+    answered_in = language
+    if random_source.random() < rates.language:
+        others = [other for other in ALL_LANGUAGES if other != language]
+        use_english = language != "en" and random_source.random() < 0.5
+        answered_in = "en" if use_english else random_source.choice(others)
+    words = vocabulary(answered_in)
+    content = task_content(task, answered_in)
+    if random_source.random() < rates.content:
+        content = _wrong_content(content, answered_in, random_source)
+    sentences = [words.state(content)] * (2 if random_source.random() < rates.repetition else 1)
+    if random_source.random() >= rates.closing:
+        sentences.append(words.sign_off())
+    return " ".join(sentences)
+
+
+def judge_message(prompt: str, response: str) -> str:
+    """The one user message that asks for a score."""
+    return rubric_text().replace("{prompt}", prompt).replace("{response}", response)
+
+
+def training_dialogues(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (user message, assistant message): answers to prompts of the `sft` split, and judgements.
+
+    A judgement's score is round(5 * true score).
+    """
+    random_source = random.Random(f"dialogues {seed}")
+    by_kind: dict[tuple[str, str], list[WorldPrompt]] = {}
+    for language in ALL_LANGUAGES:
+        for prompt in world_prompts(language, PROMPTS_PER_LANGUAGE, seed, "sft"):
+            kind = next(kind for kind in KINDS if f'"{kind}"' in prompt.task)
+            by_kind.setdefault((language, kind), []).append(prompt)
+    while True:
+        # Kinds are drawn first, so that those with few distinct prompts are learned as well as the others.
+        drawn = random_source.choice(ALL_LANGUAGES), random_source.choice(KINDS)
+        prompt = random_source.choice(by_kind[drawn])
+        if random_source.random() < JUDGE_SHARE:
+            response = flawed_answer(prompt.task, prompt.language, JUDGED_FLAWS, random_source)
+            score = round(5 * true_score(prompt.task, prompt.language, response))
+            yield judge_message(prompt.prompt, response), str(score)
+        else:
+            yield prompt.prompt, flawed_answer(prompt.task, prompt.language, ANSWER_FLAWS, random_source)

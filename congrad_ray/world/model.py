@@ -1,0 +1,209 @@
+"""A tiny Llama chat model that speaks the world's languages, trained from scratch on the CPU and cached."""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from congrad_ray.world.corpus import training_dialogues
+from congrad_ray.world.tokenizer import VOCABULARY_SIZE, train_tokenizer
+
+TRAINING_TOKENS = 2_400_000
+TOKENIZER_DIALOGUES = 6_000
+BATCH_TOKENS = 3_000
+LEARNING_RATE = 3e-3
+# Prompts are learned too, lightly: it teaches the words, and the loss is mostly about answers.
+PROMPT_WEIGHT = 0.1
+PROGRESS_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class _Batch:
+    tokens: torch.Tensor
+    """int64 [examples, length], padded on the right."""
+    weights: torch.Tensor
+    """float32 [examples, length]: how much predicting the token counts; 0 for padding."""
+
+
+def world_model(
+    seed: int = 0,
+    cache_dir: Path | None = None,
+    training_tokens: int | None = None,
+    progress: Callable[[str], None] = print,
+) -> Path:
+    """The folder of a Hugging Face checkpoint of the world's model, which is trained if it is not cached.
+
+    Args:
+        seed: of the training data and the weights.
+        cache_dir: by default $CONGRAD_RAY_CACHE or ~/.cache/congrad_ray. The model lies in its folder
+            `world/<fingerprint>`, where the fingerprint covers the source of this package and the arguments.
+        training_tokens: how many tokens to train on; by default TRAINING_TOKENS, minutes on two cores.
+        progress: gets a line of text now and then.
+
+    Returns:
+        A folder with config.json, generation_config.json, model.safetensors (float32) and the tokenizer.
+
+    Raises:
+        ValueError: `training_tokens` is not positive.
+    """
+    training_tokens = TRAINING_TOKENS if training_tokens is None else training_tokens
+    if training_tokens <= 0:
+        raise ValueError(f"training_tokens is {training_tokens}; the world's model needs at least 1")
+    root = cache_dir or Path(os.environ.get("CONGRAD_RAY_CACHE") or Path.home() / ".cache" / "congrad_ray")
+    folder = Path(root) / "world" / _fingerprint(seed, training_tokens)
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():  # another process has built it while this one waited
+            return folder
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.unfinished-", dir=folder.parent))
+        try:
+            _build(unfinished, seed, training_tokens, progress)
+            unfinished.chmod(0o755)
+            unfinished.rename(folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+    return folder
+
+
+def _fingerprint(seed: int, training_tokens: int) -> str:
+    digest = hashlib.sha256(json.dumps({"seed": seed, "training_tokens": training_tokens}).encode())
+    package = Path(str(resources.files("congrad_ray.world")))
+    for path in sorted(package.rglob("*")):
+        if path.suffix in {".py", ".json", ".txt", ".jinja"}:
+            digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _build(folder: Path, seed: int, training_tokens: int, progress: Callable[[str], None]) -> None:
+    progress("world model: training the tokenizer")
+    dialogues = itertools.islice(training_dialogues(seed), TOKENIZER_DIALOGUES)
+    tokenizer = train_tokenizer(text for dialogue in dialogues for text in dialogue)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(_config(tokenizer))
+        _train(model, tokenizer, seed, training_tokens, progress)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[_Batch]:
+    """Endless batches of about BATCH_TOKENS tokens; examples of like length share a batch to save padding."""
+    dialogues = training_dialogues(seed)
+    while chunk := list(itertools.islice(dialogues, 2048)):
+        examples: list[tuple[list[int], int]] = []
+        for user, assistant in chunk:
+            messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+            examples.append(_tokenize(tokenizer, messages))
+        examples.sort(key=lambda example: len(example[0]))
+        batches: list[list[tuple[list[int], int]]] = [[]]
+        for example in examples:
+            if (len(batches[-1]) + 1) * len(example[0]) > BATCH_TOKENS:
+                batches.append([])
+            batches[-1].append(example)
+        random.Random(f"{seed} {len(examples[0][0])}").shuffle(batches)
+        for batch in batches:
+            yield _pad(batch, tokenizer.pad_token_id)
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> tuple[list[int], int]:
+    """The tokens of a dialogue and how many of them are its prompt's."""
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    answer = messages[1]["content"] + tokenizer.eos_token
+    prompt_tokens = tokenizer.encode(prompt, add_special_tokens=False)
+    return prompt_tokens + tokenizer.encode(answer, add_special_tokens=False), len(prompt_tokens)
+
+
+def _pad(examples: list[tuple[list[int], int]], pad_token: int) -> _Batch:
+    length = max(len(tokens) for tokens, _ in examples)
+    padded = torch.full((len(examples), length), pad_token)
+    weights = torch.zeros(len(examples), length)
+    for row, (tokens, prompt_length) in enumerate(examples):
+        padded[row, : len(tokens)] = torch.tensor(tokens)
+        weights[row, :prompt_length] = PROMPT_WEIGHT
+        weights[row, prompt_length : len(tokens)] = 1.0
+    return _Batch(padded, weights)
+
+
+def _train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    training_tokens: int,
+    progress: Callable[[str], None],
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    model.train()
+    seen = 0
+    started = last_line = time.monotonic()
+    for batch in _batches(tokenizer, seed):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * _schedule(seen / training_tokens)
+        # Padding stands on the right, where causal attention never looks, so no attention mask is needed.
+        logits = model(batch.tokens).logits[:, :-1]
+        losses = cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
+        weights = batch.weights[:, 1:].flatten()
+        loss = (losses * weights).sum() / weights.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        seen += int((batch.weights > 0).sum())
+        now = time.monotonic()
+        if now - last_line >= PROGRESS_SECONDS or seen >= training_tokens:
+            last_line = now
+            rate = seen / (now - started)
+            left = max(0, training_tokens - seen) / rate
+            progress(
+                f"world model: {seen:,} of {training_tokens:,} tokens, loss {loss.item():.3f}, "
+                f"{rate:,.0f} tokens/s, {left:.0f} s left"
+            )
+        if seen >= training_tokens:
+            break
+    model.eval()
+
+
+def _schedule(done: float) -> float:
+    """The share of the peak learning rate: a short linear warm-up, then a cosine down to a hundredth."""
+    warm_up = 0.04
+    if done < warm_up:
+        return (done + 0.002) / (warm_up + 0.002)
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, (done - warm_up) / (1 - warm_up)))) / 2

@@ -1,0 +1,91 @@
+"""Recipes and profiles: what is wrong is told with path, value and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from congrad_ray.profile import PROFILES, load_profile
+from congrad_ray.recipe import Recipe, load_recipe
+from congrad_ray.settings import SettingsError, apply_overrides, parse_yaml, to_yaml, validate
+
+RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
+DEMO = RECIPES / "demo.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_in_the_repository_is_valid_and_survives_a_round_trip(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert validate(Recipe, parse_yaml(to_yaml(recipe)), "again") == recipe
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_profile_in_the_repository_is_valid(path: Path) -> None:
+    assert load_profile(path.stem).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.learning_rte=1", ["train.learning_rte", "no such setting", "learning_rate"]),
+        ("train.zero_stage=7", ["train.zero_stage", "0, 1, 2 or 3", "7"]),
+        ("generate.max_tokens=abc", ["generate.max_tokens", "integer", "'abc'"]),
+        ("generate.max_tokens=5000", ["generate.max_tokens", "5000", "model.max_length"]),
+        ("generate.top_p=1.5", ["generate.top_p", "less than or equal to 1", "1.5"]),
+        ("prompts.languages=[english]", ["prompts.languages.0", "BCP-47", "english"]),
+        ("prompts.languages=[]", ["prompts.languages", "at least 1"]),
+        ("prompts.unseen_languages=[en]", ["seen and unseen", "en"]),
+        ("iterations=true", ["iterations", "integer", "True"]),
+        ("train.batch_size=7", ["train.batch_size", "7", "micro_batch_size"]),
+        ("wrong", ["--set", "section.key=value"]),
+        ("name.x=1", ["'name' is a value"]),
+        ("train.beta=[1", ["not YAML"]),
+    ],
+)
+def test_a_wrong_setting_names_its_path_its_value_and_what_is_allowed(override: str, told: list[str]) -> None:
+    with pytest.raises(SettingsError) as error:
+        load_recipe(DEMO, [override])
+    for text in told:
+        assert text in str(error.value)
+
+
+def test_all_wrong_settings_are_told_at_once() -> None:
+    with pytest.raises(SettingsError, match="2 wrong setting") as error:
+        load_recipe(DEMO, ["train.beta=-1", "pair.truncated=maybe"])
+    assert "train.beta" in str(error.value) and "pair.truncated" in str(error.value)
+
+
+def test_overrides_are_yaml_and_leave_the_original_alone() -> None:
+    values = {"a": {"b": 1}}
+    assert apply_overrides(values, ["a.b=1e-4", "a.c=[x, y]", "d.e=null"]) == {
+        "a": {"b": 1e-4, "c": ["x", "y"]},
+        "d": {"e": None},
+    }
+    assert values == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("- a\n- b\n", "mapping"), ("a: [", "cannot read"), ("a: !!python/object:os.system x\n", "cannot read")],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=told):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_or_profile_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="nowhere"):
+        load_recipe(tmp_path / "nowhere.yaml")
+    with pytest.raises(SettingsError, match="local"):
+        load_profile("nowhere")
+
+
+def test_a_profile_that_contradicts_itself_is_refused() -> None:
+    for override, told in [
+        ("engines.gpus=1", "device is cpu but engines.gpus is 1"),
+        ("sketchers.min_actors=4", "exceeds max_actors"),
+        ("engines.tensor_parallel_size=2", "tensor_parallel_size 2 needs gpus: 2"),
+    ]:
+        with pytest.raises(SettingsError, match=told):
+            load_profile("local", [override])
