@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from congrad_ray.execution import run_stage
 from congrad_ray.profile import Profile
-from congrad_ray.recipe import Model, Prompts, Recipe, Select, Sketch, Source, Train
+from congrad_ray.recipe import Evaluate, Generate, Model, Prompts, Recipe, Select, Sketch, Source, Train
 from congrad_ray.records import (
     BadRow,
     InputError,
@@ -58,6 +58,8 @@ def filter_preferences(
         name="filter",
         model=model,
         prompts=Prompts(train=source, languages=["und"]),
+        generate=Generate(max_tokens=1),  # nothing is generated
+        evaluate=Evaluate(max_tokens=1),
         sketch=sketch_settings,
         select=Select(keep=keep),
         train=train,

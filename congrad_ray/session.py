@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import logging
 import os
+import signal
+import threading
 
 from congrad_ray.plan import Machine
 from congrad_ray.profile import Profile
@@ -18,6 +21,7 @@ def connect(profile: Profile, cpus_needed: float) -> None:
     import ray
 
     if not ray.is_initialized():
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         environment = {
             "VLLM_NO_USAGE_STATS": "1",
@@ -26,7 +30,12 @@ def connect(profile: Profile, cpus_needed: float) -> None:
         }
         address = _address(profile)
         if address:
-            ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": environment})
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": environment},
+            )
         else:
             store = profile.object_store_gib
             ray.init(
@@ -34,13 +43,18 @@ def connect(profile: Profile, cpus_needed: float) -> None:
                 object_store_memory=int(store * 2**30) if store else None,
                 include_dashboard=False,
                 log_to_driver=False,
+                logging_level=logging.WARNING,
                 runtime_env={"env_vars": environment},
             )
+        # ray.init puts its own handler there, which ends the process without a word of how to go on.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
     from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def machine(profile: Profile) -> Machine:

@@ -16,8 +16,9 @@ from congrad_ray.gradient.layers import UnsupportedLayers, target_layers
 from congrad_ray.preference.batching import PairBatch
 from congrad_ray.preference.logprobs import completion_logprobs
 
-# Entries of the per-pair gradients of one layer that are alive at a time (float32: 512 MiB).
-_GRADIENT_ENTRIES = 2**27
+# Entries of the per-pair gradients of one layer that are alive at a time, but at least one pair's. Sketching
+# makes about three more copies, so this is roughly 512 MiB.
+_GRADIENT_ENTRIES = 2**25
 
 
 @dataclass(frozen=True)

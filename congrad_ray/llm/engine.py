@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from congrad_ray.models import ModelSource
+from congrad_ray.models import ModelSource, named_model
 from congrad_ray.preference.tokenization import MissingChatTemplate, chat_prompt_ids, load_tokenizer
 from congrad_ray.profile import Profile
+from congrad_ray.recipe import Recipe
 from congrad_ray.stages.rows import FAILURE, failure
 from congrad_ray.tables import Message, row_id, table_of
 
@@ -38,8 +40,9 @@ _REQUESTS = pa.schema(
         pa.field("sampling", pa.string()),
     ]
 )
-_FAILURE_TYPE = pa.struct([pa.field("reason", pa.string()), pa.field("detail", pa.string())])
-_ERROR = "__inference_error__"  # ray.data.llm: a row with this set bypasses the engine and the postprocess function
+FAILURE_FIELD = pa.field(FAILURE, pa.struct([pa.field("reason", pa.string()), pa.field("detail", pa.string())]))
+# ray.data.llm: a row with this set bypasses the engine and the postprocess function.
+_ERROR = "__inference_error__"
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,17 @@ def load_chat_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def judge_source(name: str, recipe: Recipe) -> ModelSource:
+    """A model that judges, by folder, hub name or builtin-world; with its own chat template and revision.
+
+    What the recipe says of `model` besides (dtype, max_length, trust_remote_code) holds for the judge too.
+    """
+    settings = recipe.model
+    if name != settings.name:
+        settings = settings.model_copy(update={"chat_template": None, "revision": None})
+    return named_model(name, settings, recipe.seed)
+
+
 def end_of_turn_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids that end a turn: the tokenizer's end of sequence and those of the generation configuration."""
     from transformers import GenerationConfig
@@ -112,6 +126,7 @@ def complete(
 
     Raises MissingChatTemplate or ModelError before any engine starts.
     """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # importing it here should not tell what it lacks
     from ray.data.llm import build_processor
 
     tokenizer = load_chat_tokenizer(source)
@@ -121,14 +136,16 @@ def complete(
 
     def prepare(batch: pa.Table) -> pa.Table:
         of_worker = _cached_tokenizer(source, template)
-        prepared = [_prepare(row, request, of_worker, max_length, stop_ids, scored_tokens) for row in batch.to_pylist()]
+        prepared = [
+            _prepare(row, request, of_worker, max_length, stop_ids, scored_tokens) for row in batch.to_pylist()
+        ]
         return table_of(prepared, _REQUESTS)
 
     def finish(batch: pa.Table) -> pa.Table:
         return _finish(batch.to_pylist(), answer, schema)
 
     processor = build_processor(
-        _processor_config(source, profile, scored_tokens),
+        _processor_config(source, profile),
         preprocess=lambda row: {"sampling_params": json.loads(row["sampling"]), _ERROR: row["failure"]},
         postprocess=lambda row: {
             "row": row["row"],
@@ -217,7 +234,7 @@ def _finish(rows: Sequence[Row], answer: Callable[[Row, Completion], Row], schem
         values["first_logprobs"] = {int(token): value for token, value in values["first_logprobs"].items()}
         results.append(answer(row, Completion(**values)) | {FAILURE: None})
     nullable = [column.with_nullable(True) for column in schema]
-    return table_of(results, pa.schema([*nullable, pa.field(FAILURE, _FAILURE_TYPE)]))
+    return table_of(results, pa.schema([*nullable, FAILURE_FIELD]))
 
 
 _tokenizers: dict[tuple[str, str, str], PreTrainedTokenizerBase] = {}
@@ -232,9 +249,7 @@ def _cached_tokenizer(source: ModelSource, template: str) -> PreTrainedTokenizer
     return _tokenizers[key]
 
 
-def _processor_config(
-    source: ModelSource, profile: Profile, scored_tokens: Sequence[int]
-) -> vLLMEngineProcessorConfig:
+def _processor_config(source: ModelSource, profile: Profile) -> vLLMEngineProcessorConfig:
     from ray.data.llm import vLLMEngineProcessorConfig
 
     engines, settings = profile.engines, source.settings

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from congrad_ray.models import policy, policy_input
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Folder
-from congrad_ray.stages.base import Context, Log, Outcome, Stage
+from congrad_ray.stages.base import Context, Outcome, Stage
 from congrad_ray.training.loop import FAILURE, REFERENCE_GAP, TrainingJob, train_worker
 from congrad_ray.training.metrics import Row, read_metrics
 from congrad_ray.training.schedule import TrainingError, make_schedule
@@ -52,10 +52,9 @@ def run(context: Context) -> Outcome:
         f"{pairs} pairs, {schedule.total_steps} steps of up to {train.batch_size} pairs: {workers.num_workers} "
         f"workers x {schedule.accumulation} passes x {train.micro_batch_size} pairs, ZeRO {train.zero_stage}"
     )
-    with _progress(context.output, schedule.total_steps, context.log):
+    with _progress(context, schedule.total_steps):
         _fit(context, job)
     rows = read_metrics(context.output)
-    _warn_of_reference_gap(rows, context)
     (context.output / _RAY_TRAIN).delete()
     tail = rows[-max(1, len(rows) // 10) :]
     return Outcome(
@@ -65,7 +64,7 @@ def run(context: Context) -> Outcome:
             "final_loss": round(rows[-1]["loss"], 6),
             "final_rewards_accuracies": round(sum(row["rewards/accuracies"] for row in tail) / len(tail), 4),
             "final_rewards_margins": round(sum(row["rewards/margins"] for row in tail) / len(tail), 6),
-            "reference_gap": rows[0].get(REFERENCE_GAP),
+            "reference_gap": round(rows[0].get(REFERENCE_GAP, 0.0), 8),
             "training_seconds": round(time.monotonic() - started, 1),
         },
     )
@@ -130,19 +129,25 @@ def _fit(context: Context, job: TrainingJob) -> None:
 
 
 @contextmanager
-def _progress(output: Folder, total_steps: int, log: Log, every_seconds: float = 5.0) -> Iterator[None]:
+def _progress(context: Context, total_steps: int, every_seconds: float = 5.0) -> Iterator[None]:
     """Logs the newest line of the metrics while the body runs: the workers write it, the driver only looks."""
     stop = threading.Event()
-    rows = read_metrics(output)
-    seen = rows[-1]["step"] if rows else 0
+    rows = read_metrics(context.output)
+    seen = rows[-1]["step"] if rows else 0.0
+
+    def look() -> None:
+        nonlocal seen
+        rows = read_metrics(context.output)
+        if not rows or rows[-1]["step"] == seen:
+            return
+        if seen == 0.0:
+            _warn_of_reference_gap(rows, context)
+        seen = rows[-1]["step"]
+        context.log(_line(rows[-1], total_steps))
 
     def watch() -> None:
-        nonlocal seen
         while not stop.wait(every_seconds):
-            rows = read_metrics(output)
-            if rows and rows[-1]["step"] != seen:
-                seen = rows[-1]["step"]
-                log(_line(rows[-1], total_steps))
+            look()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -151,6 +156,7 @@ def _progress(output: Folder, total_steps: int, log: Log, every_seconds: float =
     finally:
         stop.set()
         thread.join()
+        look()
 
 
 def _line(row: Row, total_steps: int) -> str:

@@ -22,12 +22,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from congrad_ray.world.corpus import training_dialogues
 from congrad_ray.world.tokenizer import VOCABULARY_SIZE, train_tokenizer
 
-TRAINING_TOKENS = 2_400_000
-TOKENIZER_DIALOGUES = 6_000
-BATCH_TOKENS = 3_000
+TRAINING_TOKENS = 2_000_000
+TOKENIZER_DIALOGUES = 12_000
+BATCH_TOKENS = 2_000
 LEARNING_RATE = 3e-3
 # Prompts are learned too, lightly: it teaches the words, and the loss is mostly about answers.
-PROMPT_WEIGHT = 0.1
+PROMPT_WEIGHT = 0.3
 PROGRESS_SECONDS = 10.0
 
 

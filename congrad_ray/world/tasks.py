@@ -42,16 +42,16 @@ def _draw_arguments(kind: str, words: Vocabulary, random_source: random.Random) 
     draw = random_source.randint
     match kind:
         case "count_up":
-            first = draw(1, 30)
-            return [first, first + draw(2, 5)]
+            first = draw(1, 24)
+            return [first, first + draw(2, 4)]
         case "count_down":
-            last = draw(1, 30)
-            return [last + draw(2, 5), last]
+            last = draw(1, 24)
+            return [last + draw(2, 4), last]
         case "plus":
-            return [draw(1, 12), draw(1, 12)]
+            return [draw(1, 9), draw(1, 9)]
         case "minus":
-            first = draw(3, 20)
-            return [first, draw(1, min(first, 12))]
+            first = draw(2, 12)
+            return [first, draw(1, first - 1)]
         case "repeat":
             return [draw(0, len(words.items) - 1), draw(2, 4)]
         case "opposite":
@@ -59,9 +59,9 @@ def _draw_arguments(kind: str, words: Vocabulary, random_source: random.Random) 
         case "next_day":
             return [draw(0, len(words.days) - 1)]
         case "reverse":
-            return random_source.sample(range(len(words.items)), draw(2, 4))
+            return random_source.sample(range(len(words.items)), draw(2, 3))
         case _:
-            return random_source.sample(range(1, 31), draw(3, 4))
+            return random_source.sample(range(1, 21), draw(2, 3))
 
 
 def _question(kind: str, arguments: list[int], words: Vocabulary, random_source: random.Random) -> str:

@@ -34,7 +34,7 @@ def test_the_second_call_reads_the_cache(cache_dir: Path, model_folder: Path) ->
     assert not list(model_folder.parent.glob("*.unfinished-*"))
 
 
-def test_training_is_reproducible_and_seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_reproducible(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     state = torch.random.get_rng_state()
     first = world_model(1, tmp_path / "one", 3_000, lines.append)
@@ -45,7 +45,7 @@ def test_training_is_reproducible_and_seeded(tmp_path: Path, monkeypatch: pytest
     assert second == tmp_path / "two" / "world" / first.name
     for name in ("tokenizer.json", "config.json", "model.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
-    assert world_model(2, tmp_path / "one", 3_000, lines.append) != first
+    assert first.name != model_folder.name  # which was trained on more tokens
 
 
 def test_no_tokens_to_train_on_is_refused(tmp_path: Path) -> None:
@@ -83,9 +83,7 @@ def test_chat_template_begins_once_and_extends_the_prompt(
         for user, assistant in ((prompt.prompt, answer), (judge_message(prompt.prompt, answer), "4")):
             messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
             whole = tokenizer.apply_chat_template(messages, return_dict=False)
-            opening = tokenizer.apply_chat_template(
-                messages[:1], add_generation_prompt=True, return_dict=False
-            )
+            opening = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
             assert whole[: len(opening)] == opening
             assert whole.count(tokenizer.bos_token_id) == 1
             assert whole[-1] == tokenizer.eos_token_id

@@ -59,9 +59,7 @@ def test_a_response_that_states_nothing_has_zero(response: str) -> None:
     assert true_score('{"kind":"plus","arguments":[1,2]}', "en", response) == 0.0
 
 
-_TEMPTING = st.sampled_from(
-    ["The answer is:", "✓ All done!", "3", ",", ".", "{", "उत्तर यह है:", "\x00", "monday"]
-)
+_TEMPTING = st.sampled_from(["The answer is:", "✓ All done!", "3", ",", ".", "{", "उत्तर यह है:", "\x00", "monday"])
 
 
 @given(
@@ -80,12 +78,10 @@ def test_flawed_answers_have_flaws_at_their_rates() -> None:
     assert flawed_answer(prompt.task, "tr", never, random_source) == best_answer(prompt.task, "tr")
     half = FlawRates(0, 0, 0.5, 0)
     closed = [
-        vocabulary("tr").sign_off() in flawed_answer(prompt.task, "tr", half, random_source)
-        for _ in range(400)
+        vocabulary("tr").sign_off() in flawed_answer(prompt.task, "tr", half, random_source) for _ in range(400)
     ]
     assert 150 < sum(closed) < 250
     worst = [
-        true_score(prompt.task, "tr", flawed_answer(prompt.task, "tr", always, random_source))
-        for _ in range(20)
+        true_score(prompt.task, "tr", flawed_answer(prompt.task, "tr", always, random_source)) for _ in range(20)
     ]
     assert max(worst) < 0.4

@@ -1,0 +1,1 @@
+"""LLM as a judge: rubrics by language, and reading scores from what the judge wrote."""

@@ -1,0 +1,210 @@
+"""The stage `evaluate`: the trained policy against the starting model, on prompts held out.
+
+Where a prompt has a task (the built-in world), answers get their true score by program. All other prompts are
+compared pairwise by a judge, in both orders. M_0 answers in iteration 0 and its answers serve all later ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from congrad_ray.evaluation.pairwise import ORDERS, fill_pairwise, pairwise_template, read_win
+from congrad_ray.evaluation.statistics import (
+    EVERY_LANGUAGE,
+    ScoreChange,
+    WinRate,
+    score_changes,
+    summarise_answers,
+    win_rates,
+)
+from congrad_ray.llm.engine import Completion, Request, complete, judge_source, sampling_seed
+from congrad_ray.llm.requests import read_requests
+from congrad_ray.models import ModelSource, policy
+from congrad_ray.recipe import Recipe
+from congrad_ray.rundir import RunDirectoryError, StageFolder
+from congrad_ray.stages.base import Context, Outcome, Stage
+from congrad_ray.stages.rows import outcome_of, write_rows
+from congrad_ray.tables import ANSWERS, COMPARISONS, PROMPTS, row_id
+
+Row = dict[str, Any]
+
+BASELINE = "M_0"
+
+
+def run(context: Context) -> Outcome:
+    """Writes ANSWERS, `comparisons/` and `summary.json`. Raises RunDirectoryError without evaluation prompts."""
+    recipe, output = context.recipe, context.output
+    model = f"M_{context.iteration + 1}"
+    if context.iteration == 0:
+        _answer(context, policy(recipe, context.run, 0), BASELINE)
+    _answer(context, policy(recipe, context.run, context.iteration + 1), model)
+    answers = output.read_table().to_pylist()
+    if context.iteration > 0:
+        first = context.input("evaluation", 0).read_table().to_pylist()
+        answers += [row for row in first if row["model"] == BASELINE]
+    comparisons = _compare(context, answers, model)
+    changes = score_changes(answers, BASELINE, model, recipe.seed)
+    rates = win_rates(comparisons, recipe.seed)
+    output.write_json(
+        "summary.json",
+        {
+            "model": model,
+            "baseline": BASELINE,
+            "answers": [asdict(summary) for summary in summarise_answers(answers)],
+            "score_changes": [asdict(change) for change in changes],
+            "win_rates": [asdict(rate) for rate in rates],
+        },
+    )
+    return outcome_of(output, "answer_id", _counters(changes, rates))
+
+
+def _answer(context: Context, source: ModelSource, model: str) -> None:
+    """Writes the answers of one model that are missing."""
+    recipe, output = context.recipe, context.output
+    how = recipe.evaluate
+    decodings = ("greedy", "sampled") if how.sampled else ("greedy",)
+    expected = _answer_ids(context.prompts, model, decodings)
+    if not expected:
+        raise RunDirectoryError(
+            f"no prompt of {context.prompts.path} is for evaluation: see prompts.evaluation in the recipe, and "
+            "the reasons in the prompts' quarantine/"
+        )
+    columns = ("prompt_id", "language", "seen", "prompt")
+
+    def questions_of(prompt: Row) -> Iterator[Row]:
+        if prompt["split"] != "evaluation":
+            return
+        for decoding in decodings:
+            yield {
+                **{name: prompt[name] for name in (*columns, "task")},
+                "answer_id": row_id("answer", prompt["prompt_id"], model, decoding, 0),
+                "model": model,
+                "decoding": decoding,
+            }
+
+    def request(row: Row) -> Request:
+        if row["decoding"] == "greedy":
+            return Request(row["prompt"], how.max_tokens)
+        seed = sampling_seed(recipe.seed, row["answer_id"])
+        return Request(row["prompt"], how.max_tokens, how.temperature, how.top_p, seed)
+
+    def answer(row: Row, completion: Completion) -> Row:
+        score = None
+        if row["task"] is not None:
+            from congrad_ray.world.score import true_score
+
+            score = true_score(row["task"], row["language"], completion.text)
+        return {
+            **row,
+            "response": completion.text,
+            "response_tokens": completion.response_tokens,
+            "truncated": completion.truncated,
+            "true_score": score,
+        }
+
+    fields = [ANSWERS.field(name) for name in ("answer_id", *columns, "model", "decoding")]
+    done = output.ids("answer_id") & expected
+    if len(done) < len(expected):
+        context.log(f"answers of {model}")
+        requests = read_requests(context.prompts, questions_of, pa.schema([*fields, PROMPTS.field("task")]), done)
+        answers = complete(requests, source, context.profile, request, answer, ANSWERS)
+        write_rows(answers, context, ANSWERS, "answer_id", len(expected) - len(done))
+
+
+def _answer_ids(prompts: StageFolder, model: str, decodings: tuple[str, ...]) -> set[str]:
+    table = prompts.read_table(["prompt_id", "split"])
+    ids = table.filter(pc.equal(table["split"], "evaluation"))["prompt_id"].to_pylist()
+    return {row_id("answer", identifier, model, decoding, 0) for identifier in ids for decoding in decodings}
+
+
+def _compare(context: Context, answers: list[Row], model: str) -> list[Row]:
+    """The judge's comparisons of greedy answers that have no true score, in both orders; those made are kept."""
+    import ray
+
+    recipe = context.recipe
+    output = StageFolder(context.output.filesystem, f"{context.output.path}/comparisons")
+    greedy = [row for row in answers if row["decoding"] == "greedy" and row["true_score"] is None]
+    baselines = {row["prompt_id"]: row for row in greedy if row["model"] == BASELINE}
+    done = output.ids("comparison_id")
+    wanted = []
+    for row in greedy:
+        if row["model"] != model or row["prompt_id"] not in baselines:
+            continue
+        baseline = baselines[row["prompt_id"]]
+        for order in ORDERS:
+            identifier = row_id("comparison", row["answer_id"], baseline["answer_id"], order)
+            wanted.append(
+                {
+                    **{name: row[name] for name in ("prompt_id", "language", "seen", "prompt", "model")},
+                    "comparison_id": identifier,
+                    "baseline": BASELINE,
+                    "order": order,
+                    "model_response": row["response"],
+                    "baseline_response": baseline["response"],
+                }
+            )
+    missing = [row for row in wanted if row["comparison_id"] not in done]
+    template = pairwise_template()
+
+    def request(row: Row) -> Request:
+        texts = [row["model_response"], row["baseline_response"]]
+        first, second = texts if row["order"] == "model_first" else reversed(texts)
+        text = fill_pairwise(template, row["prompt"], first, second)
+        return Request([{"role": "user", "content": text}], recipe.evaluate.judge_max_tokens)
+
+    def answer(row: Row, completion: Completion) -> Row:
+        return {**row, "win": read_win(completion.text, row["order"]), "output": completion.text}
+
+    if missing:
+        judge = recipe.evaluate.judge
+        source = policy(recipe, context.run, 0) if judge == "start" else judge_source(judge, recipe)
+        context.log(f"{len(missing)} comparisons by {source.name}")
+        dataset = ray.data.from_arrow(pa.Table.from_pylist(missing))
+        compared = complete(dataset, source, context.profile, request, answer, COMPARISONS)
+        write_rows(compared, replace(context, output=output), COMPARISONS, "comparison_id", len(missing))
+    return output.read_table().to_pylist() if output.parts() else []
+
+
+def _counters(changes: list[ScoreChange], rates: list[WinRate]) -> dict[str, Any]:
+    """The means over languages, as flat numbers for the screen."""
+    counters: dict[str, Any] = {}
+    for change in changes:
+        if change.language == EVERY_LANGUAGE:
+            name = f"{change.decoding}_{'seen' if change.seen else 'unseen'}"
+            counters[f"{name}_before"] = round(change.before, 4)
+            counters[f"{name}_after"] = round(change.after, 4)
+    for rate in rates:
+        if rate.language == EVERY_LANGUAGE and rate.win_rate is not None:
+            counters[f"win_rate_{'seen' if rate.seen else 'unseen'}"] = round(rate.win_rate, 4)
+    counters["unreadable_comparisons"] = sum(rate.unreadable for rate in rates if rate.language == EVERY_LANGUAGE)
+    return counters
+
+
+def settings(recipe: Recipe, iteration: int) -> Any:
+    """What decides the evaluation beside the prompts and the policies."""
+    return {
+        "model": recipe.model.model_dump(mode="json"),
+        "evaluate": recipe.evaluate.model_dump(mode="json"),
+        "pairwise": row_id(pairwise_template()),
+        "seed": recipe.seed,
+        "iteration": iteration,
+    }
+
+
+STAGE = Stage(
+    name="evaluate",
+    folder="evaluation",
+    summary="the trained policy against the starting model on held-out prompts",
+    inputs=lambda iteration: [
+        ("prompts", None),
+        ("policy", iteration),
+        *([("evaluation", 0)] if iteration > 0 else []),
+    ],
+    settings=settings,
+    run=run,
+)

@@ -1,0 +1,188 @@
+"""Real engines under Ray: generate and judge, and what a judge's distribution is checked against."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from congrad_ray.execution import run_stage
+from congrad_ray.judging.rubric import load_rubric
+from congrad_ray.judging.scores import expected_score, score_token_ids
+from congrad_ray.models import named_model, policy
+from congrad_ray.preference.tokenization import chat_prompt_ids
+from congrad_ray.profile import Profile
+from congrad_ray.recipe import Recipe
+from congrad_ray.rundir import RunDirectory
+from congrad_ray.stages.generate import STAGE as GENERATE
+from congrad_ray.stages.judge import STAGE as JUDGE
+from congrad_ray.tables import JUDGEMENTS, PROMPTS, RESPONSES, prompt_id, response_id, table_of
+
+WORDS = ["fox", "dog", "Hund", "Fuchs", "perro", "zorro", "chien", "renard"]
+TOO_LONG = "fox " * 300
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_is_stopped_after() -> Iterator[None]:
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+def _prompts(run: RunDirectory, contents: list[str], split: str = "train") -> list[dict[str, Any]]:
+    rows = []
+    for number, content in enumerate(contents):
+        messages = [{"role": "user", "content": content}]
+        language = ("en", "de")[number % 2]
+        rows.append(
+            {
+                "prompt_id": prompt_id(language, messages),
+                "language": language,
+                "prompt": messages,
+                "split": split,
+                "seen": True,
+                "task": None,
+            }
+        )
+    folder = run.stage("prompts", None)
+    folder.begin("fingerprint", False, "prompts")
+    folder.write_table("part-0.parquet", table_of(rows, PROMPTS))
+    folder.commit("prompts", None, "fingerprint", {}, {}, len(rows), 0.0, {})
+    return rows
+
+
+def _recipe(model: Path, rubric: Path, **sections: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "name": "test",
+        "model": {"name": str(model), "dtype": "float32", "max_length": 128},
+        "prompts": {"languages": ["en", "de"]},
+        "generate": {"num_generations": 2, "max_tokens": 16, "temperature": 1.0, "top_p": 1.0},
+        "evaluate": {"max_tokens": 16, "judge_max_tokens": 8},
+        "judge": {"rubric": str(rubric), "method": "expected_score", "min_probability_mass": 0.0},
+    }
+    return Recipe.model_validate(values | sections)
+
+
+@pytest.fixture
+def rubric(tmp_path: Path) -> Path:
+    folder = tmp_path / "rubric"
+    folder.mkdir()
+    (folder / "en.txt").write_text("{prompt}?{response}:")
+    return folder
+
+
+@pytest.mark.timeout(400)
+def test_eight_prompts_are_answered_and_judged(tiny_model: Path, rubric: Path, tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path / "run")
+    prompts = _prompts(run, [*WORDS, TOO_LONG])
+    recipe = _recipe(tiny_model, rubric)
+    profile = Profile(name="local")
+    log: list[str] = []
+
+    manifest = run_stage(GENERATE, recipe, profile, run, log=log.append)
+    responses = run.stage("responses", 0).read_table()
+    assert responses.schema.equals(RESPONSES)
+    rows = responses.to_pylist()
+    wanted = {response_id(row["prompt_id"], 0, sample) for row in prompts[:8] for sample in (0, 1)}
+    assert {row["response_id"] for row in rows} == wanted
+    assert len({row["seed"] for row in rows}) == len({row["response"] for row in rows}) == 16
+    tokenizer = policy(recipe, run, 0).load_tokenizer()
+    for row in rows:
+        assert row["prompt_tokens"] == len(chat_prompt_ids(tokenizer, row["prompt"]))
+        assert 1 <= row["response_tokens"] <= 16
+    assert manifest.counters["quarantined"] == {"prompt_too_long": 2}
+    assert manifest.counters["responses"] == {"de": 8, "en": 8}
+    assert any("18/18 rows, 2 failed" in line for line in log)
+
+    manifest = run_stage(JUDGE, recipe, profile, run, log=log.append)
+    judgements = run.stage("judgements", 0).read_table()
+    assert judgements.schema.equals(JUDGEMENTS)
+    scores = {row["response_id"]: row["score"] for row in judgements.to_pylist()}
+    assert set(scores) == wanted
+    model = policy(recipe, run, 0).load_model("cpu")
+    digits = score_token_ids(tokenizer.get_vocab())
+    template = load_rubric(str(rubric))
+    readable = 0
+    for row in rows:
+        text = template.fill(row["language"], "expected_score", row["prompt"], row["response"])
+        ids = chat_prompt_ids(tokenizer, [{"role": "user", "content": text}])
+        if len(ids) + 1 > 128:
+            assert scores[row["response_id"]] is None
+            continue
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        expected, _ = expected_score(dict(enumerate(logprobs.tolist())), digits)
+        assert scores[row["response_id"]] == pytest.approx(expected, abs=1e-4)
+        readable += 1
+    assert readable == len(scores) - manifest.counters["unreadable"] > 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sampled_judgements_resume_and_are_averaged(tiny_model: Path, rubric: Path, tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path / "run")
+    _prompts(run, WORDS)
+    judge = {"rubric": str(rubric), "method": "sampled", "samples": 3, "temperature": 1.0, "max_tokens": 4}
+    recipe = _recipe(tiny_model, rubric, judge=judge)
+    profile = Profile(name="local")
+    run_stage(GENERATE, recipe, profile, run)
+    first = {row["response_id"]: row for row in run.stage("responses", 0).read_table().to_pylist()}
+
+    run_stage(JUDGE, recipe, profile, run)
+    output = run.stage("judgements", 0)
+    before = sorted(output.read_table().to_pylist(), key=lambda row: str(row["response_id"]))
+    assert {row["asked"] for row in before} == {3}
+    assert all(len(row["outputs"]) == 3 for row in before)
+
+    # A killed run: no manifest, no judgements yet, and a third of the samples lost.
+    samples = output / "samples"
+    table = samples.read_table()
+    for path in samples.files(".parquet"):
+        samples.filesystem.delete_file(path)
+    samples.write_table("part-left.parquet", table.slice(0, 2 * len(table) // 3))
+    for path in output.files(".parquet"):
+        output.filesystem.delete_file(path)
+    output.filesystem.delete_file(f"{output.path}/_manifest.json")
+    log: list[str] = []
+    run_stage(JUDGE, recipe, profile, run, log=log.append)
+    assert any(f"{len(table) // 3}/{len(table) // 3} rows" in line for line in log)
+    after = sorted(output.read_table().to_pylist(), key=lambda row: str(row["response_id"]))
+    assert [row["response_id"] for row in after] == [row["response_id"] for row in before] == sorted(first)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_checkpoint_that_is_not_on_a_local_filesystem_is_fetched(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.fs as pafs
+    import ray
+
+    from congrad_ray.llm.engine import Completion, Request, complete
+    from congrad_ray.rundir import Folder
+    from congrad_ray.session import connect
+
+    monkeypatch.setenv("CONGRAD_RAY_CACHE", str(tmp_path / "cache"))
+    profile = Profile(name="local")
+    ray.shutdown()
+    connect(profile, 2)
+    remote = Folder(pafs.SubTreeFileSystem(str(tiny_model), pafs.LocalFileSystem()), "")
+    settings = _recipe(tiny_model, tiny_model).model
+    source = replace(named_model(str(tiny_model), settings), folder=remote, fingerprint="f" * 16)
+    schema = pa.schema([pa.field("id", pa.string()), pa.field("text", pa.string())])
+    rows = ray.data.from_items([{"id": str(number)} for number in range(4)])
+
+    def request(row: dict[str, Any]) -> Request:
+        return Request([{"role": "user", "content": "fox"}], 4)
+
+    def answer(row: dict[str, Any], completion: Completion) -> dict[str, Any]:
+        return {**row, "text": completion.text}
+
+    found = complete(rows, source, profile, request, answer, schema).take_all()
+    assert sorted(row["id"] for row in found) == ["0", "1", "2", "3"]
+    assert len({row["text"] for row in found}) == 1  # greedy: the same question has the same answer
+    assert (tmp_path / "cache" / "checkpoints" / ("f" * 16) / "config.json").exists()

@@ -1,0 +1,182 @@
+"""A finished run of six languages whose gradients conflict: synthetic tables, the real select stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from congrad_ray.profile import Profile
+from congrad_ray.recipe import Evaluate, Model, Prompts, Recipe
+from congrad_ray.rundir import RunDirectory
+from congrad_ray.settings import to_yaml
+from congrad_ray.stages import select
+from congrad_ray.stages.base import Context
+from congrad_ray.tables import (
+    ANSWERS,
+    COMPARISONS,
+    JUDGEMENTS,
+    PAIRS,
+    PROMPTS,
+    RESPONSES,
+    pair_id,
+    prompt_id,
+    response_id,
+    row_id,
+    sketches_schema,
+    table_of,
+)
+from congrad_ray.training.metrics import MetricsWriter
+
+TEXTS = {
+    "en": ("Why is the sky blue?", "Air scatters blue light more than red.", "It just is."),
+    "de": ("Warum ist der Himmel blau?", "Luft streut blaues Licht stärker als rotes.", "Ist halt so."),
+    "ar": ("لماذا السماء زرقاء؟", "لأن الهواء يشتت الضوء الأزرق أكثر من الأحمر.", "لا أعرف."),
+    "he": ("מדוע השמיים כחולים?", "האוויר מפזר אור כחול יותר מאור אדום.", "ככה זה."),
+    "ru": ("Почему небо голубое?", "Воздух рассеивает синий свет сильнее красного.", "Просто так."),
+    "sw": ("Kwa nini anga ni buluu?", "Hewa hutawanya mwanga wa buluu zaidi.", "Sijui."),
+}
+WIDTH = 64
+
+
+def make_recipe(languages: list[str], name: str = "six languages") -> Recipe:
+    return Recipe(
+        name=name,
+        model=Model(dtype="float32"),
+        prompts=Prompts(languages=languages, unseen_languages=["is"]),
+        evaluate=Evaluate(),
+    )
+
+
+def _write(run: RunDirectory, folder: str, iteration: int | None, table: Any, name: str = "part.parquet") -> None:
+    run.stage(folder, iteration).write_table(name, table)
+
+
+def _commit(run: RunDirectory, folder: str, iteration: int | None, rows: int, seconds: float) -> None:
+    run.stage(folder, iteration).commit(folder, iteration, f"{folder}-print", {}, {}, rows, seconds, {})
+
+
+@pytest.fixture
+def make_run() -> Callable[..., tuple[RunDirectory, Recipe]]:
+    """Builds a run in `folder` up to and with the stage folder `until`; `texts` may be hostile."""
+
+    def make(
+        folder: Path, until: str = "evaluation", texts: dict[str, tuple[str, str, str]] = TEXTS, name: str = "six"
+    ) -> tuple[RunDirectory, Recipe]:
+        run, recipe = RunDirectory.open(folder), make_recipe(list(texts), name)
+        run.write_bytes("recipe.yaml", to_yaml(recipe).encode())
+        steps = ["prompts", "responses", "judgements", "pairs", "sketches", "selection", "policy", "evaluation"]
+        seconds = dict(zip(steps, (0.4, 95.0, 61.0, 2.0, 48.0, 1.5, 83.0, 72.0), strict=True))
+        done = steps[: steps.index(until) + 1]
+        tables = _tables(texts)
+        for step in done:
+            if step in tables:
+                _write(run, step, None if step == "prompts" else 0, tables[step])
+            elif step == "selection":
+                output = run.stage("selection", 0)
+                select.STAGE.run(Context(recipe, Profile(name="test"), run, 0, output, lambda text: None))
+            elif step == "policy":
+                _curves(run)
+            else:
+                _answers(run, list(texts))
+            rows = tables[step].num_rows if step in tables else 100
+            _commit(run, step, None if step == "prompts" else 0, rows, seconds[step])
+        return run, recipe
+
+    return make
+
+
+def _tables(texts: dict[str, tuple[str, str, str]]) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    common = random.normal(size=WIDTH)
+    prompts, responses, judgements, pairs, sketches = [], [], [], [], []
+    for number, (language, (question, good, bad)) in enumerate(texts.items()):
+        # The last language pulls against the others.
+        own = random.normal(size=WIDTH) * 1.2 + (common if number < len(texts) - 1 else -0.5 * common)
+        for row in range(30):
+            message = [{"role": "user", "content": question}]
+            identifier = prompt_id(language, [*message, {"role": "user", "content": str(row)}])
+            base = {"prompt_id": identifier, "language": language, "prompt": message}
+            prompts.append({**base, "split": "train", "seen": True, "task": None})
+            prompts.append(
+                {**base, "prompt_id": identifier[::-1], "split": "evaluation", "seen": True, "task": None}
+            )
+            for sample in range(4):
+                key = {"response_id": response_id(identifier, 0, sample), **base}
+                numbers = {"sample": sample, "seed": 1, "prompt_tokens": 9, "response_tokens": 12}
+                responses.append({**key, **numbers, "response": good, "truncated": False})
+                unread = (row + sample) % 11 == 0
+                score = None if unread else float(random.integers(0, 6))
+                read = {"score": score, "readable": 0 if unread else 1, "asked": 1, "outputs": [""]}
+                judgements.append({**key, **read})
+            if row % 9 == 8:
+                continue
+            pair = {"pair_id": pair_id(identifier, 0), **base}
+            pairs.append(
+                {
+                    **pair,
+                    "chosen": [{"role": "assistant", "content": good}],
+                    "rejected": [{"role": "assistant", "content": bad}],
+                    "chosen_score": 4.5,
+                    "rejected_score": 1.25,
+                    "chosen_response_id": response_id(identifier, 0, 0),
+                    "rejected_response_id": response_id(identifier, 0, 1),
+                }
+            )
+            sketch = own + random.normal(size=WIDTH) * 3
+            values = {"sketch": sketch.tolist(), "norm": float(np.linalg.norm(sketch)), "coefficient": 0.05}
+            logps = {"chosen_logps": -30.0, "rejected_logps": -20.0}
+            tokens = {"prompt_tokens": 9, "chosen_tokens": 12, "rejected_tokens": 5}
+            sketches.append({**pair, **values, **logps, **tokens})
+    return {
+        "prompts": table_of(prompts, PROMPTS),
+        "responses": table_of(responses, RESPONSES),
+        "judgements": table_of(judgements, JUDGEMENTS),
+        "pairs": table_of(pairs, PAIRS),
+        "sketches": table_of(sketches, sketches_schema(WIDTH)),
+    }
+
+
+def _curves(run: RunDirectory) -> None:
+    writer = MetricsWriter(run.stage("policy", 0), 0)
+    random = np.random.default_rng(1)
+    for step in range(1, 25):
+        gain = 1 - math.exp(-step / 8)
+        noise = float(random.normal()) * 0.01
+        writer.add(
+            {
+                "step": step,
+                "epoch": step / 24,
+                "learning_rate": 1e-5,
+                "loss": 0.6931 - 0.31 * gain + noise,
+                "rewards/chosen": 0.4 * gain,
+                "rewards/rejected": -0.5 * gain + noise,
+                "rewards/accuracies": min(1.0, 0.5 + 0.45 * gain + noise),
+                "rewards/margins": 0.9 * gain + noise,
+                "grad_norm": 3.2 - 1.4 * gain + 10 * noise,
+            }
+        )
+    writer.close()
+
+
+def _answers(run: RunDirectory, languages: list[str]) -> None:
+    """Greedy true scores 0.25 before and 0.50 after (0.20 unseen), wins 0.75 of the judged; one unreadable."""
+    answers, comparisons = [], []
+    for language in [*languages, "is"]:
+        seen = language != "is"
+        for row in range(8):
+            identifier = prompt_id(language, [{"role": "user", "content": f"evaluation {row}"}])
+            base = {"prompt_id": identifier, "language": language, "seen": seen}
+            for model, score in (("M_0", 0.25), ("M_1", 0.5 if seen else 0.2)):
+                text = {"prompt": [], "response": "x", "response_tokens": 10 if model == "M_0" else 13}
+                rest = {"decoding": "greedy", "truncated": False, "true_score": score}
+                answers.append({"answer_id": row_id(model, identifier), "model": model, **base, **text, **rest})
+            win = None if row == 7 else (0.0 if row == 0 else 0.5 if row in (1, 2) else 1.0)
+            judged = {"model": "M_1", "baseline": "M_0", "order": "model_first", "win": win, "output": ""}
+            comparisons.append({"comparison_id": row_id("c", identifier), **base, **judged})
+    _write(run, "evaluation", 0, table_of(answers, ANSWERS), "answers.parquet")
+    _write(run, "evaluation", 0, table_of(comparisons, COMPARISONS), "comparisons.parquet")

@@ -1,0 +1,173 @@
+"""Sketch and select on a tiny real model, against autograd and a NumPy re-derivation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from congrad_ray.execution import run_stage
+from congrad_ray.models import ModelSource
+from congrad_ray.profile import Profile
+from congrad_ray.recipe import Recipe
+from congrad_ray.rundir import RunDirectory, StageFolder
+from congrad_ray.settings import validate
+from congrad_ray.stages import select
+from congrad_ray.stages.sketch import FAILURE, SketchReplica
+from congrad_ray.tables import PAIRS, sketches_schema, table_of
+
+WIDTH = 256
+
+
+def recipe_for(model: Path, **sections: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "name": "test",
+        "model": {"name": str(model), "dtype": "float32", "max_length": 64},
+        "prompts": {"languages": ["en", "de"]},
+        "generate": {"max_tokens": 16},
+        "evaluate": {"max_tokens": 16},
+        "sketch": {"width": WIDTH, "max_tokens_per_batch": 256},
+        "train": {"beta": 0.2, "length_penalty": 0.01},
+    }
+    return validate(Recipe, values | sections, "test")
+
+
+def pair(number: int, prompt: str, chosen: str, rejected: str, language: str = "en") -> dict[str, Any]:
+    def message(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    return {
+        "pair_id": f"pair-{number}",
+        "prompt_id": f"prompt-{number}",
+        "language": language,
+        "prompt": message("user", prompt),
+        "chosen": message("assistant", chosen),
+        "rejected": message("assistant", rejected),
+        "chosen_score": 4.0,
+        "rejected_score": 1.0,
+        "chosen_response_id": "a",
+        "rejected_response_id": "b",
+    }
+
+
+ROWS = [
+    pair(0, "How are you?", "Fine, the fox is quick.", "The dog"),
+    pair(1, "Wie geht es dir?", "Der Fuchs ist schnell.", "Faul", "de"),
+    pair(2, "2 + 2", "4", "5 6 7 8 9 0 1 2 3"),
+    pair(3, "x", "too long " * 40, "y"),
+    pair(4, "same", "word", "word"),
+]
+
+
+def test_a_replica_writes_the_sketch_of_autograds_gradient(tiny_model: Path) -> None:
+    import torch
+
+    from congrad_ray.gradient.countsketch import CountSketch
+    from congrad_ray.gradient.exact import pair_gradient
+    from congrad_ray.preference.batching import collate_pairs
+    from congrad_ray.preference.tokenization import tokenize_pair
+
+    recipe = recipe_for(tiny_model)
+    source = ModelSource(str(tiny_model), recipe.model)
+    found = SketchReplica(source, recipe, "cpu", threads=1)(table_of(ROWS, PAIRS)).to_pylist()
+    assert [row["pair_id"] for row in found] == [row["pair_id"] for row in ROWS]
+    assert [row[FAILURE] and row[FAILURE]["reason"] for row in found] == [
+        None,
+        None,
+        None,
+        "pair_too_long",
+        "cannot_tokenize",
+    ]
+    tokenizer, model = source.load_tokenizer(), source.load_model("cpu")
+    for row, result in zip(ROWS[:3], found, strict=False):
+        tokens = tokenize_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], 64)
+        batch = collate_pairs([tokens], 2, "cpu")
+        exact = pair_gradient(model, batch)
+        expected = CountSketch(WIDTH, recipe.sketch.seed).sketch_vector(exact).numpy()
+        norm = float(torch.sqrt(sum((g.double() ** 2).sum() for g in exact.values())))
+        assert np.linalg.norm(np.array(result["sketch"]) - expected) <= 1e-5 * np.linalg.norm(expected)
+        assert result["norm"] == pytest.approx(norm, rel=1e-5)
+        longer = len(tokens.chosen_ids) - len(tokens.rejected_ids)
+        assert result["coefficient"] == pytest.approx(0.2 / (1 + np.exp(0.01 * longer)), rel=1e-6)
+
+
+def write_sketches(folder: StageFolder, count: int, seed: int) -> list[dict[str, Any]]:
+    generator = np.random.default_rng(seed)
+    shift = {"en": generator.normal(size=WIDTH), "de": generator.normal(size=WIDTH)}
+    rows = [
+        {
+            "pair_id": f"pair-{number:03}",
+            "language": language,
+            "sketch": (generator.normal(size=WIDTH) + shift[language]).astype(np.float32),
+            "norm": 1.0,
+            "coefficient": float(generator.uniform(0.01, 0.2)),
+            "chosen_logps": -float(number),
+            "rejected_logps": -float(number) - 1,
+            "prompt_tokens": 3,
+            "chosen_tokens": 4,
+            "rejected_tokens": 5,
+        }
+        for number in range(count)
+        for language in [("en", "de")[number % 2]]
+    ]
+    for start in range(0, count, 7):
+        folder.write_table(f"part-{start}.parquet", table_of(rows[start : start + 7], sketches_schema(WIDTH)))
+    folder.commit("sketch", 0, "sketches", None, {}, count, 0.0, {})
+    return rows
+
+
+def test_selection_equals_a_direct_derivation(tmp_path: Path, tiny_model: Path) -> None:
+    run = RunDirectory.open(tmp_path / "run")
+    rows = write_sketches(run.stage("sketches", 0), 40, seed=1)
+    pairs = run.stage("pairs", 0)
+    pairs.write_table(
+        "pairs.parquet",
+        table_of([{**pair(0, "p", "c", "r", row["language"]), "pair_id": row["pair_id"]} for row in rows], PAIRS),
+    )
+    pairs.commit("pair", 0, "pairs", None, {}, 40, 0.0, {})
+    recipe = recipe_for(tiny_model, select={"keep": 0.3, "seed": 5})
+    run_stage(select.STAGE, recipe, Profile(name="test"), run, log=lambda text: None)
+
+    gradients = {}
+    for language in ("de", "en"):
+        members = [row for row in rows if row["language"] == language]
+        gradients[language] = np.mean([row["coefficient"] * row["sketch"].astype(float) for row in members], axis=0)
+    # Two languages have one order only: each is projected against the other's original gradient.
+    de, en = gradients["de"], gradients["en"]
+    inner = de @ en
+    direction = (de - min(inner / (en @ en), 0) * en) + (en - min(inner / (de @ de), 0) * de)
+    expected = {
+        row["pair_id"]: row["sketch"] @ direction / np.linalg.norm(row["sketch"]) / np.linalg.norm(direction)
+        for row in rows
+    }
+    folder = run.stage("selection", 0)
+    scores = folder.read_table(name="scores.parquet").to_pylist()
+    for row in scores:
+        assert row["cosine"] == pytest.approx(expected[row["pair_id"]], abs=1e-6)
+    for language in ("de", "en"):
+        ranked = sorted((r for r in scores if r["language"] == language), key=lambda r: -r["cosine"])
+        assert [row["kept"] for row in ranked] == [True] * 6 + [False] * 14
+    selected = folder.read_table(name="selected.parquet").to_pylist()
+    assert {row["pair_id"] for row in selected} == {row["pair_id"] for row in scores if row["kept"]}
+    for row in selected:
+        number = int(row["pair_id"].split("-")[1])
+        assert (row["ref_chosen_logps"], row["ref_rejected_logps"]) == (-number, -number - 1)
+        assert row["congrad_score"] == pytest.approx(expected[row["pair_id"]], abs=1e-6)
+    summary = json.loads(folder.read_bytes("summary.json"))
+    cosine = inner / np.linalg.norm(de) / np.linalg.norm(en)
+    assert summary["cosine_before"][0][1] == pytest.approx(cosine, abs=1e-6)
+    assert summary["per_language"]["en"]["kept"] == 6
+
+
+def test_the_order_of_parts_makes_no_difference(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    rows = write_sketches(RunDirectory.open(tmp_path / "a").stage("sketches", 0), 21, seed=2)
+    other = RunDirectory.open(tmp_path / "b").stage("sketches", 0)
+    shuffled = [rows[i] for i in generator.permutation(len(rows))]
+    other.write_table("part.parquet", pa.concat_tables([table_of(shuffled, sketches_schema(WIDTH))]))
+    first = select.language_gradients(RunDirectory.open(tmp_path / "a").stage("sketches", 0))
+    second = select.language_gradients(other)
+    assert first[0] == second[0]
+    np.testing.assert_allclose(first[1], second[1], rtol=1e-12)

@@ -1,0 +1,68 @@
+"""The commands as a user types them: help, plan, doctor, status, and errors that say what to do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "jobs" / "recipes" / "demo.yaml"
+
+
+def congrad(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "congrad_ray.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_names_every_verb() -> None:
+    result = congrad("--help")
+    assert result.returncode == 0
+    verbs = "run prompts generate judge pair sketch select train evaluate report filter plan status doctor"
+    for verb in verbs.split():
+        assert verb in result.stdout
+        assert (ROOT / "jobs" / f"{verb}.py").exists() or verb in ("status", "doctor")
+
+
+def test_plan_shows_the_stages_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    result = congrad("plan", DEMO)
+    assert result.returncode == 0, result.stderr
+    assert "Every stage fits" in result.stdout and "DeepSpeed workers" in result.stdout
+    profile = tmp_path / "small.yaml"
+    profile.write_text("name: small\nlocal_cpus: 2\nengines: {cpus: 2}\n")
+    result = congrad("plan", DEMO, "--profile", profile)
+    assert result.returncode == 2
+    assert "generate" in result.stderr and "at least 3 CPUs, there are 2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", DEMO, "--run", "RUN", "--set", "train.betta=1"], "train.betta: no such setting"),
+        (["run", DEMO, "--run", "RUN", "--until", "trian"], "--until trian: no such stage"),
+        (["run", "nowhere.yaml", "--run", "RUN"], "nowhere.yaml"),
+        (["run", DEMO, "--run", "RUN", "--profile", "nowhere"], "no profile 'nowhere'"),
+        (["select", DEMO, "--run", "RUN"], "select needs iteration-0/pairs"),
+        (["select", DEMO, "--run", "RUN", "--iteration", 7], "iterations 0..0"),
+        (["status", "--run", "RUN"], "holds no run"),
+        (["filter", "nowhere.jsonl", "--model", "x", "--out", "RUN"], "no file nowhere.jsonl"),
+        (["filter", ROOT, "--model", "x", "--out", "RUN"], "is a folder"),
+        (["filter", "nowhere.jsonl", "--model", "x", "--out", "RUN", "--keep", "1.5"], "keep: Input should be less"),
+    ],
+)
+def test_wrong_input_is_one_clear_line_and_exit_code_2(tmp_path: Path, arguments: list[object], told: str) -> None:
+    result = congrad(*[tmp_path / "run" if a == "RUN" else a for a in arguments])
+    assert result.returncode == 2
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_doctor_finds_what_was_tried() -> None:
+    result = congrad("doctor")
+    assert "ray" in result.stdout and "2.60.0" in result.stdout
+    assert "missing" not in result.stdout

@@ -1,0 +1,114 @@
+"""`congrad filter` for real: Ray, a tiny model, real processes, a real interrupt."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+LANGUAGES = ("en", "de", "fr")
+
+
+def write_preferences(path: Path, count: int) -> Path:
+    rows = [
+        {
+            "prompt": f"Count to {n}",
+            "chosen": " ".join(str(i) for i in range(n % 9 + 2)),
+            "rejected": f"The fox says {n}",
+            "language": LANGUAGES[n % 3],
+            "source": {"row": n},
+        }
+        for n in range(count)
+    ]
+    bad = [{"prompt": "x", "chosen": "", "rejected": "y", "language": "en"}, {"prompt": "x", "language": "en"}]
+    lines = [json.dumps(row) for row in (*rows, rows[0], *bad)]
+    path.write_text("\n".join([*lines, "{broken"]))
+    return path
+
+
+def command(preferences: Path, model: Path, out: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "congrad_ray.cli", "filter", str(preferences), "--model", str(model)),
+        *("--out", str(out), "--width", "512", "--max-length", "256", "--chat"),
+    ]
+
+
+def kept_rows(out: Path) -> list[dict[str, object]]:
+    return pq.read_table(out / "selected.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("filter")
+    preferences = write_preferences(folder / "preferences.jsonl", 300)
+    subprocess.run(command(preferences, tiny_model, folder / "out"), check=True, timeout=300)
+    return preferences, folder / "out"
+
+
+def test_the_kept_pairs_come_out_in_the_shape_they_went_in(undisturbed: tuple[Path, Path]) -> None:
+    _, out = undisturbed
+    rows = kept_rows(out)
+    assert len(rows) == 150
+    assert {tuple(sorted(row)) for row in rows} == {
+        ("chosen", "congrad_score", "language", "prompt", "rejected", "source")
+    }
+    numbers = [row["source"]["row"] for row in rows]  # type: ignore[index]
+    assert numbers == sorted(numbers), "the input's order is kept"
+    scores = pq.read_table(out / "scores.parquet").to_pylist()
+    assert len(scores) == 300 and sum(row["kept"] for row in scores) == 150
+    summary = json.loads((out / "summary.json").read_text())
+    assert {language: row["kept"] for language, row in summary["per_language"].items()} == {
+        "de": 50,
+        "en": 50,
+        "fr": 50,
+    }
+    manifest = json.loads((out / "work" / "iteration-0" / "pairs" / "_manifest.json").read_text())
+    assert manifest["counters"]["quarantined"] == {"chosen_empty": 1, "missing_column": 1, "not_json": 1}
+    assert manifest["counters"]["duplicates"] == 1
+
+
+def test_a_second_run_skips_everything(undisturbed: tuple[Path, Path], tiny_model: Path) -> None:
+    preferences, out = undisturbed
+    before = kept_rows(out)
+    again = subprocess.run(
+        command(preferences, tiny_model, out), check=True, timeout=300, capture_output=True, text=True
+    )
+    assert again.stdout.count("done already") == 3
+    assert kept_rows(out) == before
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_and_gives_the_same_selection(
+    undisturbed: tuple[Path, Path], tiny_model: Path, tmp_path: Path, stop: signal.Signals
+) -> None:
+    preferences, expected = undisturbed
+    process = subprocess.Popen(
+        command(preferences, tiny_model, tmp_path / "out"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    sketches = tmp_path / "out" / "work" / "iteration-0" / "sketches"
+    try:
+        end = time.monotonic() + 240
+        while not list(sketches.glob("*.parquet")):
+            assert process.poll() is None and time.monotonic() < end, "no part was written before the end"
+            time.sleep(0.05)
+        process.send_signal(stop)
+        process.wait(60)
+    finally:
+        # The driver's death is the test; what is left of its Ray would disturb the next.
+        if process.poll() is None or stop == signal.SIGKILL:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == (130 if stop != signal.SIGKILL else -signal.SIGKILL)
+    parts = set(sketches.glob("*.parquet"))
+    assert not (sketches / "_manifest.json").exists() and parts
+    subprocess.run(command(preferences, tiny_model, tmp_path / "out"), check=True, timeout=300)
+    assert parts <= set(sketches.glob("*.parquet")), "rows that were there are not computed again"
+    first, second = kept_rows(expected), kept_rows(tmp_path / "out")
+    assert [row["source"] for row in first] == [row["source"] for row in second]
