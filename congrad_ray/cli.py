@@ -20,6 +20,7 @@ from congrad_ray.profile import load_profile
 from congrad_ray.recipe import Recipe, load_recipe
 from congrad_ray.rundir import RunDirectory, RunDirectoryError
 from congrad_ray.settings import parse_yaml, validate
+from congrad_ray.stages.base import Stage
 
 app = typer.Typer(
     name="congrad",
@@ -206,7 +207,7 @@ def status(run: RunUri) -> None:
     directory = RunDirectory.open(run)
     if not directory.exists("recipe.yaml"):
         raise RunDirectoryError(f"{run} holds no run: there is no recipe.yaml in it")
-    stored = validate(Recipe, parse_yaml(directory.read_bytes("recipe.yaml")), f"{run}/recipe.yaml")
+    stored = validate(Recipe, parse_yaml(directory.read_bytes("recipe.yaml").decode()), f"{run}/recipe.yaml")
     _show_run(directory, stored)
 
 
@@ -230,7 +231,7 @@ def _show_run(directory: RunDirectory, recipe: Recipe) -> None:
     from congrad_ray.pipeline import FIRST, ITERATED, LAST
 
     table = Table("stage", "iteration", "state", "rows", "seconds", title=directory.path)
-    steps = [(stage, None) for stage in FIRST]
+    steps: list[tuple[Stage, int | None]] = [(stage, None) for stage in FIRST]
     steps += [(stage, number) for number in range(recipe.iterations) for stage in ITERATED]
     steps += [(stage, None) for stage in LAST]
     for stage, number in steps:
@@ -257,7 +258,7 @@ def _show_stage(directory: RunDirectory, name: str, iteration: int) -> None:
     if name == "evaluate":
         summary = directory.stage("evaluation", iteration).read_json("summary.json")
         if summary:
-            _show_evaluation(summary, iteration)
+            _show_evaluation(summary)
 
 
 def _show_selection(summary: dict[str, Any]) -> None:
@@ -278,8 +279,37 @@ def _show_selection(summary: dict[str, Any]) -> None:
         console.print(matrix)
 
 
-def _show_evaluation(summary: dict[str, Any], iteration: int) -> None:
-    raise NotImplementedError
+def _show_evaluation(summary: dict[str, Any]) -> None:
+    model, baseline = summary["model"], summary["baseline"]
+    if summary["score_changes"]:
+        table = Table("language", "", "decoding", "prompts", baseline, model, "change", "95% interval")
+        table.title = f"true score of {model} against {baseline}"
+        for row in summary["score_changes"]:
+            table.add_row(
+                "all" if row["language"] == "*" else row["language"],
+                "seen" if row["seen"] else "unseen",
+                row["decoding"],
+                str(row["count"]),
+                f"{row['before']:.3f}",
+                f"{row['after']:.3f}",
+                f"{row['change']:+.3f}",
+                f"{row['low']:+.3f} .. {row['high']:+.3f}",
+            )
+        console.print(table)
+    if summary["win_rates"]:
+        table = Table("language", "", "prompts", "win rate", "95% interval", "unreadable")
+        table.title = f"{model} against {baseline}, judged in both orders"
+        for row in summary["win_rates"]:
+            known = row["win_rate"] is not None
+            table.add_row(
+                "all" if row["language"] == "*" else row["language"],
+                "seen" if row["seen"] else "unseen",
+                str(row["prompts"]),
+                f"{row['win_rate']:.1%}" if known else "",
+                f"{row['low']:.1%} .. {row['high']:.1%}" if known else "",
+                str(row["unreadable"]),
+            )
+        console.print(table)
 
 
 def _stop(signal_number: int, frame: Any) -> None:

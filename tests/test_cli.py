@@ -52,7 +52,10 @@ def test_plan_shows_the_stages_and_refuses_what_does_not_fit(tmp_path: Path) -> 
         (["status", "--run", "RUN"], "holds no run"),
         (["filter", "nowhere.jsonl", "--model", "x", "--out", "RUN"], "no file nowhere.jsonl"),
         (["filter", ROOT, "--model", "x", "--out", "RUN"], "is a folder"),
-        (["filter", "nowhere.jsonl", "--model", "x", "--out", "RUN", "--keep", "1.5"], "keep: Input should be less"),
+        (
+            ["filter", "nowhere.jsonl", "--model", "x", "--out", "RUN", "--keep", "1.5"],
+            "keep: Input should be less",
+        ),
     ],
 )
 def test_wrong_input_is_one_clear_line_and_exit_code_2(tmp_path: Path, arguments: list[object], told: str) -> None:

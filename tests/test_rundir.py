@@ -66,7 +66,10 @@ def test_a_damaged_manifest_means_not_done(run: RunDirectory) -> None:
 def test_rows_in_quarantine_count_as_done(run: RunDirectory) -> None:
     stage = run.stage("selection", 0)
     stage.write_quarantine(
-        [{"row_id": "p9", "language": None, "reason": "too_long", "detail": "x"}, {"row_id": "p8", "language": "en", "reason": "too_long", "detail": ""}]
+        [
+            {"row_id": "p9", "language": None, "reason": "too_long", "detail": "x"},
+            {"row_id": "p8", "language": "en", "reason": "too_long", "detail": ""},
+        ]
     )
     assert stage.ids("pair_id") == {"p8", "p9"}
     assert stage.quarantine_counts() == {"too_long": 2}

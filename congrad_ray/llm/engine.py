@@ -43,6 +43,7 @@ _REQUESTS = pa.schema(
 FAILURE_FIELD = pa.field(FAILURE, pa.struct([pa.field("reason", pa.string()), pa.field("detail", pa.string())]))
 # ray.data.llm: a row with this set bypasses the engine and the postprocess function.
 _ERROR = "__inference_error__"
+_CPU_BATCHED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,10 @@ def _processor_config(source: ModelSource, profile: Profile) -> vLLMEngineProces
     environment: dict[str, str] = {}
     if on_cpu:
         environment = _cpu_environment(profile)
+        # vLLM 0.29 dies on a CPU ("CPU Generator does not use offset") when the prompt of a request with a seed
+        # is computed in chunks, which happens as soon as many requests arrive together.
+        engine_kwargs["enable_chunked_prefill"] = False
+        engine_kwargs["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, settings.max_length)
     else:
         engine_kwargs["tensor_parallel_size"] = engines.tensor_parallel_size
         engine_kwargs["gpu_memory_utilization"] = engines.gpu_memory_utilization

@@ -59,6 +59,7 @@ def render(facts: RunFacts, recipe: dict[str, Any]) -> str:
         longest_stage=max((s.manifest.seconds for s in facts.stages if s.manifest), default=1.0) or 1.0,
         total_seconds=sum(s.manifest.seconds for s in facts.stages if s.manifest),
         pictures=pictures,
+        verdict=_verdict,
     )
 
 
@@ -139,6 +140,13 @@ def _versions(facts: RunFacts) -> dict[str, str]:
         for package, version in (stage.manifest.versions if stage.manifest else {}).items():
             found.setdefault(package, set()).add(version)
     return {package: ", ".join(sorted(versions)) for package, versions in sorted(found.items())}
+
+
+def _verdict(low: float, high: float, no_change: float) -> str:
+    """The CSS class of a change: green or red only where its interval leaves out no change."""
+    if low > no_change:
+        return "up"
+    return "down" if high < no_change else "soft"
 
 
 def duration(seconds: float) -> str:

@@ -20,10 +20,10 @@ class FlawRates:
 
 
 # Answers leave room for alignment: about a third of them are perfect.
-ANSWER_FLAWS = FlawRates(content=0.2, language=0.2, closing=0.35, repetition=0.2)
+ANSWER_FLAWS = FlawRates(content=0.1, language=0.15, closing=0.35, repetition=0.2)
 # A judge must see every score, so what it judges is flawed more often.
 JUDGED_FLAWS = FlawRates(content=0.5, language=0.25, closing=0.35, repetition=0.25)
-JUDGE_SHARE = 0.35
+JUDGE_SHARE = 0.2
 PROMPTS_PER_LANGUAGE = 3000
 
 

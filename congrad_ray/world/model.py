@@ -24,8 +24,9 @@ from congrad_ray.world.tokenizer import VOCABULARY_SIZE, train_tokenizer
 
 TRAINING_TOKENS = 2_000_000
 TOKENIZER_DIALOGUES = 12_000
-BATCH_TOKENS = 2_000
+BATCH_TOKENS = 1_000
 LEARNING_RATE = 3e-3
+INITIALIZER_RANGE = 0.06
 # Prompts are learned too, lightly: it teaches the words, and the loss is mostly about answers.
 PROMPT_WEIGHT = 0.3
 PROGRESS_SECONDS = 10.0
@@ -118,6 +119,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         num_key_value_heads=4,
         head_dim=32,
         max_position_embeddings=512,
+        initializer_range=INITIALIZER_RANGE,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -170,7 +172,9 @@ def _train(
     training_tokens: int,
     progress: Callable[[str], None],
 ) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     model.train()
     seen = 0
     started = last_line = time.monotonic()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from congrad_ray.evaluation.statistics import score_changes, summarise_answers, win_rates
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Evaluate, Model, Prompts, Recipe
 from congrad_ray.rundir import RunDirectory
@@ -17,8 +19,6 @@ from congrad_ray.settings import to_yaml
 from congrad_ray.stages import select
 from congrad_ray.stages.base import Context
 from congrad_ray.tables import (
-    ANSWERS,
-    COMPARISONS,
     JUDGEMENTS,
     PAIRS,
     PROMPTS,
@@ -26,7 +26,6 @@ from congrad_ray.tables import (
     pair_id,
     prompt_id,
     response_id,
-    row_id,
     sketches_schema,
     table_of,
 )
@@ -164,7 +163,7 @@ def _curves(run: RunDirectory) -> None:
 
 
 def _answers(run: RunDirectory, languages: list[str]) -> None:
-    """Greedy true scores 0.25 before and 0.50 after (0.20 unseen), wins 0.75 of the judged; one unreadable."""
+    """Greedy true scores 0.25 before and 0.50 after (0.20 unseen); of 8 4 won, 2 tied, 1 lost, 1 unread."""
     answers, comparisons = [], []
     for language in [*languages, "is"]:
         seen = language != "is"
@@ -172,11 +171,15 @@ def _answers(run: RunDirectory, languages: list[str]) -> None:
             identifier = prompt_id(language, [{"role": "user", "content": f"evaluation {row}"}])
             base = {"prompt_id": identifier, "language": language, "seen": seen}
             for model, score in (("M_0", 0.25), ("M_1", 0.5 if seen else 0.2)):
-                text = {"prompt": [], "response": "x", "response_tokens": 10 if model == "M_0" else 13}
-                rest = {"decoding": "greedy", "truncated": False, "true_score": score}
-                answers.append({"answer_id": row_id(model, identifier), "model": model, **base, **text, **rest})
+                text = {"response_tokens": 10 if model == "M_0" else 13, "truncated": False}
+                answers.append({"model": model, **base, **text, "decoding": "greedy", "true_score": score})
             win = None if row == 7 else (0.0 if row == 0 else 0.5 if row in (1, 2) else 1.0)
-            judged = {"model": "M_1", "baseline": "M_0", "order": "model_first", "win": win, "output": ""}
-            comparisons.append({"comparison_id": row_id("c", identifier), **base, **judged})
-    _write(run, "evaluation", 0, table_of(answers, ANSWERS), "answers.parquet")
-    _write(run, "evaluation", 0, table_of(comparisons, COMPARISONS), "comparisons.parquet")
+            comparisons.append({**base, "order": "model_first", "win": win})
+    summary = {
+        "model": "M_1",
+        "baseline": "M_0",
+        "answers": [asdict(row) for row in summarise_answers(answers)],
+        "score_changes": [asdict(row) for row in score_changes(answers, "M_0", "M_1")],
+        "win_rates": [asdict(row) for row in win_rates(comparisons)],
+    }
+    run.stage("evaluation", 0).write_json("summary.json", summary)

@@ -88,11 +88,14 @@ def test_evaluation_is_averaged_per_language(tmp_path: Path, make_run: MakeRun) 
         assert rows[language].score_after == pytest.approx(after)
         # 1 loss, 2 ties, 4 wins of 7 readable
         assert rows[language].win_rate == pytest.approx(5 / 7)
-    assert (rows["all seen"].judged, rows["all seen"].unreadable, rows["all seen"].prompts) == (42, 6, 48)
+        assert 0 < rows[language].win_low < 5 / 7 < rows[language].win_high <= 1
+    assert (rows["all seen"].unreadable, rows["all seen"].prompts) == (6, 48)
+    assert (rows["all seen"].tokens_before, rows["all seen"].tokens_after) == (10, 13)
     text = words(report_of(run, recipe))
     assert "0.250 → 0.500" in text
     assert "0.250 → 0.200" in text
-    assert "71 % 7 , 1 unreadable" in text.replace("7, 1", "7 , 1")
+    assert "+0.250 [+0.250, +0.250]" in text
+    assert re.search(r"71 % \[\d+ %, \d+ %\] 6 unreadable", text)
     assert "10.0 → 13.0" in text
 
 

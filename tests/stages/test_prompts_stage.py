@@ -33,7 +33,11 @@ def write(path: Path, rows: list[object]) -> Path:
     return path
 
 
-GOOD = [{"prompt": f"{word} {n}", "language": tag} for tag, word in [("en", "Count"), ("de", "Zähle")] for n in range(5)]
+GOOD = [
+    {"prompt": f"{word} {n}", "language": tag}
+    for tag, word in [("en", "Count"), ("de", "Zähle")]
+    for n in range(5)
+]
 
 
 def perform(recipe: Recipe, folder: Path) -> tuple[pa.Table, dict[str, int]]:
@@ -100,9 +104,7 @@ def test_parquet_with_messages_and_names_of_languages(tmp_path: Path) -> None:
         "language_column": "lang",
         "language_names": {"English": "en"},
     }
-    table, _ = perform(
-        recipe_for(tmp_path, train=source, evaluation=source, languages=["en"]), tmp_path / "run"
-    )
+    table, _ = perform(recipe_for(tmp_path, train=source, evaluation=source, languages=["en"]), tmp_path / "run")
     assert table.num_rows == 4
 
 
@@ -110,14 +112,20 @@ def test_parquet_with_messages_and_names_of_languages(tmp_path: Path) -> None:
     ("name", "content", "told"),
     [
         ("empty.jsonl", b"", "is empty"),
-        ("columns.jsonl", b'{"text": "x", "language": "en"}\n', "no column 'prompt'; columns found: language, text"),
+        (
+            "columns.jsonl",
+            b'{"text": "x", "language": "en"}\n',
+            "no column 'prompt'; columns found: language, text",
+        ),
         ("few.jsonl", b'{"prompt": "x", "language": "en"}\n', "'de'"),
         ("broken.parquet", b"PAR1", "not a readable Parquet"),
         ("folder", None, "is a folder"),
         ("missing.jsonl", None, "no file"),
     ],
 )
-def test_an_input_that_cannot_be_used_is_named(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
+def test_an_input_that_cannot_be_used_is_named(
+    tmp_path: Path, name: str, content: bytes | None, told: str
+) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)

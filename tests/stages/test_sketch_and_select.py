@@ -133,7 +133,9 @@ def test_selection_equals_a_direct_derivation(tmp_path: Path, tiny_model: Path) 
     gradients = {}
     for language in ("de", "en"):
         members = [row for row in rows if row["language"] == language]
-        gradients[language] = np.mean([row["coefficient"] * row["sketch"].astype(float) for row in members], axis=0)
+        gradients[language] = np.mean(
+            [row["coefficient"] * row["sketch"].astype(float) for row in members], axis=0
+        )
     # Two languages have one order only: each is projected against the other's original gradient.
     de, en = gradients["de"], gradients["en"]
     inner = de @ en
