@@ -61,7 +61,10 @@ class Profile(Settings):
     """Where a whole run runs."""
 
     name: str = Field(min_length=1)
-    address: str | None = Field(None, description="Ray address; null: the cluster of the job, else a local one")
+    address: str | None = Field(
+        None,
+        description="Ray address, 'auto' for the one running here; null: $RAY_ADDRESS, else a Ray is started here",
+    )
     device: Literal["cpu", "cuda"] = "cpu"
     local_cpus: Positive | None = Field(
         None,

@@ -39,6 +39,7 @@ def connect(profile: Profile, cpus_needed: float) -> None:
         else:
             store = profile.object_store_gib
             ray.init(
+                address="local",  # never a cluster that happens to run here: it may lack the CPUs or be another's
                 num_cpus=_local_cpus(profile, cpus_needed),
                 object_store_memory=int(store * 2**30) if store else None,
                 include_dashboard=False,

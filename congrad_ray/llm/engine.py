@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -44,6 +46,7 @@ FAILURE_FIELD = pa.field(FAILURE, pa.struct([pa.field("reason", pa.string()), pa
 # ray.data.llm: a row with this set bypasses the engine and the postprocess function.
 _ERROR = "__inference_error__"
 _CPU_BATCHED_TOKENS = 4096
+_ENGINE_RESTARTS = 3
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,29 @@ class Completion:
     response_tokens: int
     truncated: bool
     first_logprobs: Mapping[int, float] = field(default_factory=dict)
+
+
+class EngineFailed(ValueError):
+    """The engines cannot start or ended again and again; the text says where vLLM's own words are."""
+
+
+@contextmanager
+def engine_failures() -> Iterator[None]:
+    """Around the execution of a dataset of `complete`: an engine's end is told in words that help."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        logs = Path(ray._private.worker.global_worker.node.get_session_dir_path()) / "logs"
+        raise EngineFailed(
+            f"{str(error).strip()[:2000]}\n\nThe engines stopped the stage: an engine that ends is started again "
+            f"{_ENGINE_RESTARTS} times. What vLLM said is in the worker-*.out and worker-*.err files of its node, "
+            f"here {logs}. If it ran out of memory, lower engines.max_num_seqs, gpu_memory_utilization or "
+            "kv_cache_gib in the profile or model.max_length in the recipe. Rows that were written are kept: run the "
+            "stage again to go on."
+        ) from error
 
 
 def sampling_seed(seed: int, identifier: str) -> int:
@@ -154,8 +180,11 @@ def complete(
             "completion": json.dumps(_completion(row, stop_ids)),
         },
     )
+    stage = processor.get_stage_by_name("vLLMEngineStage")
+    # Ray would restart for ever an engine that the same requests end again and again.
+    stage.map_batches_kwargs["max_restarts"] = _ENGINE_RESTARTS
     if source.folder is not None and not source.folder.is_local:
-        _fetch_where_engines_run(processor, source)
+        stage.fn = _fetching(stage.fn, source)
     # Blocks of one engine batch: otherwise a small table is one block and all of it goes to a single engine.
     requests = dataset.repartition(target_num_rows_per_block=profile.engines.batch_size).map_batches(
         prepare, batch_format="pyarrow", batch_size=None
@@ -311,13 +340,11 @@ def _cpu_environment(profile: Profile) -> dict[str, str]:
     }
 
 
-def _fetch_where_engines_run(processor: Any, source: ModelSource) -> None:
-    """Makes each engine load its node's copy of a checkpoint that is on an object store."""
-    stage = processor.get_stage_by_name("vLLMEngineStage")
-    engine = stage.fn
+def _fetching(engine: type[Any], source: ModelSource) -> type[Any]:
+    """The engine stage's class, loading its node's copy of a checkpoint that is on an object store."""
 
-    class FetchingEngine(engine):  # type: ignore[valid-type,misc]
+    class FetchingEngine(engine):
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **{**named, "model": source.local_path()})
 
-    stage.fn = FetchingEngine
+    return FetchingEngine

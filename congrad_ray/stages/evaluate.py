@@ -22,7 +22,7 @@ from congrad_ray.evaluation.statistics import (
     summarise_answers,
     win_rates,
 )
-from congrad_ray.llm.engine import Completion, Request, complete, judge_source, sampling_seed
+from congrad_ray.llm.engine import Completion, Request, complete, engine_failures, judge_source, sampling_seed
 from congrad_ray.llm.requests import read_requests
 from congrad_ray.models import ModelSource, policy
 from congrad_ray.recipe import Recipe
@@ -113,7 +113,8 @@ def _answer(context: Context, source: ModelSource, model: str) -> None:
         context.log(f"answers of {model}")
         requests = read_requests(context.prompts, questions_of, pa.schema([*fields, PROMPTS.field("task")]), done)
         answers = complete(requests, source, context.profile, request, answer, ANSWERS)
-        write_rows(answers, context, ANSWERS, "answer_id", len(expected) - len(done))
+        with engine_failures():
+            write_rows(answers, context, ANSWERS, "answer_id", len(expected) - len(done))
 
 
 def _answer_ids(prompts: StageFolder, model: str, decodings: tuple[str, ...]) -> set[str]:
@@ -166,7 +167,8 @@ def _compare(context: Context, answers: list[Row], model: str) -> list[Row]:
         context.log(f"{len(missing)} comparisons by {source.name}")
         dataset = ray.data.from_arrow(pa.Table.from_pylist(missing))
         compared = complete(dataset, source, context.profile, request, answer, COMPARISONS)
-        write_rows(compared, replace(context, output=output), COMPARISONS, "comparison_id", len(missing))
+        with engine_failures():
+            write_rows(compared, replace(context, output=output), COMPARISONS, "comparison_id", len(missing))
     return output.read_table().to_pylist() if output.parts() else []
 
 

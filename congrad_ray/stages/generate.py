@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from congrad_ray.llm.engine import Completion, Request, complete, sampling_seed
+from congrad_ray.llm.engine import Completion, Request, complete, engine_failures, sampling_seed
 from congrad_ray.llm.requests import read_requests
 from congrad_ray.models import policy, policy_input
 from congrad_ray.recipe import Recipe
@@ -63,7 +63,8 @@ def run(context: Context) -> Outcome:
         requests = read_requests(context.prompts, samples_of, requests_schema, done)
         model = policy(recipe, context.run, iteration)
         answers = complete(requests, model, context.profile, request, answer, RESPONSES)
-        write_rows(answers, context, RESPONSES, "response_id", total - len(done))
+        with engine_failures():
+            write_rows(answers, context, RESPONSES, "response_id", total - len(done))
     return outcome_of(output, "response_id", _counters(output))
 
 

@@ -22,6 +22,7 @@ from congrad_ray.llm.engine import (
     Completion,
     Request,
     complete,
+    engine_failures,
     judge_source,
     load_chat_tokenizer,
     sampling_seed,
@@ -120,7 +121,8 @@ def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], m
     scored = [token for spellings in tokens for token in spellings]
     answers = complete(requests, source, context.profile, request, answer, SAMPLES, scored)
     answers = answers.map_batches(keep_failed, batch_format="pyarrow", batch_size=None)
-    write_rows(answers, context, SAMPLES, "judgement_id", missing)
+    with engine_failures():
+        write_rows(answers, context, SAMPLES, "judgement_id", missing)
 
 
 def _combine(samples: StageFolder, output: StageFolder, asked: int) -> None:

@@ -67,6 +67,8 @@ def start_engine(
         # DeepSpeed would compile a shared-memory collective with g++ (half a minute) that only its inference
         # uses. This table, which it fills by probing compilers, is how it asks whether it may.
         vars(deepspeed.ops)["__compatible_ops__"] = {}
+    # Known to DeepSpeed before the model is read: ZeRO 3 asks for the number of workers while reading.
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
     config = deepspeed_config(train, schedule, source.settings.dtype)
     zero3_context = _partition_while_loading(config) if train.zero_stage == 3 else None
     model = source.load_model(str(device))

@@ -147,6 +147,14 @@ def test_seeds_are_stable_and_of_31_bits() -> None:
     assert sampling_seed(0, "a") == sampling_seed(0, "a") != sampling_seed(1, "a")
 
 
+def test_engines_on_a_cpu_compute_whole_prompts(tiny_model: Path) -> None:
+    config = engine._processor_config(_source(tiny_model), Profile(name="local", threads=3))
+    assert config.engine_kwargs["enable_chunked_prefill"] is False
+    assert config.engine_kwargs["max_num_batched_tokens"] >= config.engine_kwargs["max_model_len"] == 64
+    assert config.runtime_env is not None
+    assert config.runtime_env["env_vars"]["OMP_NUM_THREADS"] == "3"
+
+
 def test_engine_settings_on_gpus_share_the_bundle_over_tensor_parallel_workers(tiny_model: Path) -> None:
     gpu = {"min_actors": 1, "max_actors": 2, "cpus": 8.0, "gpus": 4.0, "tensor_parallel_size": 4}
     profile = Profile.model_validate(

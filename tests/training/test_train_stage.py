@@ -231,7 +231,10 @@ def kill_a_worker_after(run: RunDirectory, step: int) -> threading.Thread:
 
     def watch() -> None:
         policy = run.stage("policy", 0)
+        deadline = time.monotonic() + 240
         while not any(row["step"] >= step for row in read_metrics(policy)):
+            if time.monotonic() > deadline:
+                return
             time.sleep(0.02)
         workers = [
             p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
