@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -46,6 +45,8 @@ FAILURE_FIELD = pa.field(FAILURE, pa.struct([pa.field("reason", pa.string()), pa
 # ray.data.llm: a row with this set bypasses the engine and the postprocess function.
 _ERROR = "__inference_error__"
 _CPU_BATCHED_TOKENS = 4096
+# Ray Data fuses maps that ask for the same resources, and would merge the blocks of the repartitioning again.
+_PREPARE: dict[str, Any] = {"num_cpus": 0.5}
 _ENGINE_RESTARTS = 3
 
 
@@ -76,25 +77,24 @@ class Completion:
 
 
 class EngineFailed(ValueError):
-    """The engines cannot start or ended again and again; the text says where vLLM's own words are."""
+    """The cluster could not do the work, engines that do not start or do not last above all."""
 
 
 @contextmanager
 def engine_failures() -> Iterator[None]:
-    """Around the execution of a dataset of `complete`: an engine's end is told in words that help."""
-    import ray
+    """Around the execution of a dataset of `complete`: turns Ray's errors into EngineFailed with a way out."""
     from ray.exceptions import RayError
 
     try:
         yield
     except RayError as error:
-        logs = Path(ray._private.worker.global_worker.node.get_session_dir_path()) / "logs"
         raise EngineFailed(
-            f"{str(error).strip()[:2000]}\n\nThe engines stopped the stage: an engine that ends is started again "
-            f"{_ENGINE_RESTARTS} times. What vLLM said is in the worker-*.out and worker-*.err files of its node, "
-            f"here {logs}. If it ran out of memory, lower engines.max_num_seqs, gpu_memory_utilization or "
-            "kv_cache_gib in the profile or model.max_length in the recipe. Rows that were written are kept: run the "
-            "stage again to go on."
+            f"{str(error).strip()[-1500:]}\n\n"
+            f"The stage stopped in the cluster; an engine that ends is started again {_ENGINE_RESTARTS} times. "
+            "What vLLM said is in the worker-*.out and worker-*.err files of the engine's node, by default in "
+            "/tmp/ray/session_latest/logs. If it ran out of memory, lower engines.max_num_seqs, "
+            "gpu_memory_utilization or kv_cache_gib in the profile, or model.max_length in the recipe. Rows that "
+            "were written are kept: run the stage again to go on."
         ) from error
 
 
@@ -174,6 +174,7 @@ def complete(
     processor = build_processor(
         _processor_config(source, profile),
         preprocess=lambda row: {"sampling_params": json.loads(row["sampling"]), _ERROR: row["failure"]},
+        preprocess_map_kwargs=_PREPARE,
         postprocess=lambda row: {
             "row": row["row"],
             "failure": "",
@@ -185,9 +186,10 @@ def complete(
     stage.map_batches_kwargs["max_restarts"] = _ENGINE_RESTARTS
     if source.folder is not None and not source.folder.is_local:
         stage.fn = _fetching(stage.fn, source)
-    # Blocks of one engine batch: otherwise a small table is one block and all of it goes to a single engine.
+    # Blocks of one engine batch: otherwise a small table is one block, and all of it goes to one engine as one
+    # task whose rows come back together at the end.
     requests = dataset.repartition(target_num_rows_per_block=profile.engines.batch_size).map_batches(
-        prepare, batch_format="pyarrow", batch_size=None
+        prepare, batch_format="pyarrow", batch_size=None, **_PREPARE
     )
     return processor(requests).map_batches(finish, batch_format="pyarrow", batch_size=None)
 
