@@ -48,6 +48,8 @@ def run_stage(
     settings = stage.settings(recipe, iteration)
     identity = fingerprint(stage.name, settings, inputs)
     output = run.stage(stage.folder, number)
+    if stage.always:
+        output.delete()
     state = output.begin(identity, redo, label)
     if state == "done":
         manifest = output.manifest()

@@ -46,6 +46,7 @@ class ModelSource:
         with FileLock(f"{target}.lock"):
             if not (target / "config.json").exists():
                 partial = target.with_suffix(".partial")
+                partial.mkdir(exist_ok=True)
                 pafs.copy_files(
                     self.folder.path,
                     str(partial),

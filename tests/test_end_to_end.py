@@ -108,7 +108,7 @@ def test_the_reference_log_probabilities_of_the_sketch_stage_are_those_of_the_po
 def test_a_second_run_skips_everything_within_seconds(world: Path, finished: Path) -> None:
     before = time.monotonic()
     output = run_to_end(command(world, finished))
-    assert output.count("done already") == len(STAGES) + 2
+    assert output.count("done already") == len(STAGES) + 1  # the report is written each time
     assert time.monotonic() - before < 60  # it starts no Ray; mostly imports
 
 

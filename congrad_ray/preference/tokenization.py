@@ -45,15 +45,20 @@ class TokenizedPair:
 
 
 def load_tokenizer(
-    model: str, chat_template: str | None = None, trust_remote_code: bool = False
+    model: str,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of `model` (a folder or a Hub name) with a pad token.
 
     A tokenizer without a pad token pads with its end-of-sequence token: padding is masked everywhere, so
-    the id does not matter. `chat_template` is the text of a Jinja template (not a path) and replaces the
-    tokenizer's own. Raises ValueError if there is neither a pad nor an end-of-sequence token.
+    the id does not matter. `revision` is a commit or branch on the Hub. `chat_template` is the text of a Jinja
+    template (not a path) and replaces the tokenizer's own. Raises ValueError if there is neither a pad nor an end-of-sequence token.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        model, trust_remote_code=trust_remote_code, revision=revision
+    )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(

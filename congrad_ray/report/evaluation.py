@@ -13,10 +13,12 @@ from congrad_ray.rundir import Folder
 class EvaluationRow:
     """One language (or all seen or unseen ones), a model against its starting point; None where not measured.
 
-    `score_*`: mean true score of greedy answers, 0..1 (built-in world); `change_*` bound the mean change with 95 %
-    confidence. `tokens_*`: mean length of greedy answers. The win rate counts ties half and both orders.
+    `decoding`: 'greedy' or 'sampled' answers. `score_*`: their mean true score, 0..1 (built-in world); `change_*`
+    bound the mean change with 95 % confidence. `tokens_*`: their mean length. The win rate is that of greedy
+    answers; it counts ties half and both orders.
     """
 
+    decoding: str
     language: str
     seen: bool
     model: str
@@ -35,24 +37,30 @@ class EvaluationRow:
 
 
 def evaluation_rows(folder: Folder) -> list[EvaluationRow]:
-    """Seen languages and their total, then unseen ones and theirs; none where nothing was evaluated."""
+    """By decoding: seen languages and their total, then unseen ones; none where nothing was evaluated."""
     summary = folder.read_json("summary.json")
     if not summary:
         return []
-    greedy = [row for row in summary["answers"] if row["decoding"] == "greedy"]
-    changes = {(r["seen"], r["language"]): r for r in summary["score_changes"] if r["decoding"] == "greedy"}
-    rates = {(row["seen"], row["language"]): row for row in summary["win_rates"]}
+    decodings = sorted({row["decoding"] for row in summary["answers"]})
+    return [row for decoding in decodings for row in _rows(summary, decoding)]
+
+
+def _rows(summary: dict[str, Any], decoding: str) -> list[EvaluationRow]:
+    answers = [row for row in summary["answers"] if row["decoding"] == decoding]
+    changes = {(r["seen"], r["language"]): r for r in summary["score_changes"] if r["decoding"] == decoding}
+    rates = {(row["seen"], row["language"]): row for row in summary["win_rates"]} if decoding == "greedy" else {}
     rows = []
     for seen in (True, False):
-        languages = sorted({row["language"] for row in greedy if row["seen"] == seen})
+        languages = sorted({row["language"] for row in answers if row["seen"] == seen})
         # A total of one language would say nothing new.
         for language in languages + ([EVERY_LANGUAGE] if len(languages) > 1 else []):
             change = changes.get((seen, language), {})
             rate = rates.get((seen, language), {})
-            before = _answers(greedy, summary["baseline"], seen, language)
-            after = _answers(greedy, summary["model"], seen, language)
+            before = _answers(answers, summary["baseline"], seen, language)
+            after = _answers(answers, summary["model"], seen, language)
             rows.append(
                 EvaluationRow(
+                    decoding=decoding,
                     language=language if language != EVERY_LANGUAGE else f"all {'seen' if seen else 'unseen'}",
                     seen=seen,
                     model=summary["model"],

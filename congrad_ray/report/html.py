@@ -84,7 +84,7 @@ def headline(facts: RunFacts, recipe: dict[str, Any]) -> list[tuple[str, str, st
     if last.metrics:
         first, end = last.metrics[0], last.metrics[-1]
         found.append((f"{end['loss']:.3f}", "final training loss", f"from {first['loss']:.3f}"))
-    seen = [row for row in last.evaluation if row.seen]
+    seen = [row for row in last.evaluation if row.seen and row.decoding == "greedy"]
     if seen and seen[-1].score_after is not None and seen[-1].score_before is not None:
         small = f"{seen[-1].language}; {seen[-1].score_before:.2f} before"
         found.append((f"{seen[-1].score_after:.2f}", "true score", small))

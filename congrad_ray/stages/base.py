@@ -47,7 +47,7 @@ class Stage:
 
     `inputs(iteration)` names the folders read, as (folder, iteration or None); `settings(recipe, iteration)` is
     the part of the recipe that decides the output; `run(context)` does the work. A stage that `uses_ray` is
-    called on a connected Ray.
+    called on a connected Ray. One that is to run `always` is cheap and done again each time.
     """
 
     name: str
@@ -58,3 +58,4 @@ class Stage:
     run: Callable[[Context], Outcome]
     each_iteration: bool = True
     uses_ray: bool = True
+    always: bool = False

@@ -26,4 +26,5 @@ STAGE = Stage(
     run=run,
     each_iteration=False,
     uses_ray=False,
+    always=True,
 )

@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model_folder(cache_dir: Path) -> Path:
-    return world_model(seed=1, cache_dir=cache_dir, training_tokens=60_000, progress=lambda line: None)
+    return world_model(seed=1, cache_dir=cache_dir, training_tokens=20_000, progress=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def tokenizer(model_folder: Path) -> PreTrainedTokenizerFast:
 def test_the_second_call_reads_the_cache(cache_dir: Path, model_folder: Path) -> None:
     lines: list[str] = []
     modified = (model_folder / "model.safetensors").stat().st_mtime_ns
-    assert world_model(1, cache_dir, 60_000, lines.append) == model_folder
+    assert world_model(1, cache_dir, 20_000, lines.append) == model_folder
     assert lines == []
     assert (model_folder / "model.safetensors").stat().st_mtime_ns == modified
     assert not list(model_folder.parent.glob("*.unfinished-*"))
@@ -46,6 +47,23 @@ def test_training_is_reproducible(model_folder: Path, tmp_path: Path, monkeypatc
     for name in ("tokenizer.json", "config.json", "model.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert first.name != model_folder.name  # which was trained on more tokens
+
+
+def test_two_that_race_build_once(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: world_model(1, tmp_path, 500, lines.append), range(2)))
+    assert folders[0] == folders[1]
+    assert sum("training the tokenizer" in line for line in lines) == 1
+
+
+def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail(line: str) -> None:
+        raise InterruptedError(line)
+
+    with pytest.raises(InterruptedError):
+        world_model(1, tmp_path, 500, fail)
+    assert [path.suffix for path in (tmp_path / "world").iterdir()] == [".lock"]
 
 
 def test_no_tokens_to_train_on_is_refused(tmp_path: Path) -> None:
