@@ -1,6 +1,6 @@
 """The Arrow schema of every table that passes from one stage to the next.
 
-Every column carries its meaning in the field metadata under `doc`; `describe` prints it. Rows are joined by
+Every column carries its meaning in the field metadata under `doc`. Rows are joined by
 id, never by position: ids are hashes of what a row is about, so the same input gives the same ids on every
 machine and in every run.
 """
@@ -214,10 +214,3 @@ def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise ValueError(f"column '{field.name}' should be {field.type}: {error}") from error
     return pa.Table.from_arrays(columns, schema=schema)
-
-
-def describe(schema: pa.Schema) -> str:
-    """The columns of a table, one a line: name, type, meaning."""
-    return "\n".join(
-        f"{f.name:22} {f.type!s:12.40} {(f.metadata or {}).get(b'doc', b'').decode()}" for f in schema
-    )

@@ -181,11 +181,13 @@ def complete(
             "completion": json.dumps(_completion(row, stop_ids)),
         },
     )
-    stage = processor.get_stage_by_name("vLLMEngineStage")
+    name = "vLLMEngineStage"
+    stage = processor.get_stage_by_name(name)
     # Ray would restart for ever an engine that the same requests end again and again.
     stage.map_batches_kwargs["max_restarts"] = _ENGINE_RESTARTS
     if source.folder is not None and not source.folder.is_local:
-        stage.fn = _fetching(stage.fn, source)
+        # A copy: assigning to the stage's field works its resources out again, without the placement group.
+        processor.stages[name] = stage.model_copy(update={"fn": _fetching(stage.fn, source)})
     # Blocks of one engine batch: otherwise a small table is one block, and all of it goes to one engine as one
     # task whose rows come back together at the end.
     requests = dataset.repartition(target_num_rows_per_block=profile.engines.batch_size).map_batches(

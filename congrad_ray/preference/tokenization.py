@@ -54,7 +54,8 @@ def load_tokenizer(
 
     A tokenizer without a pad token pads with its end-of-sequence token: padding is masked everywhere, so
     the id does not matter. `revision` is a commit or branch on the Hub. `chat_template` is the text of a Jinja
-    template (not a path) and replaces the tokenizer's own. Raises ValueError if there is neither a pad nor an end-of-sequence token.
+    template (not a path) and replaces the tokenizer's own. Raises ValueError if there is neither a pad nor an
+    end-of-sequence token.
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         model, trust_remote_code=trust_remote_code, revision=revision

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 from congrad_ray.recipe import BUILTIN_WORLD, Recipe, Source
 from congrad_ray.records import BadRow, InputError, clean_language, clean_messages, read_records
 from congrad_ray.stages.base import Context, Outcome, Stage
-from congrad_ray.stages.rows import count_by
 from congrad_ray.tables import PROMPTS, prompt_id, quarantined, row_id, table_of
 
 Row = dict[str, Any]
@@ -46,11 +45,15 @@ def run(context: Context) -> Outcome:
         len(rows),
         {
             "other_languages": skipped,
-            "train": count_by([r for r in rows if r["split"] == "train"], lambda r: r["language"]),
-            "evaluation": count_by([r for r in rows if r["split"] == "evaluation"], lambda r: r["language"]),
+            "train": _by_language(rows, "train"),
+            "evaluation": _by_language(rows, "evaluation"),
             "quarantined": context.output.quarantine_counts(),
         },
     )
+
+
+def _by_language(rows: list[Row], split: str) -> dict[str, int]:
+    return dict(sorted(Counter(row["language"] for row in rows if row["split"] == split).items()))
 
 
 def _collect(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -113,11 +112,3 @@ class Progress:
         left = (self._total - done) / rate if rate else 0.0
         failed_text = f", {self._failed} failed" if self._failed else ""
         self._log(f"{done}/{self._total} rows{failed_text}, {rate:.1f} rows/s, {left:.0f} s left")
-
-
-def count_by(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], str]) -> dict[str, int]:
-    """How many rows there are for each value of `key`, sorted by the value."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[key(row)] = counts.get(key(row), 0) + 1
-    return dict(sorted(counts.items()))
