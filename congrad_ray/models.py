@@ -67,14 +67,9 @@ class ModelSource:
         """The tokenizer, with the recipe's chat template where it names one. Raises ModelError."""
         from congrad_ray.preference.tokenization import load_tokenizer
 
-        template = self.settings.chat_template
-        try:
-            text = Path(template).read_text(encoding="utf-8") if template else None
-        except OSError as error:
-            raise ModelError(f"model.chat_template: cannot read {template}: {error}") from error
         path = self.local_path()
         try:
-            return load_tokenizer(path, text, **self.pretrained_arguments())
+            return load_tokenizer(path, self.settings.chat_template, **self.pretrained_arguments())
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the tokenizer of {path}: {error}") from error
 

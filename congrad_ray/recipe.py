@@ -20,7 +20,18 @@ def _language_tag(tag: str) -> str:
     return langcodes.standardize_tag(tag)
 
 
+def _template_text(template: str) -> str:
+    """Workers on other nodes may not have the file, and the template's text decides results: it is read here."""
+    if "{{" in template or "{%" in template:
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the chat template: {error}") from error
+
+
 Language = Annotated[str, AfterValidator(_language_tag)]
+ChatTemplate = Annotated[str, AfterValidator(_template_text)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 TensorType = Literal["float32", "bfloat16"]
@@ -32,7 +43,9 @@ class Model(Settings):
     name: str = Field(BUILTIN_WORLD, description="a folder, a Hugging Face hub name, or builtin-world")
     revision: str | None = Field(None, description="commit or branch on the hub")
     dtype: TensorType = "bfloat16"
-    chat_template: str | None = Field(None, description="a Jinja file that replaces the tokenizer's template")
+    chat_template: ChatTemplate | None = Field(
+        None, description="a Jinja file (or its text) that replaces the tokenizer's template"
+    )
     max_length: Positive = Field(2048, description="tokens of a prompt with one response")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 

@@ -63,6 +63,16 @@ def test_overrides_are_yaml_and_leave_the_original_alone() -> None:
     assert values == {"a": {"b": 1}}
 
 
+def test_a_chat_template_is_read_where_the_recipe_is_and_stored_with_it(tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages[0]['content'] }}")
+    recipe = load_recipe(DEMO, [f"model.chat_template={template}"])
+    assert recipe.model.chat_template == "{{ messages[0]['content'] }}"
+    assert validate(Recipe, parse_yaml(to_yaml(recipe)), "again") == recipe
+    with pytest.raises(SettingsError, match=r"model.chat_template: cannot read.*nowhere.jinja"):
+        load_recipe(DEMO, ["model.chat_template=nowhere.jinja"])
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [("- a\n- b\n", "mapping"), ("a: [", "cannot read"), ("a: !!python/object:os.system x\n", "cannot read")],
