@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from congrad_ray.models import named_model
 from congrad_ray.plan import check_fits, most_cpus, needs
 from congrad_ray.profile import Profile
-from congrad_ray.recipe import Recipe
+from congrad_ray.recipe import BUILTIN_WORLD, Recipe
 from congrad_ray.rundir import Manifest, RunDirectory, RunDirectoryError, fingerprint
 from congrad_ray.session import connect, machine
 from congrad_ray.settings import to_yaml
@@ -56,6 +57,9 @@ def run_stage(
         assert manifest is not None
         log(f"{label}: done already ({manifest.rows} rows)")
         return manifest
+    if recipe.model.name == BUILTIN_WORLD and stage.uses_ray:
+        # Built here, before the clock runs and Ray takes memory; every later stage finds it in the cache.
+        named_model(recipe.model.name, recipe.model, recipe.seed, log)
     log(f"{label}: {'going on' if state == 'continue' else 'starting'}: {stage.summary}")
     run.write_bytes("recipe.yaml", to_yaml(recipe).encode())
     if stage.uses_ray:

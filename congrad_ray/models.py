@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,12 +92,12 @@ class ModelSource:
         return model.to(device).eval()  # type: ignore[arg-type]
 
 
-def named_model(name: str, settings: Model, seed: int = 0) -> ModelSource:
+def named_model(name: str, settings: Model, seed: int = 0, log: Callable[[str], None] = print) -> ModelSource:
     """The model with this name: a folder, a hub name, or the built-in world's (trained here on first use)."""
     if name == BUILTIN_WORLD:
         from congrad_ray.world.model import world_model
 
-        return ModelSource(str(world_model(seed)), settings)
+        return ModelSource(str(world_model(seed, progress=log)), settings)
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ModelError(f"model {name} looks like a path, but there is no such folder")
     is_folder = Path(name).expanduser().is_dir()
