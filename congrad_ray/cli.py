@@ -282,7 +282,7 @@ def _show_selection(summary: dict[str, Any]) -> None:
 def _show_evaluation(summary: dict[str, Any]) -> None:
     model, baseline = summary["model"], summary["baseline"]
     if summary["score_changes"]:
-        table = Table("language", "", "decoding", "prompts", baseline, model, "change", "95% interval")
+        table = Table("language", "", "decoding", "prompts", baseline, model, "change", "95%")
         table.title = f"true score of {model} against {baseline}"
         for row in summary["score_changes"]:
             table.add_row(
@@ -293,11 +293,11 @@ def _show_evaluation(summary: dict[str, Any]) -> None:
                 f"{row['before']:.3f}",
                 f"{row['after']:.3f}",
                 f"{row['change']:+.3f}",
-                f"{row['low']:+.3f} .. {row['high']:+.3f}",
+                f"{row['low']:+.3f}..{row['high']:+.3f}",
             )
         console.print(table)
     if summary["win_rates"]:
-        table = Table("language", "", "prompts", "win rate", "95% interval", "unreadable")
+        table = Table("language", "", "prompts", "win rate", "95%", "unreadable")
         table.title = f"{model} against {baseline}, judged in both orders"
         for row in summary["win_rates"]:
             known = row["win_rate"] is not None
@@ -306,7 +306,7 @@ def _show_evaluation(summary: dict[str, Any]) -> None:
                 "seen" if row["seen"] else "unseen",
                 str(row["prompts"]),
                 f"{row['win_rate']:.1%}" if known else "",
-                f"{row['low']:.1%} .. {row['high']:.1%}" if known else "",
+                f"{row['low']:.1%}..{row['high']:.1%}" if known else "",
                 str(row["unreadable"]),
             )
         console.print(table)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,20 @@ def test_the_kept_pairs_come_out_in_the_shape_they_went_in(undisturbed: tuple[Pa
     manifest = json.loads((out / "work" / "iteration-0" / "pairs" / "_manifest.json").read_text())
     assert manifest["counters"]["quarantined"] == {"chosen_empty": 1, "missing_column": 1, "not_json": 1}
     assert manifest["counters"]["duplicates"] == 1
+
+
+def test_a_model_without_a_chat_template_is_told_before_actors_start(
+    undisturbed: tuple[Path, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "chat_template.jinja").unlink()
+    result = subprocess.run(
+        command(undisturbed[0], model, tmp_path / "out"), timeout=300, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "has no chat template" in result.stderr and "--chat-template" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_second_run_skips_everything(undisturbed: tuple[Path, Path], tiny_model: Path) -> None:

@@ -21,7 +21,7 @@ from congrad_ray.models import ModelSource, named_model
 from congrad_ray.preference.tokenization import MissingChatTemplate, chat_prompt_ids, load_tokenizer
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
-from congrad_ray.stages.rows import FAILURE, failure
+from congrad_ray.stages.rows import FAILURE, FAILURE_FIELD, failure
 from congrad_ray.tables import Message, row_id, table_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ _REQUESTS = pa.schema(
         pa.field("sampling", pa.string()),
     ]
 )
-FAILURE_FIELD = pa.field(FAILURE, pa.struct([pa.field("reason", pa.string()), pa.field("detail", pa.string())]))
 # ray.data.llm: a row with this set bypasses the engine and the postprocess function.
 _ERROR = "__inference_error__"
 _CPU_BATCHED_TOKENS = 4096

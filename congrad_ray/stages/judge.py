@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from congrad_ray.judging.rubric import load_rubric
 from congrad_ray.judging.scores import expected_score, read_score, score_token_ids
 from congrad_ray.llm.engine import (
-    FAILURE_FIELD,
     Completion,
     Request,
     complete,
@@ -32,7 +31,7 @@ from congrad_ray.models import policy, policy_input
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import RunDirectoryError, StageFolder
 from congrad_ray.stages.base import Context, Outcome, Stage
-from congrad_ray.stages.rows import FAILURE, outcome_of, write_rows
+from congrad_ray.stages.rows import FAILURE, FAILURE_FIELD, outcome_of, write_rows
 from congrad_ray.tables import JUDGEMENTS, RESPONSES, row_id, table_of
 
 Row = dict[str, Any]

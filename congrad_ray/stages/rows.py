@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 FAILURE = "failure"  # column: null in a good row, else {"reason": ..., "detail": ...}
+FAILURE_FIELD = pa.field(FAILURE, pa.struct([("reason", pa.string()), ("detail", pa.string())]))
 
 
 def failure(reason: str, detail: object) -> dict[str, str]:

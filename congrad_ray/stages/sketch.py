@@ -5,21 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from congrad_ray.models import ModelSource, policy, policy_input
-from congrad_ray.preference.tokenization import MissingChatTemplate, PairTooLong, TokenizedPair, tokenize_pair
+from congrad_ray.preference.tokenization import (
+    MissingChatTemplate,
+    PairTooLong,
+    TokenizedPair,
+    chat_prompt_ids,
+    tokenize_pair,
+)
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import RunDirectoryError
 from congrad_ray.stages.base import Context, Outcome, Stage
-from congrad_ray.stages.rows import FAILURE, failure, outcome_of, read_missing, write_rows
-from congrad_ray.tables import sketches_schema
+from congrad_ray.stages.rows import FAILURE, FAILURE_FIELD, failure, outcome_of, read_missing, write_rows
+from congrad_ray.tables import MESSAGES, sketches_schema
 
 if TYPE_CHECKING:
     import torch
 
 _PAIRS_PER_TASK = 64
-
-FAILURE_FIELD = pa.field(FAILURE, pa.struct([("reason", pa.string()), ("detail", pa.string())]))
 
 
 class SketchReplica:
@@ -117,8 +122,13 @@ def run(context: Context) -> Outcome:
 
     recipe, pool = context.recipe, context.profile.sketchers
     source = policy(recipe, context.run, context.iteration)
-    source.load_tokenizer()  # a model that is not there should be told before actors start
-    dataset, missing = read_missing(context.input("pairs"), context.output, "pair_id")
+    # A model that is not there, or cannot chat, should be told before actors start.
+    tokenizer = source.load_tokenizer()
+    pairs = context.input("pairs")
+    schema = pq.read_schema(pairs.parts()[0], filesystem=pairs.filesystem)
+    if schema.field("prompt").type == MESSAGES:
+        chat_prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
+    dataset, missing = read_missing(pairs, context.output, "pair_id")
     if missing:
         sketched = dataset.repartition(target_num_rows_per_block=_PAIRS_PER_TASK).map_batches(
             SketchReplica,
