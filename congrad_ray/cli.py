@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from congrad_ray import recipe as recipes
-from congrad_ray.plan import check_fits, most_cpus, needs
+from congrad_ray.plan import between, check_fits, most_cpus, needs
 from congrad_ray.profile import load_profile
 from congrad_ray.recipe import Recipe, load_recipe
 from congrad_ray.rundir import RunDirectory, RunDirectoryError
@@ -176,28 +175,30 @@ def filter_command(
 @app.command()
 def plan(recipe: RecipePath, profile: ProfileName = "local", set_: Overrides = None) -> None:
     """What will run where, what it needs and what there is. Runs nothing; exit code 2 if it does not fit."""
-    from congrad_ray.session import this_machine
+    from congrad_ray.session import address_of, connect, machine, this_machine
 
     loaded, where = load_recipe(recipe, set_ or []), load_profile(profile)
-    machine = this_machine(where, most_cpus(loaded, where))
+    cpus = most_cpus(loaded, where)
+    if address_of(where):
+        connect(where, cpus)
+        there_is = machine()
+    else:
+        there_is = this_machine(where, cpus)
     table = Table(title=f"{loaded.name}: {loaded.iterations} iteration(s), profile {where.name}")
-    for column in ("stage", "rows at most", "runs as", "CPUs least..most", "GPUs least..most"):
+    for column in ("stage", "rows at most", "runs as", "CPUs", "GPUs"):
         table.add_column(column, justify="left" if column in ("stage", "runs as") else "right")
     for need in needs(loaded, where):
         table.add_row(
             need.stage,
             f"{need.rows:,}",
             need.what,
-            f"{need.least_cpus:g}..{need.most_cpus:g}",
-            f"{need.least_gpus:g}..{need.most_gpus:g}",
+            between(need.least_cpus, need.most_cpus),
+            between(need.least_gpus, need.most_gpus),
         )
     console.print(table)
-    if where.address or os.environ.get("RAY_ADDRESS"):
-        console.print("The cluster at the profile's address is checked when a stage starts.")
-        return
-    console.print(f"There is: {machine.where}, {machine.gpus:g} GPUs")
+    console.print(f"There is: {there_is.where}, {there_is.cpus:g} CPUs and {there_is.gpus:g} GPUs for Ray")
     for need in needs(loaded, where):
-        check_fits(need, machine)
+        check_fits(need, there_is)
     console.print("Every stage fits.")
 
 

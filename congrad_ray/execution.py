@@ -65,7 +65,7 @@ def run_stage(
     if stage.uses_ray:
         connect(profile, most_cpus(recipe, profile))
         need = next(need for need in needs(recipe, profile) if need.stage == stage.name)
-        check_fits(need, machine(profile))
+        check_fits(need, machine())
     before = time.monotonic()
     outcome = stage.run(Context(recipe, profile, run, iteration, output, lambda text: log(f"{label}: {text}")))
     counters = {key: value for key, value in outcome.counters.items() if value not in ({}, None)}

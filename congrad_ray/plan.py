@@ -35,12 +35,19 @@ class StageNeed:
     most_gpus: float = 0.0
 
 
+def between(least: float, most: float) -> str:
+    """'2' or '1..8'; nothing for none."""
+    if not most:
+        return ""
+    return f"{least:g}" if least == most else f"{least:g}..{most:g}"
+
+
 def _pool(stage: str, rows: int, what: str, pool: Pool, profile: Profile) -> StageNeed:
     """A pool's actors hold their CPUs all the time; reading and writing needs some beside them."""
     return StageNeed(
         stage,
         rows,
-        f"{pool.min_actors}..{pool.max_actors} {what}",
+        f"{what}: {between(pool.min_actors, pool.max_actors)}",
         pool.min_actors * pool.cpus + profile.data_cpus,
         pool.min_actors * pool.gpus,
         pool.max_actors * pool.cpus + profile.data_cpus,
@@ -68,7 +75,7 @@ def needs(recipe: Recipe, profile: Profile) -> list[StageNeed]:
         StageNeed(
             "train",
             kept * recipe.train.num_train_epochs,
-            f"{workers.num_workers} DeepSpeed workers, ZeRO {recipe.train.zero_stage}",
+            f"DeepSpeed workers: {workers.num_workers}, ZeRO {recipe.train.zero_stage}",
             *(2 * (workers.num_workers * workers.cpus, workers.num_workers * workers.gpus)),
         ),
         _pool("evaluate", 2 * answers, "vLLM engines", profile.engines, profile),

@@ -28,7 +28,7 @@ def connect(profile: Profile, cpus_needed: float) -> None:
             "TOKENIZERS_PARALLELISM": "false",
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(profile.engines.kv_cache_gib))),
         }
-        address = _address(profile)
+        address = address_of(profile)
         if address:
             ray.init(
                 address=address,
@@ -58,7 +58,7 @@ def connect(profile: Profile, cpus_needed: float) -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def machine(profile: Profile) -> Machine:
+def machine() -> Machine:
     """What the connected cluster has, or what its autoscaler may bring up where that is more."""
     import ray
 
@@ -83,11 +83,12 @@ def this_machine(profile: Profile, cpus_needed: float) -> Machine:
         gpus = torch.cuda.device_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cpus = _local_cpus(profile, cpus_needed)
-    where = f"this machine: {os.cpu_count()} CPUs, {memory:.0f} GiB; Ray is given {cpus} logical CPUs"
+    where = f"this machine of {os.cpu_count()} cores and {memory:.0f} GiB"
     return Machine(cpus, gpus, memory, where)
 
 
-def _address(profile: Profile) -> str | None:
+def address_of(profile: Profile) -> str | None:
+    """The cluster to use; None where a Ray is to be started here."""
     return profile.address or os.environ.get("RAY_ADDRESS")
 
 

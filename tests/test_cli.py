@@ -1,5 +1,6 @@
 """The commands as a user types them: help, plan, doctor, status, and errors that say what to do."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ def congrad(*arguments: object) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "congrad_ray.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
+        env={**os.environ, "COLUMNS": "140"},
         timeout=120,
         check=False,
     )

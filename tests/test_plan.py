@@ -2,7 +2,7 @@
 
 import pytest
 
-from congrad_ray.plan import DoesNotFit, Machine, check_fits, most_cpus, needs
+from congrad_ray.plan import DoesNotFit, Machine, between, check_fits, most_cpus, needs
 from congrad_ray.profile import load_profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.settings import validate
@@ -50,3 +50,7 @@ def test_gpus_that_are_not_there_are_refused_with_numbers() -> None:
 def test_a_ray_started_here_is_given_what_the_hungriest_stage_needs() -> None:
     assert most_cpus(RECIPE, load_profile("local")) == 3
     assert most_cpus(RECIPE, load_profile("local", ["engines.max_actors=4"])) == 5
+
+
+def test_ranges_are_short() -> None:
+    assert [between(0, 0), between(2, 2), between(1, 8), between(0, 1)] == ["", "2", "1..8", "0..1"]
