@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +17,7 @@ from congrad_ray.records import (
     clean_language,
     clean_messages,
     clean_text,
+    file_digest,
     read_records,
 )
 from congrad_ray.rundir import RunDirectory
@@ -75,7 +74,7 @@ def filter_preferences(
         inputs=lambda iteration: [],
         settings=lambda recipe, iteration: {
             "source": preferences,
-            "digest": _digest(preferences),
+            "digest": file_digest(preferences),
             "chat": chat,
         },
         run=read,
@@ -91,14 +90,6 @@ def filter_preferences(
     target.write_table("selected.parquet", _selected(source, chat, kept))
     summary: dict[str, Any] = selection.read_json("summary.json")
     return summary
-
-
-def _digest(preferences: str) -> str | None:
-    path = Path(preferences).expanduser()
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
 def _pair(record: Record, chat: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import unicodedata
 from collections.abc import Iterator
@@ -59,6 +60,15 @@ def read_records(source: Source, needed: tuple[str, ...]) -> Iterator[Record]:
     else:
         records = _read_hub(source)
     yield from _checked(records, source.name, needed)
+
+
+def file_digest(name: str) -> str | None:
+    """Hash of a local file's bytes, so that a run notices when its input changed; None for a hub dataset."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _checked(records: Iterator[Record], name: str, needed: tuple[str, ...]) -> Iterator[Record]:

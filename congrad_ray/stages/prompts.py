@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from congrad_ray.recipe import BUILTIN_WORLD, Recipe, Source
-from congrad_ray.records import BadRow, InputError, clean_language, clean_messages, read_records
+from congrad_ray.records import BadRow, InputError, clean_language, clean_messages, file_digest, read_records
 from congrad_ray.stages.base import Context, Outcome, Stage
 from congrad_ray.tables import PROMPTS, prompt_id, quarantined, row_id, table_of
 
@@ -136,12 +136,17 @@ def _draw(
     return [{**candidates[i], "split": split, "seen": seen} for i in chosen]
 
 
+def _settings(recipe: Recipe, iteration: int) -> Any:
+    files = [file_digest(source.name) for source in (recipe.prompts.train, recipe.prompts.evaluation)]
+    return [recipe.prompts.model_dump(mode="json"), recipe.seed, files]
+
+
 STAGE = Stage(
     name="prompts",
     folder="prompts",
     summary="reading and cleaning prompts",
     inputs=lambda iteration: [],
-    settings=lambda recipe, iteration: [recipe.prompts.model_dump(mode="json"), recipe.seed],
+    settings=_settings,
     run=run,
     each_iteration=False,
     uses_ray=False,

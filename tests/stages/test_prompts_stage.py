@@ -11,7 +11,7 @@ from congrad_ray.execution import run_stage
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.records import InputError
-from congrad_ray.rundir import RunDirectory
+from congrad_ray.rundir import RunDirectory, RunDirectoryError
 from congrad_ray.settings import validate
 from congrad_ray.stages import prompts
 from congrad_ray.tables import PROMPTS
@@ -86,6 +86,15 @@ def test_training_and_evaluation_prompts_are_disjoint_and_drawn_the_same_every_t
     rows = {(row["prompt_id"], row["split"]) for row in first.to_pylist()}
     assert rows == {(row["prompt_id"], row["split"]) for row in second.to_pylist()}
     assert len({identifier for identifier, _ in rows}) == len(rows) == 2 * (3 + 1)
+
+
+def test_a_file_that_changed_is_noticed(tmp_path: Path) -> None:
+    path = write(tmp_path / "prompts.jsonl", GOOD)
+    perform(recipe_for(path), tmp_path / "run")
+    perform(recipe_for(path), tmp_path / "run")
+    write(path, GOOD[1:])
+    with pytest.raises(RunDirectoryError, match=r"prompts in .* was made with other settings or inputs"):
+        perform(recipe_for(path), tmp_path / "run")
 
 
 def test_unseen_languages_have_evaluation_prompts_only(tmp_path: Path) -> None:
