@@ -132,20 +132,22 @@ def test_interrupted_in_every_stage_it_goes_on_and_finishes(world: Path, tmp_pat
             text=True,
             start_new_session=True,
         )
+        lines = []
         try:
             assert process.stdout is not None
             for line in process.stdout:
+                lines.append(line)
                 if f"{stage} (iteration 0):" in line and ("starting" in line or "going on" in line):
                     break
             # Long enough to be in the middle of the stages that take long.
             time.sleep(8 if stage in ("generate", "judge", "sketch", "train", "evaluate") else 0)
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=120)
+            lines.append(process.communicate(timeout=120)[0])
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         # The stages of this process may be over before the signal arrives.
-        assert process.returncode in (130, 0)
+        assert process.returncode in (130, 0), f"interrupted in {stage}:\n" + "".join(lines)
     run_to_end(command(world, run))
     check_finished(run, iterations=1)
 
