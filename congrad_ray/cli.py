@@ -313,20 +313,25 @@ def _show_evaluation(summary: dict[str, Any]) -> None:
         console.print(table)
 
 
-def _stop(signal_number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command. Exit codes: 0 done, 1 failed, 2 wrong input or settings, 130 interrupted (goes on later)."""
-    signal.signal(signal.SIGTERM, _stop)
+    stopped: list[int] = []
+
+    def stop(signal_number: int, frame: Any) -> None:
+        stopped.append(signal_number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         app(list(arguments) if arguments is not None else None)
-    except SystemExit as end:
-        if end.code == 130:
+    except BaseException as error:
+        # A KeyboardInterrupt in the middle of Ray's own code may come out as another error.
+        if stopped or (isinstance(error, SystemExit) and error.code == 130):
             typer.echo("interrupted; the same command goes on from here", err=True)
-        raise
-    except ValueError as error:
+            sys.exit(130)
+        if not isinstance(error, ValueError):
+            raise
         # Ray wraps what a worker raised; its cause is the error that says what to do.
         typer.echo(f"error: {getattr(error, 'cause', None) or error}", err=True)
         sys.exit(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -116,13 +117,21 @@ def _fit(context: Context, job: TrainingJob) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
+    except SystemExit as end:
+        # Ray Train's own answer to Ctrl-C: it aborts the run in order and then leaves the process with "success".
+        raise KeyboardInterrupt from end
     except TrainingFailedError as error:
         raise TrainingError(
             f"training failed after {workers.max_failures} restarts: {error}\nThe same command goes on from the "
             "last checkpoint."
         ) from error
+    finally:
+        # Ray Train leaves its handler behind, which would swallow a Ctrl-C in the stages after this one.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
     found = output.read_json(FAILURE)
     if found:
         raise TrainingError(found["message"])
