@@ -73,9 +73,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_preferences() -> Path:
-    """Real preference pairs, where they lie beside the repository."""
-    path = Path(__file__).resolve().parents[2] / "shared" / "data" / "preferences.jsonl"
-    if not path.exists():
-        pytest.skip("no preferences.jsonl beside the repository")
+def shared_data() -> Path:
+    """The folder of real multilingual text, where it lies beside the repository."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("no real data beside the repository")
     return path
