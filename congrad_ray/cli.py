@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from congrad_ray import recipe as recipes
+from congrad_ray.evaluation.statistics import EVERY_LANGUAGE
 from congrad_ray.plan import between, check_fits, most_cpus, needs
 from congrad_ray.profile import load_profile
 from congrad_ray.recipe import Recipe, load_recipe
@@ -287,14 +288,13 @@ def _show_evaluation(summary: dict[str, Any]) -> None:
         table.title = f"true score of {model} against {baseline}"
         for row in summary["score_changes"]:
             table.add_row(
-                "all" if row["language"] == "*" else row["language"],
-                "seen" if row["seen"] else "unseen",
+                *_language_cells(row),
                 row["decoding"],
                 str(row["count"]),
                 f"{row['before']:.3f}",
                 f"{row['after']:.3f}",
                 f"{row['change']:+.3f}",
-                f"{row['low']:+.3f}..{row['high']:+.3f}",
+                f"{row['low']:+.3f} .. {row['high']:+.3f}",
             )
         console.print(table)
     if summary["win_rates"]:
@@ -303,14 +303,19 @@ def _show_evaluation(summary: dict[str, Any]) -> None:
         for row in summary["win_rates"]:
             known = row["win_rate"] is not None
             table.add_row(
-                "all" if row["language"] == "*" else row["language"],
-                "seen" if row["seen"] else "unseen",
+                *_language_cells(row),
                 str(row["prompts"]),
                 f"{row['win_rate']:.1%}" if known else "",
-                f"{row['low']:.1%}..{row['high']:.1%}" if known else "",
+                f"{row['low']:.1%} .. {row['high']:.1%}" if known else "",
                 str(row["unreadable"]),
             )
         console.print(table)
+
+
+def _language_cells(row: dict[str, Any]) -> tuple[str, str]:
+    """The first two cells of an evaluation's row: which language, and whether it is trained on."""
+    language = "all" if row["language"] == EVERY_LANGUAGE else row["language"]
+    return language, "seen" if row["seen"] else "unseen"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
