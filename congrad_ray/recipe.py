@@ -127,12 +127,39 @@ class Pair(Settings):
 
 
 class Sketch(Settings):
-    """The count-sketch of every pair's gradient."""
+    """What is kept of every pair's gradient; the README has the measurements behind the defaults."""
 
-    width: int = Field(16384, ge=64, description="float32 numbers stored per pair")
+    method: Literal["count_sketch", "exact"] = Field(
+        "count_sketch",
+        description="'exact' goes over the pairs twice and holds a copy of the gradient per language",
+    )
+    width: int = Field(32768, ge=64, description="numbers stored per pair")
+    dtype: Literal["int8", "float16", "float32"] = Field("int8", description="of the numbers stored")
+    fold: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+        "auto", description="how far layers are shortened before their gradients are formed; auto: by their sides"
+    )
+    min_side: int = Field(256, ge=1, description="'auto' leaves this many features of a side, or more")
+    groups: Positive = Field(1, description="parts of a sketch, each for one block of layers")
     seed: int = Field(0, ge=0)
     layers: str | None = Field(None, description="regular expression on module names; null: every linear layer")
+    compute_dtype: TensorType | None = Field(None, description="of the products; null: the model's")
+    average_log_prob: bool = Field(
+        False, description="mean log-probabilities, for losses that use them (SimPO, IPO, ORPO); DPO does not"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
     max_tokens_per_batch: Positive = Field(8192, description="padded tokens of both responses in a micro-batch")
+    audit_pairs: int = Field(32, ge=0, description="about so many pairs are checked against exact gradients")
+
+    @property
+    def stored_dtype(self) -> str:
+        """The NumPy dtype of the numbers in the sketch column."""
+        return "float32" if self.method == "exact" else self.dtype
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        if self.width % self.groups:
+            raise ValueError(f"width ({self.width}) should be a multiple of groups ({self.groups})")
+        return self
 
 
 class Select(Settings):

@@ -131,7 +131,9 @@ class Folder:
 
     def write_table(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        # Numbers hardly repeat; a dictionary of them costs time and saves nothing.
+        texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+        pq.write_table(table, sink, compression="zstd", use_dictionary=texts)
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
     def read_table(self, columns: Sequence[str] | None = None, name: str | None = None) -> pa.Table:

@@ -11,7 +11,9 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 Message = dict[str, str]
 
@@ -82,14 +84,20 @@ PAIRS = pa.schema(
 )
 
 
-def sketches_schema(width: int) -> pa.Schema:
-    """Schema of the sketch stage's table for sketches of `width` float32 numbers."""
+def sketches_schema(width: int, dtype: str) -> pa.Schema:
+    """Schema of the sketch stage's table for sketches of `width` numbers of a NumPy dtype."""
+    sketch = pa.binary(width * np.dtype(dtype).itemsize)
     return pa.schema(
         [
             PAIR_ID,
             LANGUAGE,
-            _field("sketch", pa.list_(pa.float32(), width), "count-sketch of u, the pair's gradient direction"),
-            _field("norm", pa.float64(), "exact Euclidean norm of u over the sketched layers"),
+            _field(
+                "sketch", sketch, f"sketch of u, the pair's gradient direction: {width} {dtype}, little-endian"
+            ),
+            _field("sketch_scale", pa.float32(), "what the numbers of the sketch are to be multiplied by"),
+            _field(
+                "norm", pa.float64(), "Euclidean norm of u over the sketched layers: exact where no side is folded"
+            ),
             _field("coefficient", pa.float64(), "c > 0: the gradient of the DPO loss is -c * u"),
             _field("chosen_logps", pa.float64(), "summed log-probability of chosen, nats; also the reference's"),
             _field(
@@ -100,8 +108,37 @@ def sketches_schema(width: int) -> pa.Schema:
             _field("prompt_tokens", pa.int32(), "tokens of the prompt"),
             _field("chosen_tokens", pa.int32(), "tokens of chosen"),
             _field("rejected_tokens", pa.int32(), "tokens of rejected"),
+            _field("positions", pa.int32(), "positions computed for the pair in layers other than attention"),
+            _field("attention_padding", pa.int32(), "padding positions computed beside the pair in attention"),
+            _field(
+                "audit_exact",
+                pa.float64(),
+                "audited pairs: exact cosine of u with the mean u of the others in its micro-batch",
+                nullable=True,
+            ),
+            _field(
+                "audit_sketched", pa.float64(), "audited pairs: the same from the stored sketches", nullable=True
+            ),
         ]
     )
+
+
+def sketch_bytes(sketches: NDArray[Any]) -> list[bytes]:
+    """The sketch column's values of (rows, width) numbers in the dtype to be stored."""
+    little_endian = sketches.astype(sketches.dtype.newbyteorder("<"), copy=False)
+    return [row.tobytes() for row in little_endian]
+
+
+def sketch_numbers(table: pa.Table | pa.RecordBatch, dtype: str) -> NDArray[np.float32]:
+    """The sketches in a table with the columns sketch and sketch_scale, (rows, width) float32."""
+    column = table["sketch"]
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    stored = np.dtype(dtype).newbyteorder("<")
+    rows, numbers = len(column), column.type.byte_width // stored.itemsize
+    values = np.frombuffer(column.buffers()[1], stored, rows * numbers, column.offset * column.type.byte_width)
+    scales = table["sketch_scale"].to_numpy()
+    return values.reshape(rows, numbers) * scales[:, None].astype(np.float32)
 
 
 SCORES = pa.schema(

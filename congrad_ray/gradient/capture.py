@@ -1,82 +1,101 @@
-"""Per-pair preference gradients, sketched layer by layer during one backward pass."""
+"""Per-pair preference gradients, met layer by layer in one backward pass and never stored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 from types import TracebackType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from congrad_ray.gradient.countsketch import CountSketch
-from congrad_ray.gradient.layers import UnsupportedLayers, target_layers
-from congrad_ray.preference.batching import PairBatch
-from congrad_ray.preference.logprobs import completion_logprobs
+from congrad_ray.gradient.layers import UnsupportedLayers, base_causal_model, target_layers
+from congrad_ray.gradient.shared_prompts import attention_over, hidden_states, why_not_shared
+from congrad_ray.preference.logprobs import summed_logprobs
+from congrad_ray.preference.packing import PairTokens, shared_prompt_tokens, two_sequence_tokens
+from congrad_ray.preference.tokenization import TokenizedPair
 
-# Entries of the per-pair gradients of one layer that are alive at a time, but at least one pair's. Sketching
-# makes about three more copies, so this is roughly 512 MiB.
-_GRADIENT_ENTRIES = 2**25
-
-
-@dataclass(frozen=True)
-class SketchResult:
-    """What `PairGradientSketcher.sketch` finds for B pairs; everything float32 on the model's device."""
-
-    sketches: Tensor  # (B, width), count-sketch of u = grad log p(chosen) - grad log p(rejected)
-    norms: Tensor  # (B,), |u| itself, over the targeted layers
-    chosen_logps: Tensor  # (B,), sum over completion tokens
-    rejected_logps: Tensor  # (B,)
+# The attributes by which transformers checkpoints a layer. Its switch for the whole model does so in train mode
+# only.
+_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+_CHECKPOINT = partial(checkpoint, use_reentrant=False)
 
 
-class PairGradientSketcher:
-    """Count-sketches of u = grad log p(chosen) - grad log p(rejected), one row a pair.
+class LayerVisitor(Protocol):
+    """What becomes of each layer's part of the gradients."""
 
-    The gradient of every DPO-type loss is -c * u with a scalar c > 0 (`preference.loss.pair_coefficient`). u
-    runs over the weights of the targeted layers (`gradient.layers.target_layers`), each as (out, in).
+    def keep(self, name: str, inputs: Tensor) -> Tensor:
+        """What to keep of a layer's inputs (N, in), from the forward to the backward: them, or less."""
 
-    For a micro-batch there is one forward and one backward, with +1 as the gradient of each chosen
-    log-probability and -1 of each rejected one. A linear layer with inputs a and output gradients d (both
-    (rows, tokens, features)) adds d^T a of a pair's two rows to u. That product is formed for one layer when
-    the backward reaches it, sketched and freed; no weight gradient and no whole u exists. Sums are float32
-    whatever the model's dtype.
+    def visit(self, name: str, kept: Tensor, gradients: Tensor, starts: Sequence[int]) -> None:
+        """Called once a layer, in the backward: `gradients` (N, out) are those of the layer's outputs.
 
-    While open, the model is frozen and in eval mode (dropout would change u); `close()`, or leaving the
-    `with` block, puts both back. Raises `UnsupportedLayers` (see `target_layers`) on creation.
+        The pairs' gradients of the weight, as (out, in), are d^T a over their positions, from starts[b] to
+        starts[b + 1].
+        """
+
+
+class GradientCapture:
+    """Runs pairs forward and backward through a frozen model and shows each layer's part of their gradients.
+
+    u = grad log p(chosen) - grad log p(rejected) of a pair runs over the weights of the targeted layers
+    (`gradient.layers.target_layers`), each as (out, in). The gradient of every DPO-type loss is -c * u with a
+    scalar c > 0 (`preference.loss.pair_coefficient`). With `average_log_prob` the log-probabilities are means over
+    a completion's tokens, as in SimPO, IPO and ORPO, and u is their gradients' difference.
+
+    A micro-batch takes one forward and one backward, seeded with +1 for chosen and -1 for rejected
+    log-probabilities. Parameters are frozen, so no weight gradient is worked out: a layer's inputs a and output
+    gradients d go to a `LayerVisitor`, and d^T a over a pair's positions is its part of u.
+
+    Where the model allows it (`shared_prompts`), a pair's prompt is computed once for both completions.
+
+    While open, the model is in eval mode (dropout would change u); `close()`, or leaving the `with` block, puts
+    everything back. With `gradient_checkpointing` a decoder layer keeps only its input and is computed again in
+    the backward. A PEFT model is taken as it is, its adapters being the targets.
+
+    Raises `UnsupportedLayers` (see `target_layers`) on creation, and ValueError if layers are to be checkpointed
+    that cannot be.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        width: int,
-        seed: int,
         layers: str | None = None,
-        chunk_tokens: int = 1024,
-        cache_bytes: int = 2**30,
+        average_log_prob: bool = False,
+        gradient_checkpointing: bool = False,
+        pad_token_id: int = 0,
     ) -> None:
-        self.model = model
-        self.count_sketch = CountSketch(width, seed, cache_bytes)
-        self.layers = target_layers(model, layers)
-        self.chunk_tokens = chunk_tokens
-        self._sketches: Tensor | None = None
-        self._squared_norms: Tensor | None = None
-        self._pairs = 0
-        self._seen: set[str] = set()
-        self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._training = [module for module in model.modules() if module.training]
-        model.requires_grad_(False)
-        model.eval()
+        self.model = base_causal_model(model)
+        self.layers = target_layers(self.model, layers)
+        self.average_log_prob = average_log_prob
+        self._pad_token_id = pad_token_id
+        self._visitor: LayerVisitor | None = None
+        self._batch: PairTokens | None = None
+        self._visited: set[str] = set()
+        self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._training = {module: module.training for module in self.model.modules()}
+        self._checkpointed: list[tuple[GradientCheckpointingLayer, dict[str, Any]]] = []
+        self.model.requires_grad_(False)
+        self.model.eval()
+        # None, or why prompts are computed twice.
+        self.why_not_shared = why_not_shared(self.model)
+        if gradient_checkpointing:
+            self._checkpoint_layers()
         # With every parameter frozen, the backward needs something below the first layer that requires a
         # gradient.
         self._handles: list[RemovableHandle] = [
-            model.get_input_embeddings().register_forward_hook(_require_gradient)
+            self.model.get_input_embeddings().register_forward_hook(_require_gradient)
         ]
         for name, module in self.layers.items():
             self._handles.append(module.register_forward_hook(self._forward_hook(name)))
 
-    def __enter__(self) -> PairGradientSketcher:
+    def __enter__(self) -> GradientCapture:
         return self
 
     def __exit__(
@@ -89,89 +108,129 @@ class PairGradientSketcher:
 
     def close(self) -> None:
         """Remove the hooks and give the model back as it was: trainable parameters and training modes."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
+        self._handles = []
         for parameter in self._trainable:
             parameter.requires_grad_(True)
-        for module in self._training:
-            module.training = True
-        self._handles, self._trainable, self._training = [], [], []
+        for module, training in self._training.items():
+            module.training = training
+        for layer, before in self._checkpointed:
+            for name in _CHECKPOINTING:
+                vars(layer).pop(name, None)
+            vars(layer).update(before)
+
+    def _checkpoint_layers(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                before = {name: vars(module)[name] for name in _CHECKPOINTING if name in vars(module)}
+                self._checkpointed.append((module, before))
+                # What transformers asks before it checkpoints a layer; the layer's children stay in eval mode.
+                module.training = True
+                vars(module).update(zip(_CHECKPOINTING, (True, _CHECKPOINT), strict=True))
+        if not self._checkpointed:
+            raise ValueError(f"{type(self.model).__name__} has no layers that transformers can checkpoint")
 
     def uncovered_parameters(self) -> list[str]:
         """Names of the parameters that u leaves out: embeddings, norms, biases, layers not targeted."""
         covered = {f"{name}.weight" for name in self.layers}
         return [name for name, _ in self.model.named_parameters() if name not in covered]
 
-    def sketch(self, batch: PairBatch) -> SketchResult:
-        """Sketch the B pairs of `batch`, which must be on the model's device.
+    def layout(self, pairs: Sequence[TokenizedPair]) -> PairTokens:
+        """The pairs as this model's input, on its device."""
+        device = self.model.get_input_embeddings().get_parameter("weight").device
+        if self.why_not_shared is None:
+            return shared_prompt_tokens(pairs, device)
+        return two_sequence_tokens(pairs, self._pad_token_id, device)
 
-        A pair's result does not depend on the other pairs of its batch, beyond rounding. Raises
-        `UnsupportedLayers` if a targeted layer takes no part in the forward or is used twice in it, sees
-        inputs that are not (rows, tokens, features), or does not depend on the input embeddings; ValueError
-        after `close()`.
+    def run(self, batch: PairTokens, visitor: LayerVisitor) -> Tensor:
+        """One forward and one backward; returns the summed log-probabilities, (2B,) float32, chosen first.
+
+        A pair's part does not depend on the other pairs of its batch, beyond rounding. Raises
+        `UnsupportedLayers` if a targeted layer takes no part in the forward or is used twice in it, sees inputs
+        that are not (rows, columns, features), or does not depend on the input embeddings; ValueError after
+        `close()`.
         """
         if not self._handles:
-            raise ValueError("this sketcher is closed; make a new one")
-        pairs = batch.pairs
-        device = batch.input_ids.device
-        self._pairs = pairs
-        self._seen = set()
-        self._sketches = torch.zeros((pairs, self.count_sketch.width), dtype=torch.float32, device=device)
-        self._squared_norms = torch.zeros(pairs, dtype=torch.float32, device=device)
+            raise ValueError("this model was given back by close(); capture it anew")
+        self._batch, self._visitor = batch, visitor
+        self._visited = set()
         try:
-            with torch.enable_grad():
-                logps = completion_logprobs(self.model, batch, self.chunk_tokens)
-                signs = torch.ones_like(logps)
-                signs[pairs:] = -1.0
-                torch.autograd.backward(logps, signs)
-            missing = self.layers.keys() - self._seen
-            if missing:
-                raise UnsupportedLayers(
-                    f"layers {sorted(missing)[:5]} took no part in the forward; leave them out by `layers`"
-                )
-            logps = logps.detach()
-            return SketchResult(self._sketches, self._squared_norms.sqrt(), logps[:pairs], logps[pairs:])
+            with torch.enable_grad(), attention_over(self.model, batch) as arguments:
+                states = hidden_states(self.model, batch, arguments)[batch.states]
+                logps = summed_logprobs(self.model, states, batch.targets, batch.completions, 2 * batch.pairs)
+                seeds = torch.ones_like(logps)
+                seeds[batch.pairs :] = -1.0
+                if self.average_log_prob:
+                    seeds /= torch.cat([batch.chosen_tokens, batch.rejected_tokens])
+                torch.autograd.backward(logps, seeds)
         finally:
-            self._sketches = self._squared_norms = None
+            self._batch = self._visitor = None
+        missing = self.layers.keys() - self._visited
+        if missing:
+            raise UnsupportedLayers(
+                f"layers {sorted(missing)[:5]} took no part in the forward; leave them out by `layers`"
+            )
+        return logps.detach()
 
-    def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if self._sketches is None:
-                return  # someone else's forward on the same model
-            activations = inputs[0].detach()
-            if activations.dim() != 3 or activations.shape[0] != 2 * self._pairs:
+    def _forward_hook(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            batch, visitor = self._batch, self._visitor
+            if batch is None or visitor is None:
+                return None  # someone else's forward on the same model
+            if inputs[0].shape[:-1] != batch.input_ids.shape:
                 raise UnsupportedLayers(
-                    f"layer {name!r} sees inputs of shape {tuple(activations.shape)}, not "
-                    f"({2 * self._pairs}, tokens, features), so its tokens cannot be told apart by pair; "
-                    "leave it out by `layers`"
-                )
-            if name in self._seen:
-                raise UnsupportedLayers(
-                    f"layer {name!r} is used more than once in a forward pass; leave it out by `layers`"
+                    f"layer {name!r} sees inputs of shape {tuple(inputs[0].shape)}, not "
+                    f"({', '.join(map(str, batch.input_ids.shape))}, features), so its tokens cannot be told "
+                    "apart by pair; leave it out by `layers`"
                 )
             if not output.requires_grad:
                 raise UnsupportedLayers(
                     f"layer {name!r} does not depend on the input embeddings; leave it out by `layers`"
                 )
-            self._seen.add(name)
-            output.register_hook(lambda gradient: self._consume(name, activations, gradient))
+            with torch.no_grad():
+                kept = visitor.keep(name, inputs[0].detach().flatten(0, 1))
+            tapped: Tensor = _Tap.apply(output, kept, name, self)
+            return tapped
 
         return hook
 
     @torch.no_grad()
-    def _consume(self, name: str, activations: Tensor, output_gradients: Tensor) -> None:
-        assert self._sketches is not None and self._squared_norms is not None
-        inputs, outputs = activations.shape[-1], output_gradients.shape[-1]
-        chosen, rejected = output_gradients.split(self._pairs)
-        step = max(1, _GRADIENT_ENTRIES // (inputs * outputs))
-        for start in range(0, self._pairs, step):
-            part = slice(start, min(start + step, self._pairs))
-            # The tokens of a pair's chosen and rejected row, one after the other: (pairs, 2T, features).
-            a = torch.cat([activations[: self._pairs][part], activations[self._pairs :][part]], dim=1).float()
-            d = torch.cat([chosen[part], rejected[part]], dim=1).float()
-            gradient = torch.bmm(d.transpose(1, 2), a)
-            self._squared_norms[part] += gradient.square().sum(dim=(1, 2))
-            self.count_sketch.add_(self._sketches[part], name, gradient)
+    def _visit(self, name: str, kept: Tensor, gradients: Tensor) -> None:
+        assert self._batch is not None and self._visitor is not None
+        if name in self._visited:
+            raise UnsupportedLayers(
+                f"layer {name!r} is used more than once in a forward pass; leave it out by `layers`"
+            )
+        self._visited.add(name)
+        self._visitor.visit(name, kept, gradients.flatten(0, 1), self._batch.starts)
+
+
+class _Tap(torch.autograd.Function):
+    """A layer's output as it is; its gradient is shown on the way back.
+
+    What is kept of the inputs goes through save_for_backward, so that gradient checkpointing can drop it in the
+    forward and make it anew in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, kept: Tensor, name: str, capture: GradientCapture) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.name, ctx.capture = name, capture
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.capture._visit(ctx.name, ctx.saved_tensors[0], gradient)
+        return gradient, None, None, None
+
+
+def pair_segments(starts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """(b, the positions of pair b) for every pair."""
+    for pair, (start, end) in enumerate(pairwise(starts)):
+        yield pair, slice(start, end)
 
 
 def _require_gradient(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

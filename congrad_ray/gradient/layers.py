@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,11 +14,23 @@ class UnsupportedLayers(ValueError):
     """The model has weights, or uses layers in a way, from which per-pair gradients cannot be taken."""
 
 
+_ADAPTERS = re.compile(r"\.lora_[AB]\.")
+
+
+def base_causal_model(model: nn.Module) -> PreTrainedModel:
+    """The causal language model itself, where PEFT has wrapped it (its adapters stay in place)."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner = model if unwrap is None else unwrap()
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
 def target_layers(model: PreTrainedModel, layers: str | None = None) -> dict[str, nn.Module]:
     """The layers whose weights count as the model's parameters, by module name in the model's order.
 
     By default every `nn.Linear` and transformers `Conv1D` except the output embedding, which is never
-    included: it is as large as the vocabulary, and often the input embedding too. `layers` is a regular
+    included: it is as large as the vocabulary, and often the input embedding too. Where the model has LoRA
+    adapters, they alone are the default: they are what training would change. `layers` is a regular
     expression (`re.search`) over module names that narrows this down.
 
     Raises `UnsupportedLayers` if nothing matches, and, when `layers` is None, if the model holds weights of
@@ -30,7 +43,10 @@ def target_layers(model: PreTrainedModel, layers: str | None = None) -> dict[str
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    chosen = {name: module for name, module in candidates.items() if layers is None or re.search(layers, name)}
+    pattern = re.compile(layers) if layers is not None else None
+    if pattern is None and any(_ADAPTERS.search(name) for name in candidates):
+        pattern = _ADAPTERS
+    chosen = {name: module for name, module in candidates.items() if pattern is None or pattern.search(name)}
     if not chosen:
         raise UnsupportedLayers(
             f"no layer of {type(model).__name__} matches {layers!r}; its linear layers are for example "
@@ -38,7 +54,7 @@ def target_layers(model: PreTrainedModel, layers: str | None = None) -> dict[str
             if candidates
             else f"{type(model).__name__} has no nn.Linear or Conv1D layers to take gradients of"
         )
-    if layers is None:
+    if pattern is None:
         fused = _fused_expert_weights(model)
         if fused:
             raise UnsupportedLayers(

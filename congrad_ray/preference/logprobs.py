@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from transformers import PreTrainedModel
 
 from congrad_ray.preference.batching import PairBatch
 
+# Logits alive at a time by default: 32 MiB in float32, a few times that with what the softmax makes of them.
+_CHUNK_LOGITS = 2**23
 # Multiply or divide the logits after the output embedding in families that are not handled here.
 _UNSUPPORTED_LOGIT_OPTIONS = ("output_multiplier", "lm_head_multiplier")
 
@@ -41,36 +45,96 @@ def _token_logprobs(
     return -F.cross_entropy(logits.float(), tokens, reduction="none")
 
 
-def completion_logprobs(model: PreTrainedModel, batch: PairBatch, chunk_tokens: int = 1024) -> Tensor:
+class _FrozenHeadLogprobs(torch.autograd.Function):
+    """Log-probabilities of tokens, with their gradients for the states worked out along the way.
+
+    With a frozen head nothing else needs a gradient, and each token's log-probability depends on its own state
+    alone. So the gradient costs one more product and no chunk of logits is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        tokens: Tensor,
+        head: nn.Module,
+        scale: float,
+        softcap: float | None,
+        chunk_tokens: int,
+    ) -> Tensor:
+        logprobs = torch.empty(len(tokens), dtype=torch.float32, device=states.device)
+        gradients = torch.empty_like(states)
+        for start in range(0, len(tokens), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            with torch.enable_grad():
+                chunk = states[part].detach().requires_grad_(True)
+                found = _token_logprobs(chunk, tokens[part], head, scale, softcap)
+                gradients[part] = torch.autograd.grad(found.sum(), chunk)[0]
+            logprobs[part] = found.detach()
+        ctx.save_for_backward(gradients)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        gradients = ctx.saved_tensors[0]
+        return gradients * outputs[0][:, None].to(gradients.dtype), None, None, None, None, None
+
+
+def summed_logprobs(
+    model: PreTrainedModel,
+    states: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    count: int,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Sums of log p(token | state) by row, (count,) float32, differentiable.
+
+    `states` (M, hidden) are last hidden states, `tokens` (M,) the ids they are to predict and `rows` (M,) the row
+    from 0 to count - 1 that each adds to. Logits are formed `chunk_tokens` at a time (by default as many as make
+    2^23 logits), so those of all tokens never exist together; in the backward they are computed again, unless the
+    output embedding is frozen: then its gradients are found in the forward. The log-softmax is float32 whatever
+    the model's dtype. Raises ValueError for models whose logits are scaled in a way not handled here.
+    """
+    scale, softcap = _logit_scale_and_softcap(model)
+    head = model.get_output_embeddings()
+    chunk_tokens = chunk_tokens or max(16, _CHUNK_LOGITS // head.weight.shape[0])
+    trainable = any(parameter.requires_grad for parameter in head.parameters())
+    if torch.is_grad_enabled() and states.requires_grad and not trainable:
+        logprobs = _FrozenHeadLogprobs.apply(states, tokens, head, scale, softcap, chunk_tokens)
+    else:
+        logprobs = torch.cat(
+            [
+                checkpoint(
+                    _token_logprobs, *parts, head, scale, softcap, use_reentrant=False
+                )  # does nothing where no gradient is wanted
+                for parts in zip(states.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)
+            ]
+        )
+    totals = torch.zeros(count, dtype=torch.float32, device=states.device)
+    return totals.index_add(0, rows, logprobs)
+
+
+def completion_logprobs(model: PreTrainedModel, batch: PairBatch, chunk_tokens: int | None = None) -> Tensor:
     """Sum over each row's completion tokens of log p(token | the tokens before it).
 
-    Returns (2B,) float32, chosen rows first, differentiable. Only the hidden states that predict a completion
-    token go through the output embedding, `chunk_tokens` at a time and recomputed in the backward, so that at
-    most (chunk_tokens, vocabulary) logits are alive. The log-softmax is float32 whatever the model's dtype.
-
-    Raises ValueError for models whose logits are scaled in a way not handled here, and for a completion that
-    starts at the first token of its row.
+    Returns (2B,) float32, chosen rows first, differentiable; memory and errors as in `summed_logprobs`. Only the
+    hidden states that predict a completion token go through the output embedding. Raises ValueError as well for
+    a completion that starts at the first token of its row.
     """
     if bool(batch.completion_mask[:, 0].any()):
         raise ValueError("a completion starts at the first token of its row; it needs at least one prompt token")
-    scale, softcap = _logit_scale_and_softcap(model)
-    head = model.get_output_embeddings()
     hidden = model.base_model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
     ).last_hidden_state
     # The state at position t predicts the token at t + 1.
     predicted = batch.completion_mask[:, 1:]
     rows = predicted.nonzero()[:, 0]
-    states = hidden[:, :-1][predicted]
-    tokens = batch.input_ids[:, 1:][predicted]
-    totals = torch.zeros(batch.input_ids.shape[0], dtype=torch.float32, device=states.device)
-    for start in range(0, len(tokens), chunk_tokens):
-        part = slice(start, start + chunk_tokens)
-        if torch.is_grad_enabled():
-            logprobs = checkpoint(
-                _token_logprobs, states[part], tokens[part], head, scale, softcap, use_reentrant=False
-            )
-        else:
-            logprobs = _token_logprobs(states[part], tokens[part], head, scale, softcap)
-        totals = totals.index_add(0, rows[part], logprobs)
-    return totals
+    return summed_logprobs(
+        model,
+        hidden[:, :-1][predicted],
+        batch.input_ids[:, 1:][predicted],
+        rows,
+        len(batch.input_ids),
+        chunk_tokens,
+    )

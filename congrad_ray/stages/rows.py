@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -51,8 +52,11 @@ def write_rows(
     id_column: str,
     total: int,
     rows_per_part: int = 256,
+    tokens: Sequence[str] = (),
 ) -> None:
     """Runs `dataset` and writes its rows as Parquet parts of the stage, with progress on the log.
+
+    Where columns that count tokens are named, progress is told in tokens as well.
 
     A row whose FAILURE column is set goes to the stage's `quarantine/`. Each part is whole or not there: what a
     kill can cost is the batches in flight.
@@ -73,12 +77,13 @@ def write_rows(
         )
         if good:
             output.write_table(name, table_of(good, schema))
-        return pa.table({"written": [len(good)], "failed": [len(failed)]})
+        counted = sum(row[column] for row in good for column in tokens)
+        return pa.table({"written": [len(good)], "failed": [len(failed)], "tokens": [counted]})
 
     progress = Progress(context.log, total)
     parts = dataset.map_batches(write, batch_format="pyarrow", batch_size=rows_per_part)
     for part in parts.iter_rows():
-        progress.add(part["written"], part["failed"])
+        progress.add(part["written"], part["failed"], part["tokens"])
 
 
 def outcome_of(output: StageFolder, id_column: str, counters: dict[str, Any] | None = None) -> Outcome:
@@ -98,18 +103,21 @@ class Progress:
 
     def __init__(self, log: Log, total: int, every_seconds: float = 10.0) -> None:
         self._log, self._total, self._every = log, total, every_seconds
-        self._written = self._failed = 0
+        self._written = self._failed = self._tokens = 0
         self._start = self._last = time.monotonic()
 
-    def add(self, written: int, failed: int = 0) -> None:
+    def add(self, written: int, failed: int = 0, tokens: int = 0) -> None:
         self._written += written
         self._failed += failed
+        self._tokens += tokens
         now = time.monotonic()
         done = self._written + self._failed
         if now - self._last < self._every and done < self._total:
             return
         self._last = now
-        rate = done / max(now - self._start, 1e-9)
+        seconds = max(now - self._start, 1e-9)
+        rate = done / seconds
         left = (self._total - done) / rate if rate else 0.0
         failed_text = f", {self._failed} failed" if self._failed else ""
-        self._log(f"{done}/{self._total} rows{failed_text}, {rate:.1f} rows/s, {left:.0f} s left")
+        token_text = f", {self._tokens / seconds:.0f} tokens/s" if self._tokens else ""
+        self._log(f"{done}/{self._total} rows{failed_text}, {rate:.1f} rows/s{token_text}, {left:.0f} s left")

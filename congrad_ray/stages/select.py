@@ -21,7 +21,7 @@ from congrad_ray.surgery.scores import (
     pair_scores,
     projected_cosine_matrix,
 )
-from congrad_ray.tables import SCORES, SELECTED, table_of
+from congrad_ray.tables import SCORES, SELECTED, sketch_numbers, table_of
 
 _ROWS_AT_A_TIME = 1024
 
@@ -35,6 +35,7 @@ class Block:
     pair_ids: list[str]
     languages: list[str]
     sketches: Float64Array  # (rows, width)
+    norms: Float64Array  # (rows,), those of the pairs' gradients as cosines need them
     coefficients: Float64Array  # (rows,)
 
 
@@ -42,18 +43,20 @@ def run(context: Context) -> Outcome:
     """Two passes over the sketches: sums per language, then one dot product per pair and language."""
     settings = context.recipe.select
     sketches = context.input("sketches")
-    languages, gradients = language_gradients(sketches)
+    exact = context.recipe.sketch.method == "exact"
+    dtype = context.recipe.sketch.stored_dtype
+    languages, gradients = language_gradients(sketches, dtype)
     gram = gradients @ gradients.T
     weights = pcgrad(gram, settings.seed)
     position = {language: index for index, language in enumerate(languages)}
     ids: list[str] = []
     of_language: list[str] = []
     dots, norms = [], []
-    for block in blocks(sketches):
+    for block in blocks(sketches, dtype, exact):
         ids += block.pair_ids
         of_language += block.languages
         dots.append(block.sketches @ gradients.T)
-        norms.append(np.linalg.norm(block.sketches, axis=1))
+        norms.append(block.norms)
     all_dots, all_norms = np.concatenate(dots), np.concatenate(norms)
     index = np.array([position[language] for language in of_language])
     cosine, dot = pair_scores(all_dots, all_norms, gram, weights)
@@ -107,23 +110,27 @@ def run(context: Context) -> Outcome:
     )
 
 
-def blocks(sketches: Folder) -> Iterator[Block]:
-    """The sketches table block by block, so that memory does not grow with the number of pairs."""
+def blocks(sketches: Folder, dtype: str, exact: bool = False) -> Iterator[Block]:
+    """The sketches table block by block, so that memory does not grow with the number of pairs.
+
+    Norms are those of the sketches, in whose geometry inner products are taken; of `exact` coordinates, which hold
+    only the part of a gradient that lies among the languages' gradients, they are the gradients' own.
+    """
     for path in sketches.files(".parquet"):
         with sketches.filesystem.open_input_file(path) as file:
-            columns = ["pair_id", "language", "sketch", "coefficient"]
+            columns = ["pair_id", "language", "sketch", "sketch_scale", "norm", "coefficient"]
             for batch in pq.ParquetFile(file).iter_batches(_ROWS_AT_A_TIME, columns=columns):
-                values = batch.column("sketch")
-                matrix = values.flatten().to_numpy().reshape(batch.num_rows, values.type.list_size)
+                numbers = sketch_numbers(batch, dtype).astype(np.float64)
                 yield Block(
                     batch.column("pair_id").to_pylist(),
                     batch.column("language").to_pylist(),
-                    matrix.astype(np.float64),
+                    numbers,
+                    batch.column("norm").to_numpy() if exact else np.linalg.norm(numbers, axis=1),
                     batch.column("coefficient").to_numpy(),
                 )
 
 
-def language_gradients(sketches: Folder) -> tuple[list[str], Float64Array]:
+def language_gradients(sketches: Folder, dtype: str) -> tuple[list[str], Float64Array]:
     """The languages, sorted, and the mean of c * sketch(u) over each one's pairs, (languages, width).
 
     u points where the loss goes down, so these are descent directions; sketches are linear, so the mean of
@@ -131,7 +138,7 @@ def language_gradients(sketches: Folder) -> tuple[list[str], Float64Array]:
     """
     sums: dict[str, Float64Array] = {}
     counts: dict[str, int] = {}
-    for block in blocks(sketches):
+    for block in blocks(sketches, dtype):
         weighted = block.coefficients[:, None] * block.sketches
         languages = np.array(block.languages)
         for language in sorted(set(block.languages)):

@@ -7,17 +7,29 @@ from collections.abc import Callable
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from congrad_ray.preference.tokenization import TokenizedPair
@@ -34,22 +46,36 @@ SIZES = {
     "eos_token_id": 2,
 }
 
+# Windows and soft caps are small enough to matter at these sizes; qwen2 has biases and tied embeddings.
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=0.1)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **SIZES, head_dim=8, final_logit_softcapping=1.0, attn_logit_softcapping=1.0, sliding_window=6
+        )
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SIZES, head_dim=8, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+        )
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES, sliding_window=6)),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SIZES)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    ),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),
+    # Adds its positions to the attention scores in code of its own.
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)),
+}
+
 
 def _build(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=0.1))
-    if family == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True))
-    if family == "gemma2":
-        # Soft caps and a window that are small enough to matter at these sizes.
-        return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=1.0, sliding_window=6))
-    if family == "mixtral":
-        return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
-    assert family == "gpt2"
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
-    )
+    return FAMILIES[family]()
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from congrad_ray.tables import (
     pair_id,
     prompt_id,
     response_id,
+    sketch_bytes,
     sketches_schema,
     table_of,
 )
@@ -127,7 +128,16 @@ def _tables(texts: dict[str, tuple[str, str, str]]) -> dict[str, Any]:
                 }
             )
             sketch = own + random.normal(size=WIDTH) * 3
-            values = {"sketch": sketch.tolist(), "norm": float(np.linalg.norm(sketch)), "coefficient": 0.05}
+            values = {
+                "sketch": sketch_bytes(sketch[None].astype(np.float32))[0],
+                "sketch_scale": 1.0,
+                "norm": float(np.linalg.norm(sketch)),
+                "coefficient": 0.05,
+                "positions": 26,
+                "attention_padding": 0,
+                "audit_exact": None,
+                "audit_sketched": None,
+            }
             logps = {"chosen_logps": -30.0, "rejected_logps": -20.0}
             tokens = {"prompt_tokens": 9, "chosen_tokens": 12, "rejected_tokens": 5}
             sketches.append({**pair, **values, **logps, **tokens})
@@ -136,7 +146,7 @@ def _tables(texts: dict[str, tuple[str, str, str]]) -> dict[str, Any]:
         "responses": table_of(responses, RESPONSES),
         "judgements": table_of(judgements, JUDGEMENTS),
         "pairs": table_of(pairs, PAIRS),
-        "sketches": table_of(sketches, sketches_schema(WIDTH)),
+        "sketches": table_of(sketches, sketches_schema(WIDTH, "float32")),
     }
 
 

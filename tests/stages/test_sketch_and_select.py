@@ -16,7 +16,7 @@ from congrad_ray.rundir import RunDirectory, StageFolder
 from congrad_ray.settings import validate
 from congrad_ray.stages import select
 from congrad_ray.stages.sketch import FAILURE, SketchReplica
-from congrad_ray.tables import PAIRS, sketches_schema, table_of
+from congrad_ray.tables import PAIRS, sketch_bytes, sketch_numbers, sketches_schema, table_of
 
 WIDTH = 256
 
@@ -28,7 +28,7 @@ def recipe_for(model: Path, **sections: Any) -> Recipe:
         "prompts": {"languages": ["en", "de"]},
         "generate": {"max_tokens": 16},
         "evaluate": {"max_tokens": 16},
-        "sketch": {"width": WIDTH, "max_tokens_per_batch": 256},
+        "sketch": {"width": WIDTH, "dtype": "float32", "max_tokens_per_batch": 256},
         "train": {"beta": 0.2, "length_penalty": 0.01},
     }
     return validate(Recipe, values | sections, "test")
@@ -61,7 +61,8 @@ ROWS = [
 ]
 
 
-def test_a_replica_writes_the_sketch_of_autograds_gradient(tiny_model: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_a_replica_writes_the_sketch_of_autograds_gradient(tiny_model: Path, dtype: str) -> None:
     import torch
 
     from congrad_ray.gradient.countsketch import CountSketch
@@ -69,9 +70,11 @@ def test_a_replica_writes_the_sketch_of_autograds_gradient(tiny_model: Path) -> 
     from congrad_ray.preference.batching import collate_pairs
     from congrad_ray.preference.tokenization import tokenize_pair
 
-    recipe = recipe_for(tiny_model)
+    recipe = recipe_for(tiny_model, sketch={"width": WIDTH, "dtype": dtype, "max_tokens_per_batch": 256})
     source = ModelSource(str(tiny_model), recipe.model)
-    found = SketchReplica(source, recipe, "cpu", threads=1)(table_of(ROWS, PAIRS)).to_pylist()
+    replica = SketchReplica(source, recipe, "cpu", 1, audited=frozenset(["pair-0"]))
+    table = replica(table_of(ROWS, PAIRS))
+    found = table.to_pylist()
     assert [row["pair_id"] for row in found] == [row["pair_id"] for row in ROWS]
     assert [row[FAILURE] and row[FAILURE]["reason"] for row in found] == [
         None,
@@ -80,17 +83,35 @@ def test_a_replica_writes_the_sketch_of_autograds_gradient(tiny_model: Path) -> 
         "pair_too_long",
         "cannot_tokenize",
     ]
+    good = table_of(found[:3], sketches_schema(WIDTH, dtype))
+    numbers = sketch_numbers(good, dtype)
+    assert numbers.dtype == np.float32
+    tolerance = {"float32": 1e-5, "float16": 1e-3, "int8": 0.02}[dtype]
     tokenizer, model = source.load_tokenizer(), source.load_model("cpu")
-    for row, result in zip(ROWS[:3], found, strict=False):
+    whole = []
+    for row, result, sketch in zip(ROWS[:3], found, numbers, strict=False):
         tokens = tokenize_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], 64)
         batch = collate_pairs([tokens], 2, "cpu")
         exact = pair_gradient(model, batch)
+        whole.append(torch.cat([values.flatten() for values in exact.values()]).double().numpy())
         expected = CountSketch(WIDTH, recipe.sketch.seed).sketch_vector(exact).numpy()
-        norm = float(torch.sqrt(sum((g.double() ** 2).sum() for g in exact.values())))
-        assert np.linalg.norm(np.array(result["sketch"]) - expected) <= 1e-5 * np.linalg.norm(expected)
-        assert result["norm"] == pytest.approx(norm, rel=1e-5)
+        assert np.linalg.norm(sketch - expected) <= tolerance * np.linalg.norm(expected)
+        assert result["norm"] == pytest.approx(np.linalg.norm(whole[-1]), rel=1e-5)
         longer = len(tokens.chosen_ids) - len(tokens.rejected_ids)
         assert result["coefficient"] == pytest.approx(0.2 / (1 + np.exp(0.01 * longer)), rel=1e-6)
+        counts = [len(tokens.prompt_ids), len(tokens.chosen_ids), len(tokens.rejected_ids)]
+        assert [result[f"{name}_tokens"] for name in ("prompt", "chosen", "rejected")] == counts
+        assert result["positions"] == sum(counts)
+    for vectors, column in ((np.stack(whole), "audit_exact"), (numbers.astype(float), "audit_sketched")):
+        for index, result in enumerate(found[:3]):
+            others = vectors[[other for other in range(3) if other != index]].mean(axis=0)
+            cosine = vectors[index] @ others / np.linalg.norm(vectors[index]) / np.linalg.norm(others)
+            assert result[column] == pytest.approx(cosine, abs=1e-5)
+
+
+def sketch_table(rows: list[dict[str, Any]]) -> pa.Table:
+    stored = [{**row, "sketch": sketch_bytes(row["sketch"][None])[0]} for row in rows]
+    return table_of(stored, sketches_schema(WIDTH, "float32"))
 
 
 def write_sketches(folder: StageFolder, count: int, seed: int) -> list[dict[str, Any]]:
@@ -101,6 +122,7 @@ def write_sketches(folder: StageFolder, count: int, seed: int) -> list[dict[str,
             "pair_id": f"pair-{number:03}",
             "language": language,
             "sketch": (generator.normal(size=WIDTH) + shift[language]).astype(np.float32),
+            "sketch_scale": 1.0,
             "norm": 1.0,
             "coefficient": float(generator.uniform(0.01, 0.2)),
             "chosen_logps": -float(number),
@@ -108,12 +130,16 @@ def write_sketches(folder: StageFolder, count: int, seed: int) -> list[dict[str,
             "prompt_tokens": 3,
             "chosen_tokens": 4,
             "rejected_tokens": 5,
+            "positions": 12,
+            "attention_padding": 0,
+            "audit_exact": None,
+            "audit_sketched": None,
         }
         for number in range(count)
         for language in [("en", "de")[number % 2]]
     ]
     for start in range(0, count, 7):
-        folder.write_table(f"part-{start}.parquet", table_of(rows[start : start + 7], sketches_schema(WIDTH)))
+        folder.write_table(f"part-{start}.parquet", sketch_table(rows[start : start + 7]))
     folder.commit("sketch", 0, "sketches", None, {}, count, 0.0, {})
     return rows
 
@@ -168,8 +194,8 @@ def test_the_order_of_parts_makes_no_difference(tmp_path: Path) -> None:
     rows = write_sketches(RunDirectory.open(tmp_path / "a").stage("sketches", 0), 21, seed=2)
     other = RunDirectory.open(tmp_path / "b").stage("sketches", 0)
     shuffled = [rows[i] for i in generator.permutation(len(rows))]
-    other.write_table("part.parquet", pa.concat_tables([table_of(shuffled, sketches_schema(WIDTH))]))
-    first = select.language_gradients(RunDirectory.open(tmp_path / "a").stage("sketches", 0))
-    second = select.language_gradients(other)
+    other.write_table("part.parquet", sketch_table(shuffled))
+    first = select.language_gradients(RunDirectory.open(tmp_path / "a").stage("sketches", 0), "float32")
+    second = select.language_gradients(other, "float32")
     assert first[0] == second[0]
     np.testing.assert_allclose(first[1], second[1], rtol=1e-12)

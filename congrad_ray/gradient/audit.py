@@ -1,0 +1,64 @@
+"""How near sketched cosines come to exact ones, on some pairs of every run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float64Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Sketched against exact cosines of `pairs` pairs, each with the mean of the others in its micro-batch."""
+
+    pairs: int
+    error: float  # root mean square of the differences
+    largest_error: float
+    rank_correlation: float  # Spearman's
+
+    def as_dict(self) -> dict[str, float]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def cosines_with_others(gram: Float64Array) -> Float64Array:
+    """Cosine (B,) of every vector with the mean of the B - 1 others, from the Gram matrix (B, B) alone.
+
+    The mean of all would hold a share of the vector itself, which any sketch gets right. Zero where a norm is.
+    """
+    own = np.diag(gram)
+    dots = gram.sum(axis=1) - own
+    squared = gram.sum() - 2 * gram.sum(axis=1) + own  # |sum of the others|^2
+    scale = np.sqrt(np.maximum(own * squared, 0.0))
+    return np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0)
+
+
+def audit(exact: Float64Array, sketched: Float64Array) -> Audit | None:
+    """The comparison of two arrays (N,) of cosines; None for fewer than two."""
+    if len(exact) < 2:
+        return None
+    differences = np.abs(exact - sketched)
+    return Audit(
+        len(exact),
+        float(np.sqrt(np.mean(differences**2))),
+        float(differences.max()),
+        rank_correlation(exact, sketched),
+    )
+
+
+def rank_correlation(one: Float64Array, other: Float64Array) -> float:
+    """Spearman's rank correlation of two arrays (N,): equal values share a rank, NaN if one array is constant."""
+    ranks = [_ranks(values) for values in (one, other)]
+    centred = [rank - rank.mean() for rank in ranks]
+    scale = np.linalg.norm(centred[0]) * np.linalg.norm(centred[1])
+    return float(centred[0] @ centred[1] / scale) if scale > 0 else float("nan")
+
+
+def _ranks(values: Float64Array) -> Float64Array:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks: Float64Array = ((2 * last - counts - 1) / 2)[inverse]
+    return ranks
