@@ -138,7 +138,10 @@ def filter_command(
     keep: Annotated[float, typer.Option(help="Top fraction kept per language.")] = 0.5,
     beta: Annotated[float, typer.Option(help="DPO's beta of the training to come.")] = 0.1,
     length_penalty: Annotated[float, typer.Option(help="Alpha of R-DPO, per token.")] = 0.0,
-    width: Annotated[int, typer.Option(help="Numbers per sketch.")] = 16384,
+    width: Annotated[int, typer.Option(help="Numbers per sketch.")] = recipes.Sketch().width,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Exact gradients: two passes, memory for a gradient per language.")
+    ] = False,
     max_length: Annotated[int, typer.Option(help="Tokens of a prompt with one response.")] = 2048,
     max_tokens_per_batch: Annotated[int, typer.Option(help="Padded tokens of a micro-batch.")] = 8192,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="The model's dtype.")] = "float32",
@@ -164,7 +167,15 @@ def filter_command(
         load_profile(profile),
         validate(recipes.Select, {"keep": keep}, "--keep").keep,
         validate(recipes.Train, {"beta": beta, "length_penalty": length_penalty}, "--beta, --length-penalty"),
-        validate(recipes.Sketch, {"width": width, "max_tokens_per_batch": max_tokens_per_batch}, "--width"),
+        validate(
+            recipes.Sketch,
+            {
+                "method": "exact" if exact else "count_sketch",
+                "width": width,
+                "max_tokens_per_batch": max_tokens_per_batch,
+            },
+            "--width, --max-tokens-per-batch",
+        ),
         chat,
         redo,
         _log,

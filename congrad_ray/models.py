@@ -74,8 +74,11 @@ class ModelSource:
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the tokenizer of {path}: {error}") from error
 
-    def load_model(self, device: str) -> PreTrainedModel:
-        """The causal language model in the recipe's dtype on `device`, in evaluation mode. Raises ModelError."""
+    def load_model(self, device: str, devices: int = 1) -> PreTrainedModel:
+        """The causal language model in the recipe's dtype on `device`, in evaluation mode. Raises ModelError.
+
+        With several `devices` its layers are spread over those of this process.
+        """
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -85,11 +88,14 @@ class ModelSource:
                 path,
                 dtype=getattr(torch, self.settings.dtype),
                 use_safetensors=True,
+                device_map="balanced" if devices > 1 else None,
                 **self.pretrained_arguments(),
             )
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the model {path}: {error}") from error
-        return model.to(device).eval()  # type: ignore[arg-type]
+        if devices == 1:
+            model = model.to(device)  # type: ignore[arg-type]
+        return model.eval()
 
 
 def named_model(name: str, settings: Model, seed: int = 0, log: Callable[[str], None] = print) -> ModelSource:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -71,6 +72,42 @@ def test_the_kept_pairs_come_out_in_the_shape_they_went_in(undisturbed: tuple[Pa
     manifest = json.loads((out / "work" / "iteration-0" / "pairs" / "_manifest.json").read_text())
     assert manifest["counters"]["quarantined"] == {"chosen_empty": 1, "missing_column": 1, "not_json": 1}
     assert manifest["counters"]["duplicates"] == 1
+
+
+def test_exact_scores_are_those_of_autograds_gradients(tmp_path: Path, tiny_model: Path) -> None:
+    import torch
+
+    from congrad_ray.gradient.exact import pair_gradient
+    from congrad_ray.models import ModelSource
+    from congrad_ray.preference.batching import collate_pairs
+    from congrad_ray.preference.tokenization import tokenize_pair
+    from congrad_ray.recipe import Model
+    from congrad_ray.surgery.directions import pcgrad
+
+    preferences = write_preferences(tmp_path / "preferences.jsonl", 24)
+    call = command(preferences, tiny_model, tmp_path / "out")
+    subprocess.run([*call, "--exact", "--keep", "1", "--length-penalty", "0.01"], check=True, timeout=300)
+    found = {row["prompt"]: row["congrad_score"] for row in kept_rows(tmp_path / "out")}
+
+    source = ModelSource(str(tiny_model), Model(dtype="float32"))
+    tokenizer, model = source.load_tokenizer(), source.load_model("cpu")
+    rows = [json.loads(line) for line in preferences.read_text().splitlines()[:24]]
+    gradients, coefficients = [], []
+    for row in rows:
+        texts = zip(("user", "assistant", "assistant"), ("prompt", "chosen", "rejected"), strict=True)
+        messages = [[{"role": role, "content": row[name]}] for role, name in texts]
+        pair = tokenize_pair(tokenizer, *messages, 256)
+        exact = pair_gradient(model, collate_pairs([pair], 2))
+        gradients.append(torch.cat([values.flatten() for values in exact.values()]).double().numpy())
+        longer = len(pair.chosen_ids) - len(pair.rejected_ids)
+        coefficients.append(0.1 / (1 + np.exp(0.01 * longer)))
+    u = np.stack(gradients)
+    weighted = u * np.array(coefficients)[:, None]
+    names = np.array([row["language"] for row in rows])
+    means = np.stack([weighted[names == name].mean(axis=0) for name in sorted(set(names))])
+    direction = pcgrad(means @ means.T, 0) @ means
+    expected = u @ direction / np.linalg.norm(u, axis=1) / np.linalg.norm(direction)
+    assert [found[row["prompt"]] for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_a_model_without_a_chat_template_is_told_before_actors_start(

@@ -159,12 +159,11 @@ class GradientCapture:
         self._visited = set()
         try:
             with torch.enable_grad(), attention_over(self.model, batch) as arguments:
-                states = hidden_states(self.model, batch, arguments)[batch.states]
-                logps = summed_logprobs(self.model, states, batch.targets, batch.completions, 2 * batch.pairs)
+                logps = completion_sums(self.model, batch, arguments)
                 seeds = torch.ones_like(logps)
                 seeds[batch.pairs :] = -1.0
                 if self.average_log_prob:
-                    seeds /= torch.cat([batch.chosen_tokens, batch.rejected_tokens])
+                    seeds /= torch.cat([batch.chosen_tokens, batch.rejected_tokens]).to(seeds.device)
                 torch.autograd.backward(logps, seeds)
         finally:
             self._batch = self._visitor = None
@@ -206,6 +205,15 @@ class GradientCapture:
             )
         self._visited.add(name)
         self._visitor.visit(name, kept, gradients.flatten(0, 1), self._batch.starts)
+
+
+def completion_sums(model: PreTrainedModel, batch: PairTokens, arguments: dict[str, Any]) -> Tensor:
+    """Summed log-probabilities of the completions, (2B,) float32, chosen first; within `attention_over`."""
+    states = hidden_states(model, batch, arguments)
+    where, targets, completions = (
+        tensor.to(states.device) for tensor in (batch.states, batch.targets, batch.completions)
+    )
+    return summed_logprobs(model, states[where], targets, completions, 2 * batch.pairs)
 
 
 class _Tap(torch.autograd.Function):

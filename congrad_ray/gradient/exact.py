@@ -73,7 +73,7 @@ def gram_matrix(capture: GradientCapture, batch: PairTokens) -> Tensor:
                 block = torch.stack([d[part].T @ kept[part].float() for _, part in pair_segments(starts)]).flatten(
                     1
                 )
-                gram.add_(block @ block.T)
+                gram.add_((block @ block.T).to(gram.device))
 
     capture.run(batch, Visitor())
     return gram
@@ -113,11 +113,11 @@ def dots_and_norms(
 
     class Visitor(_Visitor):
         def visit(self, name: str, kept: Tensor, gradients: Tensor, starts: Sequence[int]) -> None:
-            flat = vectors[name].flatten(1)
+            flat = vectors[name].to(kept.device).flatten(1)
             for pair, part in pair_segments(starts):
                 gradient = (gradients[part].float().T @ kept[part].float()).flatten()
-                dots[pair] += flat @ gradient
-                squared_norms[pair] += gradient @ gradient
+                dots[pair] += (flat @ gradient).to(dots.device)
+                squared_norms[pair] += (gradient @ gradient).to(dots.device)
 
     logps = capture.run(batch, Visitor())
     return dots, squared_norms.sqrt(), logps

@@ -33,7 +33,7 @@ def fitting_token_budget(
     Raises ValueError, with the figures, if not even one pair of rows of `max_length` fits.
     """
     longest = 2 * max_length
-    available = int(_SHARE * (_free_bytes(capture) if free_bytes is None else free_bytes))
+    available = int(_SHARE * (free_memory(capture.model.device) if free_bytes is None else free_bytes))
     needed = _peak_bytes(capture, work, 1, max_length)
     if needed is None or needed > available:
         raise ValueError(
@@ -79,10 +79,11 @@ def _peak_bytes(
     return torch.cuda.max_memory_allocated() - before
 
 
-def _free_bytes(capture: GradientCapture) -> int:
-    if capture.model.device.type == "cuda":
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a CUDA device; for a CPU, of the machine or the container (Linux; elsewhere no limit)."""
+    if device.type == "cuda":
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info(device)[0]
     information = Path("/proc/meminfo")
     if not information.exists():
         return 2**62  # nothing is known; nothing is refused

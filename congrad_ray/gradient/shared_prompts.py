@@ -110,7 +110,7 @@ def _attention(
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """The attention that transformers calls: (1, heads, N, size) in, (1, N, heads, size) out."""
-    rows = congrad_rows
+    rows = congrad_rows.to(query.device)
     original = _function(module, congrad_original)
     unpacked = [_spread(states, rows) for states in (query, key, value)]
     outputs = []

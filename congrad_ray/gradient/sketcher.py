@@ -79,8 +79,9 @@ class _Sketching:
             _product(outputs[segment], kept[segment], products[place])
             if place == at_a_time - 1 or pair == pairs - 1:
                 rows = slice(pair - place, pair + 1)
-                found = products[: place + 1]
-                self.squared_norms[rows] += found.flatten(1).square().sum(1)
+                # The layers of a model may lie on several devices, its table lies on one.
+                found = products[: place + 1].to(self.table.device)
+                self.squared_norms[rows] += torch.linalg.vector_norm(found.flatten(1), dim=1).square()
                 self._sketch.add_(self.table[rows], name, found)
 
 

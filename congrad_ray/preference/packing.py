@@ -28,6 +28,13 @@ class AttentionRows:
     prompt: Tensor  # (P,) int64, the tokens of the prompts
     second: Tensor  # (P,) int64, their slots in the rows of rejected
 
+    def to(self, device: torch.device) -> AttentionRows:
+        """The same on another device, for a model that is spread over several."""
+        if self.tokens.device == device:
+            return self
+        moved = (tensor.to(device) for tensor in (self.tokens, self.first, self.prompt, self.second))
+        return AttentionRows(self.shapes, *moved)
+
 
 @dataclass(frozen=True)
 class PairTokens:

@@ -4,315 +4,28 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from congrad_ray.models import ModelSource, policy, policy_input
-from congrad_ray.preference.tokenization import (
-    MissingChatTemplate,
-    PairTooLong,
-    TokenizedPair,
-    chat_prompt_ids,
-    tokenize_pair,
-)
+from congrad_ray.models import policy, policy_input
+from congrad_ray.preference.tokenization import chat_prompt_ids
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Folder, RunDirectoryError
 from congrad_ray.stages.base import Context, Outcome, Stage
-from congrad_ray.stages.rows import (
-    FAILURE,
-    FAILURE_FIELD,
-    Progress,
-    failure,
-    outcome_of,
-    read_missing,
-    write_rows,
-)
-from congrad_ray.tables import MESSAGES, sketch_bytes, sketches_schema
+from congrad_ray.stages.replicas import LANGUAGE_GRADIENTS, SketchReplica, SummingReplica
+from congrad_ray.stages.rows import Progress, outcome_of, read_missing, write_rows
+from congrad_ray.tables import MESSAGES, sketches_schema
 
 if TYPE_CHECKING:
-    import torch
     from ray.data import Dataset
 
     from congrad_ray.gradient.exact import LayerVectors
-    from congrad_ray.preference.packing import PairTokens
 
 _PAIRS_PER_TASK = 64
-_READ = ["pair_id", "language", "prompt", "chosen", "rejected"]
-_LANGUAGE_GRADIENTS = "language_gradients.safetensors"
 # About the pairs of a micro-batch; one drawn pair has its whole micro-batch audited.
 _PAIRS_PER_AUDIT = 8
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Pairs that go through the model together, their rows in the table they came in, and their layout."""
-
-    rows: list[int]
-    pairs: list[TokenizedPair]
-    tokens: PairTokens
-
-
-class Replica:
-    """A model replica in an actor: reads rows of pairs, puts aside those it cannot use, forms micro-batches."""
-
-    def __init__(self, source: ModelSource, recipe: Recipe, device: str, threads: int) -> None:
-        import torch
-
-        from congrad_ray.gradient.capture import GradientCapture
-
-        if device == "cpu":
-            torch.set_num_threads(threads)
-        self.recipe = recipe
-        settings = recipe.sketch
-        self._tokenizer = source.load_tokenizer()
-        pad = self._tokenizer.pad_token_id
-        assert isinstance(pad, int)
-        self.capture = GradientCapture(
-            source.load_model(device),
-            settings.layers,
-            settings.average_log_prob,
-            settings.gradient_checkpointing,
-            pad,
-        )
-        if self.capture.why_not_shared is not None:
-            print(f"prompts are computed twice, once for each response: {self.capture.why_not_shared}")
-        self.max_tokens = settings.max_tokens_per_batch
-
-    def micro_batches(
-        self, rows: list[dict[str, Any]], failures: dict[int, dict[str, str]]
-    ) -> Iterator[MicroBatch]:
-        """The usable rows by length, within the token budget; the others are entered in `failures`."""
-        from congrad_ray.preference.batching import token_budget_batches
-
-        usable: list[tuple[int, TokenizedPair]] = []
-        for index, row in enumerate(rows):
-            texts = (row["prompt"], row["chosen"], row["rejected"])
-            try:
-                pair = tokenize_pair(self._tokenizer, *texts, self.recipe.model.max_length)
-            except MissingChatTemplate:
-                raise
-            except ValueError as error:
-                reason = "pair_too_long" if isinstance(error, PairTooLong) else "cannot_tokenize"
-                failures[index] = failure(reason, error)
-                continue
-            usable.append((index, pair))
-        for members in token_budget_batches([pair.padded_tokens for _, pair in usable], self.max_tokens):
-            pairs = [usable[member][1] for member in members]
-            yield MicroBatch([usable[member][0] for member in members], pairs, self.capture.layout(pairs))
-
-    def coefficients(self, tokens: PairTokens) -> torch.Tensor:
-        """c of every pair where policy and reference are the same, as they are when an iteration starts."""
-        import torch
-
-        from congrad_ray.preference.loss import pair_coefficient
-
-        settings = self.recipe.train
-        equal = torch.zeros(tokens.pairs, device=tokens.input_ids.device)
-        lengths = (tokens.chosen_tokens, tokens.rejected_tokens)
-        return pair_coefficient(equal, equal, equal, equal, settings.beta, settings.length_penalty, *lengths)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was found for the B pairs of a micro-batch, as NumPy arrays."""
-
-    stored: np.ndarray[Any, Any]  # (B, width)
-    scales: np.ndarray[Any, Any]  # (B,)
-    norms: np.ndarray[Any, Any]  # (B,)
-    logps: np.ndarray[Any, Any]  # (2B,), chosen first
-    audit_exact: np.ndarray[Any, Any] | None = None  # (B,)
-    audit_sketched: np.ndarray[Any, Any] | None = None  # (B,)
-
-
-class SketchReplica(Replica):
-    """Turns rows of pairs into rows of the sketches table.
-
-    Micro-batches with a pair of `audited` are checked against exact gradients. With `exact`, the folder that holds
-    the languages' gradients, a "sketch" is the coordinates of u in an orthonormal basis of their span.
-    """
-
-    def __init__(
-        self,
-        source: ModelSource,
-        recipe: Recipe,
-        device: str,
-        threads: int,
-        audited: frozenset[str] = frozenset(),
-        exact: Folder | None = None,
-    ) -> None:
-        super().__init__(source, recipe, device, threads)
-        self._audited = audited
-        settings = recipe.sketch
-        if exact is None:
-            self._sketch = count_sketch(recipe, list(self.capture.layers))
-            width = settings.width
-            self._limit_memory()
-        else:
-            self._vectors, self._basis = _load_language_gradients(exact, device)
-            width = self._basis.shape[1]
-        self._exact = exact is not None
-        schema = sketches_schema(width, recipe.sketch.stored_dtype)
-        self._schema = pa.schema([field.with_nullable(True) for field in schema] + [FAILURE_FIELD])
-
-        self._count = _counter("congrad_sketch_tokens", "tokens of prompts and responses sketched")
-        self._count_padding = _counter("congrad_sketch_attention_padding", "padding positions in attention")
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = batch.select(_READ).to_pylist()
-        results: list[dict[str, Any]] = [{"pair_id": row["pair_id"], "language": row["language"]} for row in rows]
-        failures: dict[int, dict[str, str]] = {}
-        for members in self.micro_batches(rows, failures):
-            audited = not self._audited.isdisjoint(rows[row]["pair_id"] for row in members.rows)
-            found = self._project(members.tokens) if self._exact else self._sketched(members.tokens, audited)
-            self._enter(results, failures, members, found)
-            self._count(sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in members.pairs))
-            self._count_padding(sum(members.tokens.attention_padding))
-        for index, reason in failures.items():
-            results[index][FAILURE] = reason
-        return pa.Table.from_pylist(results, schema=self._schema)
-
-    def _enter(
-        self,
-        results: list[dict[str, Any]],
-        failures: dict[int, dict[str, str]],
-        members: MicroBatch,
-        found: Found,
-    ) -> None:
-        tokens = members.tokens
-        coefficients = self.coefficients(tokens).tolist()
-        sketches = sketch_bytes(found.stored)
-        for place, (row, pair) in enumerate(zip(members.rows, members.pairs, strict=True)):
-            norm = float(found.norms[place])
-            if not math.isfinite(norm):
-                failures[row] = failure("gradient_not_finite", f"norm of u is {norm}")
-                continue
-            results[row].update(
-                sketch=sketches[place],
-                sketch_scale=float(found.scales[place]),
-                norm=norm,
-                coefficient=coefficients[place],
-                chosen_logps=float(found.logps[place]),
-                rejected_logps=float(found.logps[tokens.pairs + place]),
-                prompt_tokens=len(pair.prompt_ids),
-                chosen_tokens=len(pair.chosen_ids),
-                rejected_tokens=len(pair.rejected_ids),
-                positions=tokens.starts[place + 1] - tokens.starts[place],
-                attention_padding=tokens.attention_padding[place],
-                audit_exact=None if found.audit_exact is None else float(found.audit_exact[place]),
-                audit_sketched=None if found.audit_sketched is None else float(found.audit_sketched[place]),
-            )
-
-    def _sketched(self, tokens: PairTokens, audited: bool) -> Found:
-        from congrad_ray.gradient.audit import cosines_with_others
-        from congrad_ray.gradient.exact import gram_matrix
-        from congrad_ray.gradient.sketcher import sketch_pairs
-        from congrad_ray.gradient.storage import to_storage
-
-        result = sketch_pairs(self.capture, self._sketch, tokens, self._compute_dtype())
-        stored, scales = to_storage(result.sketches, self.recipe.sketch.dtype)
-        found = {
-            "stored": stored,
-            "scales": scales,
-            "norms": result.norms.cpu().numpy(),
-            "logps": np.concatenate([result.chosen_logps.cpu().numpy(), result.rejected_logps.cpu().numpy()]),
-        }
-        if audited and tokens.pairs > 1:
-            numbers = stored.astype(np.float64) * scales[:, None]
-            found["audit_exact"] = cosines_with_others(gram_matrix(self.capture, tokens).cpu().numpy())
-            found["audit_sketched"] = cosines_with_others(numbers @ numbers.T)
-        return Found(**found)
-
-    def _project(self, tokens: PairTokens) -> Found:
-        from congrad_ray.gradient.exact import dots_and_norms
-
-        dots, norms, logps = dots_and_norms(self._vectors, self.capture, tokens)
-        coordinates = (dots.cpu().numpy() @ self._basis).astype(np.float32)
-        ones = np.ones(len(coordinates), np.float32)
-        return Found(coordinates, ones, norms.cpu().numpy(), logps.cpu().numpy())
-
-    def _compute_dtype(self) -> torch.dtype | None:
-        import torch
-
-        name = self.recipe.sketch.compute_dtype
-        return None if name is None else getattr(torch, name)
-
-    def _limit_memory(self) -> None:
-        from congrad_ray.gradient.memory import fitting_token_budget
-        from congrad_ray.gradient.sketcher import sketch_pairs
-
-        def work(tokens: PairTokens) -> object:
-            return sketch_pairs(self.capture, self._sketch, tokens, self._compute_dtype())
-
-        fitting = fitting_token_budget(self.capture, work, self.max_tokens, self.recipe.model.max_length)
-        if fitting < self.max_tokens:
-            print(
-                f"micro-batches of sketch.max_tokens_per_batch = {self.max_tokens} tokens do not fit the memory; "
-                f"they are made with {fitting}"
-            )
-            self.max_tokens = fitting
-
-
-class SummingReplica(Replica):
-    """Adds up the gradients c * u of the pairs it is given, by language."""
-
-    def __init__(
-        self, source: ModelSource, recipe: Recipe, device: str, threads: int, languages: list[str]
-    ) -> None:
-        super().__init__(source, recipe, device, threads)
-        self._languages = languages
-        self._sums: LayerVectors = {}
-        self._counts = [0] * len(languages)
-
-    def add(self, batch: pa.Table) -> int:
-        """Adds a table of pairs; returns how many rows it has."""
-        import torch
-
-        from congrad_ray.gradient.exact import add_weighted_sums_
-
-        rows = batch.select(_READ).to_pylist()
-        for members in self.micro_batches(rows, {}):
-            of_language = torch.tensor([self._languages.index(rows[row]["language"]) for row in members.rows])
-            weights = torch.zeros((len(self._languages), members.tokens.pairs))
-            weights[of_language, torch.arange(members.tokens.pairs)] = self.coefficients(members.tokens).cpu()
-            add_weighted_sums_(self._sums, weights, self.capture, members.tokens)
-            for language in of_language.tolist():
-                self._counts[language] += 1
-        return len(rows)
-
-    def sums(self) -> tuple[LayerVectors, list[int]]:
-        """Sums by layer, (languages, out, in) on the CPU, and how many pairs each language has."""
-        return {name: values.cpu() for name, values in self._sums.items()}, self._counts
-
-
-def _counter(name: str, description: str) -> Callable[[float], None]:
-    """Adds to a metric of Ray's, where there is a Ray. Its rate is tokens per second."""
-    import ray
-    from ray.util.metrics import Counter
-
-    if not ray.is_initialized():
-        return lambda value: None
-    counter = Counter(name, description)
-
-    def add(value: float) -> None:
-        if value > 0:  # Ray refuses 0
-            counter.inc(value)
-
-    return add
-
-
-def count_sketch(recipe: Recipe, layers: list[str]) -> Any:
-    """The recipe's map from gradients over these layers to sketches."""
-    from congrad_ray.gradient.countsketch import CountSketch, FoldRule, layer_groups
-
-    settings = recipe.sketch
-    fold = FoldRule(None if settings.fold == "auto" else settings.fold, settings.min_side)
-    groups = layer_groups(layers, settings.groups)
-    return CountSketch(settings.width, settings.seed, fold, settings.groups, groups)
 
 
 def run(context: Context) -> Outcome:
@@ -327,14 +40,15 @@ def run(context: Context) -> Outcome:
     schema = pq.read_schema(pairs.parts()[0], filesystem=pairs.filesystem)
     if schema.field("prompt").type == MESSAGES:
         chat_prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
-    model = (source, recipe, context.profile.device, context.profile.threads or max(1, int(pool.cpus)))
+    threads = context.profile.threads or max(1, int(pool.cpus))
+    model = (source, recipe, context.profile.device, max(1, int(pool.gpus)), threads)
     dataset, missing = read_missing(pairs, context.output, "pair_id")
     if missing:
         dataset = dataset.repartition(target_num_rows_per_block=_PAIRS_PER_TASK)
         ids = pairs.read_table(["pair_id", "language"])
         languages = sorted(set(ids["language"].to_pylist()))
         exact = recipe.sketch.method == "exact"
-        if exact and not context.output.exists(_LANGUAGE_GRADIENTS):
+        if exact and not context.output.exists(LANGUAGE_GRADIENTS):
             _sum_languages(context, dataset, missing, languages, model)
         sketched = dataset.map_batches(
             SketchReplica,
@@ -363,6 +77,11 @@ def run(context: Context) -> Outcome:
         raise RunDirectoryError(f"not one pair could be sketched: {context.output.quarantine_counts()}")
     summary = _summary(context.output)
     context.output.write_json("summary.json", summary)
+    if summary["audit"]:
+        context.log(
+            "audit: cosines of {pairs} pairs differ from exact ones by {error:.4f} (root mean square), rank "
+            "correlation {rank_correlation:.4f}".format(**summary["audit"])
+        )
     return outcome_of(context.output, "pair_id", summary)
 
 
@@ -429,23 +148,7 @@ def _sum_languages(
             "the exact gradients hold values that are not finite; sketch.method: count_sketch sets the pairs that "
             "cause them apart, or try model.dtype: float32"
         )
-    context.output.write_bytes(_LANGUAGE_GRADIENTS, save(means))
-
-
-def _load_language_gradients(folder: Folder, device: str) -> tuple[LayerVectors, np.ndarray[Any, Any]]:
-    """The languages' gradients, and the matrix (L, L) from inner products with them to coordinates in their span.
-
-    The coordinates are those of the orthonormal basis V / sqrt(lambda) of the eigenvectors of the Gram matrix;
-    directions in which the gradients do not reach have coordinate 0.
-    """
-    from safetensors.torch import load
-
-    vectors = {name: values.to(device) for name, values in load(folder.read_bytes(_LANGUAGE_GRADIENTS)).items()}
-    flat = [values.double().flatten(1) for values in vectors.values()]
-    gram = sum(values @ values.T for values in flat)
-    eigenvalues, eigenvectors = np.linalg.eigh(gram.cpu().numpy())  # type: ignore[union-attr]
-    reached = eigenvalues > 1e-12 * eigenvalues.max()
-    return vectors, eigenvectors * np.where(reached, 1.0 / np.sqrt(np.where(reached, eigenvalues, 1.0)), 0.0)
+    context.output.write_bytes(LANGUAGE_GRADIENTS, save(means))
 
 
 def _settings(recipe: Recipe, iteration: int) -> Any:

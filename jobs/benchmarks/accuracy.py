@@ -58,11 +58,14 @@ class _Projection:
     def __init__(self, side: int, layers: Sequence[str]) -> None:
         self.side = side
         self._place = {name: index for index, name in enumerate(layers)}
+        self._matrices: dict[tuple[str, str], Tensor] = {}
         self.width = side * side * len(layers)
 
     def _matrix(self, name: str, which: str, features: int) -> Tensor:
-        seed = self._place[name] * 2 + (which == "outputs")
-        return torch.randn((features, self.side), generator=torch.Generator().manual_seed(seed)) / self.side**0.5
+        if (name, which) not in self._matrices:
+            generator = torch.Generator().manual_seed(self._place[name] * 2 + (which == "outputs"))
+            self._matrices[name, which] = torch.randn((features, self.side), generator=generator) / self.side**0.5
+        return self._matrices[name, which]
 
     def add_(self, row: Tensor, name: str, d: Tensor, a: Tensor) -> None:
         start = self._place[name] * self.side**2
@@ -74,11 +77,17 @@ class _Projection:
 class _AllWays:
     """A visitor that finds the exact inner products with `vectors`, the norms, and every way's sketch."""
 
-    def __init__(self, ways: Sequence[Way], layers: Sequence[str], vectors: LayerVectors, pairs: int) -> None:
+    def __init__(
+        self,
+        sketches: dict[Way, CountSketch],
+        projections: dict[Way, _Projection],
+        vectors: LayerVectors,
+        pairs: int,
+    ) -> None:
         self._vectors = vectors
-        self._folds = sorted({way.fold for way in ways if way.fold})
-        self.sketches = {way: CountSketch(way.width, 0, FoldRule(way.fold)) for way in ways if way.fold}
-        self.projections = {way: _Projection(way.side, layers) for way in ways if way.side}
+        self._folds = sorted({way.fold for way in sketches})
+        self.sketches = sketches
+        self.projections = projections
         self.tables = {way: sketch.table(pairs, "cpu") for way, sketch in self.sketches.items()}
         self.projected = {
             way: torch.zeros(pairs, projection.width) for way, projection in self.projections.items()
@@ -119,12 +128,12 @@ def main() -> None:
     parser.add_argument("preferences", type=Path, help="JSONL with prompt, chosen, rejected and language")
     parser.add_argument("folder", type=Path, help="where the model is made and kept")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=None, help="at most so many, drawn at random")
     parser.add_argument("--folds", default="1,2,4,8")
-    parser.add_argument("--widths", default="4096,8192,16384,32768,65536")
-    parser.add_argument("--sides", default="8,16,24,32,48", help="of two-sided projections")
+    parser.add_argument("--widths", default="8192,16384,32768,65536")
+    parser.add_argument("--sides", default="8,16,24,32", help="of two-sided projections")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--save-cosines", type=Path, help="a .npz of exact cosines and what others need to compare"
@@ -181,22 +190,24 @@ def compare(
         dots = np.zeros((len(pairs), len(names)))
         norms = np.zeros(len(pairs))
         found: dict[Way, Tensor] = {}
+        sketches = {way: CountSketch(way.width, 0, FoldRule(way.fold)) for way in ways if way.fold}
+        projections = {way: _Projection(way.side, list(capture.layers)) for way in ways if way.side}
         for members, batch in _batches(capture, pairs, "exact cosines and sketches"):
-            visitor = _AllWays(ways, list(capture.layers), vectors, len(members))
+            visitor = _AllWays(sketches, projections, vectors, len(members))
             capture.run(batch, visitor)
             dots[members] = visitor.dots.numpy()
             norms[members] = visitor.squared_norms.sqrt().numpy()
-            for way, sketches in visitor.results().items():
-                found.setdefault(way, torch.zeros(len(pairs), sketches.shape[1]))[members] = sketches
+            for way, values in visitor.results().items():
+                found.setdefault(way, torch.zeros(len(pairs), values.shape[1]))[members] = values
     exact_gram = np.asarray(gram)
     exact = pair_scores(dots, norms, exact_gram, pcgrad(exact_gram, 0))[0]
     if save_cosines:
         np.savez(save_cosines, exact=exact, languages=np.array(languages), rows=drawn)
     rows = []
-    for way, sketches in found.items():
+    for way, whole in found.items():
         for dtype in ("float32", "float16", "int8"):
-            stored, scales = to_storage(sketches, dtype)
-            values = stored.astype(np.float64) * scales[:, None]
+            stored, scales = to_storage(whole, dtype)
+            numbers = stored.astype(np.float64) * scales[:, None]
             rows.append(
                 {
                     "way": way.name,
@@ -205,7 +216,7 @@ def compare(
                     "width": stored.shape[1],
                     "dtype": dtype,
                     "bytes": stored.shape[1] * stored.itemsize,
-                    **agreement(values, languages, exact),
+                    **agreement(numbers, languages, exact),
                 }
             )
     return rows
@@ -232,7 +243,7 @@ def agreement(sketches: Float64Array, languages: list[str], exact: Float64Array)
 def _batches(
     capture: GradientCapture, pairs: list[TokenizedPair], what: str
 ) -> Iterator[tuple[list[int], PairTokens]]:
-    batches = token_budget_batches([pair.padded_tokens for pair in pairs], 8192)
+    batches = token_budget_batches([pair.padded_tokens for pair in pairs], 4096)
     start = time.monotonic()
     for number, members in enumerate(batches):
         yield members, capture.layout([pairs[member] for member in members])

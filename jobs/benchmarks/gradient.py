@@ -33,14 +33,13 @@ from small_llama import Shape, load_pairs, prepare, random_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from congrad_ray.gradient.capture import GradientCapture
+from congrad_ray.gradient.capture import GradientCapture, completion_sums
 from congrad_ray.gradient.countsketch import CountSketch, FoldRule
 from congrad_ray.gradient.exact import pair_gradient
 from congrad_ray.gradient.memory import PeakResidentMemory
-from congrad_ray.gradient.shared_prompts import attention_over, hidden_states
+from congrad_ray.gradient.shared_prompts import attention_over
 from congrad_ray.gradient.sketcher import sketch_pairs
 from congrad_ray.preference.batching import collate_pairs, token_budget_batches
-from congrad_ray.preference.logprobs import summed_logprobs
 from congrad_ray.preference.packing import PairTokens
 from congrad_ray.preference.tokenization import TokenizedPair
 
@@ -53,7 +52,7 @@ class _Nothing:
     """A visitor that keeps and does nothing: what remains is the floor."""
 
     def keep(self, name: str, inputs: Tensor) -> Tensor:
-        return inputs[:1]
+        return inputs[:1].clone()  # a view would keep all of them alive
 
     def visit(self, name: str, kept: Tensor, gradients: Tensor, starts: Sequence[int]) -> None:
         pass
@@ -71,8 +70,7 @@ def ordinary_backward(capture: GradientCapture, batches: list[PairTokens]) -> No
     weights = [layer.get_parameter("weight").requires_grad_(True) for layer in capture.layers.values()]
     for batch in batches:
         with attention_over(model, batch) as arguments:
-            states = hidden_states(model, batch, arguments)[batch.states]
-            logps = summed_logprobs(model, states, batch.targets, batch.completions, 2 * batch.pairs)
+            logps = completion_sums(model, batch, arguments)
             torch.autograd.grad(logps[: batch.pairs].sum() - logps[batch.pairs :].sum(), weights)
     for weight in weights:
         weight.requires_grad_(False)
@@ -151,7 +149,7 @@ def time_all(
     drawn: list[int],
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of every method in every round, and token counts of all pairs and of the few."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model, plain = (AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32) for _ in range(2))
     with GradientCapture(model) as capture:
 
         def batches(of: list[TokenizedPair]) -> list[PairTokens]:
@@ -173,8 +171,8 @@ def time_all(
                 for fold, sketch in sketches.items()
             },
             "floor of a few": partial(floor, few_batches),
-            "one pair at a time": partial(one_at_a_time, model, sketches[1], few),
-            "vmap(grad)": partial(vmapped, model, list(capture.layers), sketches[1], few),
+            "one pair at a time": partial(one_at_a_time, plain, sketches[1], few),
+            "vmap(grad)": partial(vmapped, plain, list(capture.layers), sketches[1], few),
         }
         if arguments.peers:
             for side in arguments.bergson_sides.split(","):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -334,6 +336,15 @@ def test_inputs_without_rows_are_refused(build_model: BuildModel, pairs: list[To
         pytest.raises(UnsupportedLayers, match=r"mlp\.inner\.gate_proj' sees inputs of shape \(45, 32\)"),
     ):
         sketch(capture, pairs)
+
+
+def test_the_engine_needs_neither_ray_nor_vllm_nor_deepspeed() -> None:
+    code = (
+        "import sys; sys.modules.update(ray=None, vllm=None, deepspeed=None)\n"
+        "from congrad_ray.gradient import audit, capture, exact, memory, sketcher, storage\n"
+        "from congrad_ray.surgery import directions, keep, scores"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_oracle_takes_one_pair_and_leaves_the_model_alone(

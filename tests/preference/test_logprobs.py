@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from congrad_ray.preference.batching import PairBatch, collate_pairs
-from congrad_ray.preference.logprobs import completion_logprobs
+from congrad_ray.preference.logprobs import completion_logprobs, summed_logprobs
 from congrad_ray.preference.tokenization import TokenizedPair
 
 SIZES = {
@@ -85,6 +85,22 @@ def test_equal_to_each_row_through_the_models_own_logits(batch: PairBatch, famil
     expected_gradients = torch.autograd.grad((weights * expected).sum(), parameters)
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_frozen_output_embedding_changes_no_gradient_of_the_states(family: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(7, 32, generator=generator).requires_grad_(True)
+    tokens = torch.randint(0, 97, (7,), generator=generator)
+    rows = torch.tensor([0, 1, 1, 0, 2, 2, 2])
+    weights = torch.tensor([1.0, -1.0, 0.5])
+    found = []
+    for frozen in (False, True):
+        model = build(family).requires_grad_(not frozen)
+        logps = summed_logprobs(model, states, tokens, rows, 3, chunk_tokens=3)
+        found.append((logps.detach(), torch.autograd.grad((weights * logps).sum(), states)[0]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_without_gradients_the_numbers_are_the_same(batch: PairBatch) -> None:

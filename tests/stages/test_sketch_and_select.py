@@ -15,7 +15,8 @@ from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import RunDirectory, StageFolder
 from congrad_ray.settings import validate
 from congrad_ray.stages import select
-from congrad_ray.stages.sketch import FAILURE, SketchReplica
+from congrad_ray.stages.replicas import SketchReplica
+from congrad_ray.stages.rows import FAILURE
 from congrad_ray.tables import PAIRS, sketch_bytes, sketch_numbers, sketches_schema, table_of
 
 WIDTH = 256
@@ -72,7 +73,7 @@ def test_a_replica_writes_the_sketch_of_autograds_gradient(tiny_model: Path, dty
 
     recipe = recipe_for(tiny_model, sketch={"width": WIDTH, "dtype": dtype, "max_tokens_per_batch": 256})
     source = ModelSource(str(tiny_model), recipe.model)
-    replica = SketchReplica(source, recipe, "cpu", 1, audited=frozenset(["pair-0"]))
+    replica = SketchReplica(source, recipe, "cpu", 1, 1, audited=frozenset(["pair-0"]))
     table = replica(table_of(ROWS, PAIRS))
     found = table.to_pylist()
     assert [row["pair_id"] for row in found] == [row["pair_id"] for row in ROWS]
