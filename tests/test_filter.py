@@ -134,7 +134,10 @@ def test_a_second_run_skips_everything(undisturbed: tuple[Path, Path], tiny_mode
     assert kept_rows(out) == before
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+# Ctrl-C in every stage, this one among them, is in the end-to-end tests.
+@pytest.mark.parametrize(
+    "stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+)
 def test_an_interrupted_run_goes_on_and_gives_the_same_selection(
     undisturbed: tuple[Path, Path], tiny_model: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:

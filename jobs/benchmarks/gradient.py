@@ -58,20 +58,24 @@ class _Nothing:
         pass
 
 
-def sketched(capture: GradientCapture, sketch: CountSketch, batches: list[PairTokens]) -> None:
-    """Our engine."""
+def floor(capture: GradientCapture, batch: PairTokens) -> None:
+    """The forward and the backward to the inputs."""
+    capture.run(batch, _Nothing())
+
+
+def floors(capture: GradientCapture, batches: list[PairTokens]) -> None:
+    """The floor of several batches."""
     for batch in batches:
-        sketch_pairs(capture, sketch, batch)
+        floor(capture, batch)
 
 
-def ordinary_backward(capture: GradientCapture, batches: list[PairTokens]) -> None:
+def ordinary_backward(capture: GradientCapture, batch: PairTokens) -> None:
     """Weight gradients of the batch's sum, by autograd."""
     model = capture.model
     weights = [layer.get_parameter("weight").requires_grad_(True) for layer in capture.layers.values()]
-    for batch in batches:
-        with attention_over(model, batch) as arguments:
-            logps = completion_sums(model, batch, arguments)
-            torch.autograd.grad(logps[: batch.pairs].sum() - logps[batch.pairs :].sum(), weights)
+    with attention_over(model, batch) as arguments:
+        logps = completion_sums(model, batch, arguments)
+        torch.autograd.grad(logps[: batch.pairs].sum() - logps[batch.pairs :].sum(), weights)
     for weight in weights:
         weight.requires_grad_(False)
 
@@ -159,32 +163,30 @@ def time_all(
         all_batches, few_batches = batches(pairs), batches(few)
         sketches = {fold: CountSketch(arguments.width, 0, FoldRule(fold)) for fold in FOLDS}
 
-        def floor(of: list[PairTokens]) -> None:
-            for batch in of:
-                capture.run(batch, _Nothing())
-
-        methods: dict[str, Callable[[], float | None]] = {
-            "floor": partial(floor, all_batches),
-            "backward": partial(ordinary_backward, capture, all_batches),
-            **{
-                f"fold {fold}": partial(sketched, capture, sketch, all_batches)
-                for fold, sketch in sketches.items()
-            },
-            "floor of a few": partial(floor, few_batches),
+        ours: dict[str, Callable[[PairTokens], object]] = {
+            "floor": partial(floor, capture),
+            "backward": partial(ordinary_backward, capture),
+            **{f"fold {fold}": partial(sketch_pairs, capture, sketch) for fold, sketch in sketches.items()},
+        }
+        others: dict[str, Callable[[], float | None]] = {
+            "floor of a few": partial(floors, capture, few_batches),
             "one pair at a time": partial(one_at_a_time, plain, sketches[1], few),
             "vmap(grad)": partial(vmapped, plain, list(capture.layers), sketches[1], few),
         }
         if arguments.peers:
             for side in arguments.bergson_sides.split(","):
                 options = ["--projection-dimension", side]
-                methods[f"bergson {side} x {side}"] = partial(peer, arguments, folder, "bergson", drawn, options)
-        seconds: dict[str, list[float]] = {name: [] for name in methods}
+                others[f"bergson {side} x {side}"] = partial(peer, arguments, folder, "bergson", drawn, options)
+        seconds: dict[str, list[float]] = {name: [] for name in (*ours, *others)}
         for number in range(arguments.rounds):
-            for name, method in methods.items():
+            totals = _interleaved(ours, all_batches, number)
+            for name, method in others.items():
                 start = time.perf_counter()
                 measured = method()
-                seconds[name].append(measured if isinstance(measured, float) else time.perf_counter() - start)
-                print(f"round {number + 1}: {name} {seconds[name][-1]:.2f} s", flush=True)
+                totals[name] = time.perf_counter() - start if measured is None else measured
+            for name, total in totals.items():
+                seconds[name].append(total)
+                print(f"round {number + 1}: {name} {total:.2f} s", flush=True)
         if arguments.peers:
             rows = [drawn[pairs.index(pair)] for pair in few]
             for library, options in (("dattri", ["--projection-dimension", "16"]), ("traker", [])):
@@ -197,6 +199,21 @@ def time_all(
         "pairs": len(pairs),
         "few pairs": len(few),
     }
+
+
+def _interleaved(
+    methods: dict[str, Callable[[PairTokens], object]], batches: list[PairTokens], turn: int
+) -> dict[str, float]:
+    """Seconds of every method on all batches, batch by batch in changing order: a machine's speed drifts."""
+    totals = dict.fromkeys(methods, 0.0)
+    names = list(methods)
+    for number, batch in enumerate(batches):
+        first = (number + turn) % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            methods[name](batch)
+            totals[name] += time.perf_counter() - start
+    return totals
 
 
 def peer(
@@ -250,10 +267,10 @@ def memory_of(arguments: argparse.Namespace) -> dict[str, float]:
 
         def work(of: PairTokens) -> None:
             if arguments.memory_of == "floor":
-                capture.run(of, _Nothing())
+                floor(capture, of)
             else:
                 fold = int(arguments.memory_of.removeprefix("fold "))
-                sketched(capture, CountSketch(arguments.width, 0, FoldRule(fold)), [of])
+                sketch_pairs(capture, CountSketch(arguments.width, 0, FoldRule(fold)), of)
 
         work(warm)
         with PeakResidentMemory() as memory:

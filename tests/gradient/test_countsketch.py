@@ -57,7 +57,7 @@ def test_without_folds_inner_products_have_the_mean_and_variance_of_the_formula(
     y = plus(random_vector(1, rank), 0.5, x)
     # One large entry, so that the terms of single chunks matter.
     x["model.layers.0.mlp.up_proj"][3, 4] = y["model.layers.0.mlp.up_proj"][3, 4] = 20.0
-    seeds = 4000
+    seeds = 1500
     estimates = estimates_of(x, y, width, UNFOLDED, seeds)
 
     x_flat, y_flat = flat(x), flat(y)
@@ -71,8 +71,8 @@ def test_without_folds_inner_products_have_the_mean_and_variance_of_the_formula(
     plain_count_sketch = (whole - 2 * (x_flat.square() * y_flat.square()).sum()) / width
     assert variance < plain_count_sketch
     assert abs(estimates.mean() - inner) < 4 * (variance / seeds).sqrt()
-    # The sample variance of 4000 draws has a relative standard error of about 0.03.
-    assert estimates.var() == pytest.approx(variance.item(), rel=0.15)
+    # The sample variance of 1500 draws has a relative standard error of about 0.05.
+    assert estimates.var() == pytest.approx(variance.item(), rel=0.2)
 
 
 FOLDED_SHAPES = {f"layer-{number}": (96, 128) for number in range(4)}
@@ -83,7 +83,7 @@ FOLDED_SHAPES = {f"layer-{number}": (96, 128) for number in range(4)}
 def test_folds_stay_unbiased_and_cost_what_is_said(fold: int, rank: int | None) -> None:
     x = random_vector(2, rank, FOLDED_SHAPES)
     y = random_vector(3, rank, FOLDED_SHAPES)
-    width, seeds = 8192, 300
+    width, seeds = 8192, 150
     errors = []
     for other in (x, y):
         estimates = estimates_of(x, other, width, FoldRule(fold), seeds)
@@ -94,7 +94,7 @@ def test_folds_stay_unbiased_and_cost_what_is_said(fold: int, rank: int | None) 
     rank_one = fourth_powers * ((1 + 2 * (fold - 1) / 96) * (1 + 2 * (fold - 1) / 128) - 1)
     said = float((rank_one + 2 / width).sqrt())
     if rank == 1:
-        assert errors[0] == pytest.approx(said, rel=0.25)
+        assert errors[0] == pytest.approx(said, rel=0.3)
     else:
         assert errors[0] < 0.6 * said
     assert errors[1] < 0.6 * said  # gradients that have little in common
