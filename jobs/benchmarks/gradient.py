@@ -5,7 +5,7 @@ through everything in turn, several rounds, so that what else goes on on the mac
 
     floor               a forward and a backward to the inputs alone, which no method can do without
     backward            the same with weight gradients, summed over the batch as in training
-    fold 1, 2, 4, 8     our sketches
+    fold 1, 2, 4, 8, auto   our sketches
     one pair at a time  autograd for each pair, then the same sketch
     vmap(grad)          torch.func for a few pairs at a time, then the same sketch
     bergson, dattri, traker   in environments of their own, made as peers/*.txt say, in the folder --peers
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", type=Path, help="folder of the peers' environments, each under its library's name"
     )
+    parser.add_argument("--libraries", default="bergson,dattri,traker", help="which of the peers")
     parser.add_argument("--bergson-sides", default="16,32,64")
     parser.add_argument("--memory-vocabulary", type=int, default=128_000)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # one measurement, in a process of its own
@@ -167,13 +168,15 @@ def time_all(
             "floor": partial(floor, capture),
             "backward": partial(ordinary_backward, capture),
             **{f"fold {fold}": partial(sketch_pairs, capture, sketch) for fold, sketch in sketches.items()},
+            "fold auto": partial(sketch_pairs, capture, CountSketch(arguments.width, 0, FoldRule())),
         }
         others: dict[str, Callable[[], float | None]] = {
             "floor of a few": partial(floors, capture, few_batches),
             "one pair at a time": partial(one_at_a_time, plain, sketches[1], few),
             "vmap(grad)": partial(vmapped, plain, list(capture.layers), sketches[1], few),
         }
-        if arguments.peers:
+        libraries = arguments.libraries.split(",") if arguments.peers else []
+        if "bergson" in libraries:
             for side in arguments.bergson_sides.split(","):
                 options = ["--projection-dimension", side]
                 others[f"bergson {side} x {side}"] = partial(peer, arguments, folder, "bergson", drawn, options)
@@ -187,9 +190,9 @@ def time_all(
             for name, total in totals.items():
                 seconds[name].append(total)
                 print(f"round {number + 1}: {name} {total:.2f} s", flush=True)
-        if arguments.peers:
-            rows = [drawn[pairs.index(pair)] for pair in few]
-            for library, options in (("dattri", ["--projection-dimension", "16"]), ("traker", [])):
+        rows = [drawn[pairs.index(pair)] for pair in few]
+        for library, options in (("dattri", ["--projection-dimension", "16"]), ("traker", [])):
+            if library in libraries:
                 seconds[library] = [peer(arguments, folder, library, rows, options)]
                 print(f"{library} {seconds[library][0]:.2f} s", flush=True)
     return seconds, {
