@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,6 @@ class Audit:
     error: float  # root mean square of the differences
     largest_error: float
     rank_correlation: float  # Spearman's
-
-    def as_dict(self) -> dict[str, float]:
-        """The fields by name."""
-        return asdict(self)
 
 
 def cosines_with_others(gram: Float64Array) -> Float64Array:

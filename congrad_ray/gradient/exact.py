@@ -70,9 +70,8 @@ def gram_matrix(capture: GradientCapture, batch: PairTokens) -> Tensor:
         def visit(self, name: str, kept: Tensor, gradients: Tensor, starts: Sequence[int]) -> None:
             rows = max(1, _ENTRIES // (batch.pairs * kept.shape[1]))
             for d in gradients.float().split(rows, dim=1):
-                block = torch.stack([d[part].T @ kept[part].float() for _, part in pair_segments(starts)]).flatten(
-                    1
-                )
+                parts = [(d[part].T @ kept[part].float()).flatten() for _, part in pair_segments(starts)]
+                block = torch.stack(parts)
                 gram.add_((block @ block.T).to(gram.device))
 
     capture.run(batch, Visitor())
@@ -80,11 +79,11 @@ def gram_matrix(capture: GradientCapture, batch: PairTokens) -> Tensor:
 
 
 def add_weighted_sums_(sums: LayerVectors, weights: Tensor, capture: GradientCapture, batch: PairTokens) -> Tensor:
-    """Adds sum_b weights[l, b] * u_b to `sums`[layer][l] for every layer and l; returns the log-probabilities
-    (2B,).
+    """Adds sum_b weights[l, b] * u_b to `sums`[layer][l] for every layer and l.
 
-    `weights` is (vectors, B). `sums` is filled with zeros for layers that it lacks, so start with an empty dict;
-    it holds as many copies of the targeted weights, in float32, as there are vectors.
+    `weights` is (vectors, B); the log-probabilities (2B,) are returned. `sums` is filled with zeros for layers
+    that it lacks, so start with an empty dict; it holds as many copies of the targeted weights, in float32, as
+    there are vectors.
     """
 
     class Visitor(_Visitor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,7 +107,7 @@ def _summary(output: Folder) -> dict[str, Any]:
         "positions": positions,
         "prompts_shared": positions == prompt + chosen + rejected,
         "attention_padding_share": round(padding / (padding + in_attention), 4),
-        "audit": None if found is None else found.as_dict(),
+        "audit": None if found is None else asdict(found),
     }
 
 

@@ -135,9 +135,6 @@ def main() -> None:
     parser.add_argument("--widths", default="8192,16384,32768,65536")
     parser.add_argument("--sides", default="8,16,24,32", help="of two-sided projections")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--save-cosines", type=Path, help="a .npz of exact cosines and what others need to compare"
-    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     heads = arguments.hidden_size // 64
@@ -150,10 +147,9 @@ def main() -> None:
     )
     folder = prepare(arguments.folder, arguments.preferences, shape)
     pairs, languages = load_pairs(folder)
-    drawn = np.arange(len(pairs))
     if arguments.pairs:
         drawn = np.sort(np.random.default_rng(0).permutation(len(pairs))[: arguments.pairs])
-    pairs, languages = [pairs[index] for index in drawn], [languages[index] for index in drawn]
+        pairs, languages = [pairs[index] for index in drawn], [languages[index] for index in drawn]
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
 
     def numbers(text: str) -> list[int]:
@@ -161,20 +157,13 @@ def main() -> None:
 
     ways = [Way(fold, width) for fold in numbers(arguments.folds) for width in numbers(arguments.widths)]
     ways += [Way(side=side) for side in numbers(arguments.sides)]
-    rows = compare(model, pairs, languages, ways, arguments.save_cosines, drawn)
+    rows = compare(model, pairs, languages, ways)
     described = {"hidden_size": shape.hidden_size, "layers": shape.layers, "pairs": len(pairs)}
     arguments.out.write_text(json.dumps({**described, "rows": rows}, indent=1))
     print_table(rows)
 
 
-def compare(
-    model: Any,
-    pairs: list[TokenizedPair],
-    languages: list[str],
-    ways: list[Way],
-    save_cosines: Path | None,
-    drawn: NDArray[np.int64],
-) -> list[dict[str, Any]]:
+def compare(model: Any, pairs: list[TokenizedPair], languages: list[str], ways: list[Way]) -> list[dict[str, Any]]:
     """One row of results for every way and dtype."""
     names = sorted(set(languages))
     index = np.array([names.index(language) for language in languages])
@@ -201,8 +190,6 @@ def compare(
                 found.setdefault(way, torch.zeros(len(pairs), values.shape[1]))[members] = values
     exact_gram = np.asarray(gram)
     exact = pair_scores(dots, norms, exact_gram, pcgrad(exact_gram, 0))[0]
-    if save_cosines:
-        np.savez(save_cosines, exact=exact, languages=np.array(languages), rows=drawn)
     rows = []
     for way, whole in found.items():
         for dtype in ("float32", "float16", "int8"):

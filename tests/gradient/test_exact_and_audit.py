@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_audit_tells_error_and_ranks() -> None:
     exact = np.array([0.1, 0.2, 0.3, 0.4])
     found = audit(exact, np.array([0.1, 0.3, 0.2, 0.4]))
     assert found is not None
-    assert found.as_dict() == pytest.approx(
+    assert asdict(found) == pytest.approx(
         {"pairs": 4, "error": (2 * 0.01 / 4) ** 0.5, "largest_error": 0.1, "rank_correlation": 0.8}
     )
     assert audit(exact[:1], exact[:1]) is None

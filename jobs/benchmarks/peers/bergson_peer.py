@@ -23,7 +23,6 @@ from common import (
     padded_tokens,
     parse_arguments,
     read_examples,
-    relative_error,
     shortest,
     write_report,
 )
@@ -93,14 +92,7 @@ def main() -> None:
         padded_tokens([len(example.token_ids) for example in examples], batches),
         [f"projection matrices and warm-up on one example took {warm_up:.2f} s more", f"{len(batches)} batches"],
     )
-    write_report(
-        arguments,
-        "bergson",
-        examples,
-        gradients,
-        measured,
-        lambda: relative_error(model, examples, gradients, project),
-    )
+    write_report(arguments, "bergson", examples, gradients, measured, model, project)
 
 
 if __name__ == "__main__":

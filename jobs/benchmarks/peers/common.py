@@ -160,9 +160,10 @@ def write_report(
     examples: Sequence[Example],
     gradients: Gradients,
     measured: Measured,
-    check: Callable[[], float],
+    model: PreTrainedModel,
+    project: Callable[[list[Tensor]], Tensor],
 ) -> None:
-    """Writes the result, and the gradients if asked for; runs `check` if asked for."""
+    """Writes the result, and the gradients and their error if asked for, see `relative_error`."""
     report = {
         "library": library,
         "version": version(library),
@@ -179,7 +180,7 @@ def write_report(
         "notes": measured.notes,
     }
     if arguments.check:
-        report["relative_error"] = check()
+        report["relative_error"] = relative_error(model, examples, gradients, project)
     if arguments.gradients:
         np.save(arguments.gradients, gradients)
     arguments.out.write_text(json.dumps(report, indent=2))

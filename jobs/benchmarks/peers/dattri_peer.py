@@ -29,7 +29,6 @@ from common import (
     padded_tokens,
     parse_arguments,
     read_examples,
-    relative_error,
     shortest,
     stack,
     write_report,
@@ -98,14 +97,7 @@ def main() -> None:
         padded_tokens(lengths, batches),
         [f"projection matrices and warm-up on one example took {warm_up:.2f} s more", f"{len(batches)} batches"],
     )
-    write_report(
-        arguments,
-        "dattri",
-        examples,
-        gradients,
-        measured,
-        lambda: relative_error(model, examples, gradients, project),
-    )
+    write_report(arguments, "dattri", examples, gradients, measured, model, project)
 
 
 if __name__ == "__main__":

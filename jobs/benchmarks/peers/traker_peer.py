@@ -26,7 +26,6 @@ from common import (
     measure,
     parse_arguments,
     read_examples,
-    relative_error,
     shortest,
     stack,
     write_report,
@@ -138,14 +137,7 @@ def main() -> None:
     def project(parts: list[Tensor]) -> Tensor:
         return projector.project(torch.cat([part.flatten() for part in parts])[None], 0)[0]
 
-    write_report(
-        arguments,
-        "traker",
-        examples,
-        gradients,
-        measured,
-        lambda: relative_error(model, examples, gradients, project),
-    )
+    write_report(arguments, "traker", examples, gradients, measured, model, project)
 
 
 if __name__ == "__main__":
