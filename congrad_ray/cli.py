@@ -19,7 +19,7 @@ from congrad_ray.plan import between, check_fits, most_cpus, needs
 from congrad_ray.profile import load_profile
 from congrad_ray.recipe import Recipe, load_recipe
 from congrad_ray.rundir import RunDirectory, RunDirectoryError
-from congrad_ray.settings import parse_yaml, validate
+from congrad_ray.settings import apply_overrides, parse_yaml, validate
 from congrad_ray.stages.base import Stage
 
 app = typer.Typer(
@@ -78,20 +78,22 @@ def run(
     _log(f"all done in {time.monotonic() - before:.0f} s: {directory.path}")
 
 
+def _perform(
+    name: str, recipe: Path, run: str, iteration: int, profile: str, set_: list[str] | None, redo: bool
+) -> None:
+    """Runs one stage and shows what a person wants to see of it."""
+    from congrad_ray.execution import run_stage
+    from congrad_ray.pipeline import STAGES
+
+    directory = RunDirectory.open(run)
+    loaded = load_recipe(recipe, set_ or [])
+    if iteration >= loaded.iterations:
+        raise RunDirectoryError(f"--iteration {iteration}: the recipe has iterations 0..{loaded.iterations - 1}")
+    run_stage(STAGES[name], loaded, load_profile(profile), directory, iteration, redo, _log)
+    _show_stage(directory, name, iteration)
+
+
 def _stage_command(name: str, summary: str, each_iteration: bool) -> Callable[..., None]:
-    def perform(recipe: Path, run: str, iteration: int, profile: str, set_: list[str] | None, redo: bool) -> None:
-        from congrad_ray.execution import run_stage
-        from congrad_ray.pipeline import STAGES
-
-        directory = RunDirectory.open(run)
-        loaded = load_recipe(recipe, set_ or [])
-        if iteration >= loaded.iterations:
-            raise RunDirectoryError(
-                f"--iteration {iteration}: the recipe has iterations 0..{loaded.iterations - 1}"
-            )
-        run_stage(STAGES[name], loaded, load_profile(profile), directory, iteration, redo, _log)
-        _show_stage(directory, name, iteration)
-
     def in_iteration(
         recipe: RecipePath,
         run: RunUri,
@@ -100,7 +102,7 @@ def _stage_command(name: str, summary: str, each_iteration: bool) -> Callable[..
         set_: Overrides = None,
         redo: Redo = False,
     ) -> None:
-        perform(recipe, run, iteration, profile, set_, redo)
+        _perform(name, recipe, run, iteration, profile, set_, redo)
 
     def once(
         recipe: RecipePath,
@@ -109,7 +111,7 @@ def _stage_command(name: str, summary: str, each_iteration: bool) -> Callable[..
         set_: Overrides = None,
         redo: Redo = False,
     ) -> None:
-        perform(recipe, run, 0, profile, set_, redo)
+        _perform(name, recipe, run, 0, profile, set_, redo)
 
     command = in_iteration if each_iteration else once
     command.__doc__ = f"{summary}."
@@ -122,12 +124,41 @@ for _name, _summary, _each in (
     ("judge", "Score the responses 0..5 with the policy or another model", True),
     ("pair", "Pair the best with the worst response of every prompt", True),
     ("sketch", "Count-sketch every pair's gradient on a pool of model replicas", True),
-    ("select", "Keep the pairs that agree with the de-conflicted direction", True),
     ("train", "DPO on the kept pairs with Ray Train and DeepSpeed", True),
     ("evaluate", "Compare the trained model with its starting point", True),
     ("report", "Write RUN/report.html", False),
 ):
     app.command(_name)(_stage_command(_name, _summary, _each))
+
+
+@app.command()
+def select(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE", help="A recipe YAML; see jobs/recipes/.")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="DIR", help="The run directory: a path or a URI (s3://, gs://).")
+    ] = None,
+    iteration: Iteration = 0,
+    profile: ProfileName = "local",
+    set_: Overrides = None,
+    redo: Redo = False,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="DIR1 DIR2", help="Only show how far two selections (folders) agree."),
+    ] = None,
+) -> None:
+    """Keep the pairs that agree with the languages' common direction.
+
+    Another direction, score, keep rule or baseline needs seconds on the same sketches:
+    --set select.direction=mean --redo. The settings are in the recipe's section `select`.
+    """
+    if compare is not None:
+        _show_overlaps(*compare)
+        return
+    if recipe is None or run is None:
+        raise RunDirectoryError("give RECIPE and --run DIR, or --compare DIR1 DIR2; see congrad select --help")
+    _perform("select", recipe, run, iteration, profile, set_, redo)
 
 
 @app.command("filter")
@@ -136,6 +167,10 @@ def filter_command(
     model: Annotated[str, typer.Option(help="The model to be trained: a folder or hub name.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Where selected.parquet and the rest go.")],
     keep: Annotated[float, typer.Option(help="Top fraction kept per language.")] = 0.5,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(metavar="a=b", help="How to select: direction=mean, score=dot, leave_out=language, ..."),
+    ] = None,
     beta: Annotated[float, typer.Option(help="DPO's beta of the training to come.")] = 0.1,
     length_penalty: Annotated[float, typer.Option(help="Alpha of R-DPO, per token.")] = 0.0,
     width: Annotated[int, typer.Option(help="Numbers per sketch.")] = recipes.Sketch().width,
@@ -165,7 +200,7 @@ def filter_command(
         ),
         out,
         load_profile(profile),
-        validate(recipes.Select, {"keep": keep}, "--keep").keep,
+        validate(recipes.Select, apply_overrides({"keep": keep}, select or []), "--keep, --select"),
         validate(recipes.Train, {"beta": beta, "length_penalty": length_penalty}, "--beta, --length-penalty"),
         validate(
             recipes.Sketch,
@@ -275,7 +310,7 @@ def _show_stage(directory: RunDirectory, name: str, iteration: int) -> None:
 
 
 def _show_selection(summary: dict[str, Any]) -> None:
-    table = Table("language", "pairs", "kept", "mean cosine", "conflicting", title="selection")
+    table = Table("language", "pairs", "kept", "mean cosine", "conflicting", "with direction", title="selection")
     for language, row in summary["per_language"].items():
         table.add_row(
             language,
@@ -283,6 +318,7 @@ def _show_selection(summary: dict[str, Any]) -> None:
             str(row["kept"]),
             f"{row['mean_cosine']:.3f}",
             f"{row['conflicting']:.1%}",
+            f"{row['cosine_with_direction']:.2f}" if row["in_direction"] else "not in it",
         )
     console.print(table)
     for when in ("before", "after"):
@@ -290,6 +326,33 @@ def _show_selection(summary: dict[str, Any]) -> None:
         for language, row in zip(summary["languages"], summary[f"cosine_{when}"], strict=True):
             matrix.add_row(language, *(f"{value:.2f}" for value in row))
         console.print(matrix)
+
+
+def _show_overlaps(first: str, second: str) -> None:
+    """How far two selections agree, by language."""
+    from congrad_ray.stages.select import read_scores
+    from congrad_ray.surgery.compare import EVERY_LANGUAGE as ALL
+    from congrad_ray.surgery.compare import overlaps
+
+    tables = [read_scores(RunDirectory.open(folder)) for folder in (first, second)]
+    both = tables[0].join(tables[1], "pair_id", join_type="inner", right_suffix="_second").sort_by("pair_id")
+    left = [len(table) - len(both) for table in tables]
+    if not len(both):
+        raise RunDirectoryError(f"{first} and {second} have no pair in common")
+    columns = [both[name].to_numpy() for name in ("kept", "kept_second", "score", "score_second")]
+    table = Table("language", "pairs", "kept by 1", "kept by 2", "by both", "by chance", "of either", "rank corr.")
+    table.title = f"1: {first}\n2: {second}"
+    for row in overlaps(both["language"].to_pylist(), (columns[0], columns[1]), (columns[2], columns[3])):
+        table.add_row(
+            "all" if row.language == ALL else row.language,
+            *(str(number) for number in (row.pairs, row.kept_first, row.kept_second, row.kept_both)),
+            f"{row.by_chance:.0f}",
+            f"{row.share:.1%}",
+            "" if row.rank_correlation is None else f"{row.rank_correlation:.3f}",
+        )
+    console.print(table)
+    if any(left):
+        _log(f"only in 1: {left[0]} pairs, only in 2: {left[1]} pairs")
 
 
 def _show_evaluation(summary: dict[str, Any]) -> None:

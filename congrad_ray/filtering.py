@@ -33,7 +33,7 @@ def filter_preferences(
     model: Model,
     out: str,
     profile: Profile,
-    keep: float,
+    selection: Select,
     train: Train,
     sketch_settings: Sketch,
     chat: bool = False,
@@ -47,7 +47,7 @@ def filter_preferences(
     messages go through the chat template; with `chat` strings are taken as chat messages.
 
     Written to the folder `out`: selected.parquet (the input's columns and congrad_score), scores.parquet,
-    summary.json, and work/, from which an interrupted run goes on and another `keep` is chosen in seconds.
+    summary.json, and work/, from which an interrupted run goes on and another selection is made in seconds.
     Raises InputError, RunDirectoryError, ModelError, MissingChatTemplate.
     """
     target = RunDirectory.open(out)
@@ -60,7 +60,7 @@ def filter_preferences(
         generate=Generate(max_tokens=1),  # nothing is generated
         evaluate=Evaluate(max_tokens=1),
         sketch=sketch_settings,
-        select=Select(keep=keep),
+        select=selection,
         train=train,
     )
 
@@ -82,13 +82,13 @@ def filter_preferences(
     )
     for stage in (reading, sketch.STAGE, select.STAGE):
         run_stage(stage, recipe, profile, work, redo=redo, log=log)
-    selection = work.stage("selection", 0)
+    folder = work.stage("selection", 0)
     for name in ("scores.parquet", "summary.json"):
-        target.write_bytes(name, selection.read_bytes(name))
-    scores = selection.read_table(["pair_id", "congrad_score"], name="selected.parquet")
+        target.write_bytes(name, folder.read_bytes(name))
+    scores = folder.read_table(["pair_id", "congrad_score"], name="selected.parquet")
     kept = dict(zip(*(column.to_pylist() for column in scores.columns), strict=True))
     target.write_table("selected.parquet", _selected(source, chat, kept))
-    summary: dict[str, Any] = selection.read_json("summary.json")
+    summary: dict[str, Any] = folder.read_json("summary.json")
     return summary
 
 

@@ -71,7 +71,7 @@ def needs(recipe: Recipe, profile: Profile) -> list[StageNeed]:
         _pool("judge", judged, "vLLM engines", profile.engines, profile),
         StageNeed("pair", train, "this process"),
         _pool("sketch", train, "model replicas", profile.sketchers, profile),
-        StageNeed("select", train, "this process"),
+        StageNeed("select", train, "Ray Data tasks", profile.data_cpus, 0.0, profile.data_cpus, 0.0),
         StageNeed(
             "train",
             kept * recipe.train.num_train_epochs,

@@ -10,8 +10,11 @@ import langcodes
 from pydantic import AfterValidator, Field, model_validator
 
 from congrad_ray.settings import Settings, apply_overrides, read_yaml, validate
+from congrad_ray.surgery.directions import DirectionMethod
+from congrad_ray.surgery.scores import LeaveOut
 
 BUILTIN_WORLD = "builtin-world"
+Strategy = Literal["congrad", "all", "random", "reward_gap", "own_language", "no_surgery", "length_balanced"]
 
 
 def _language_tag(tag: str) -> str:
@@ -57,6 +60,7 @@ class Source(Settings):
     config: str | None = Field(None, description="configuration of the hub dataset")
     split: str = Field("train", description="split of the hub dataset")
     revision: str | None = None
+    kinds: list[str] | None = Field(None, description="builtin-world only: kinds of task; null: all")
     prompt_column: str = "prompt"
     language_column: str = "language"
     language_names: dict[str, Language] = Field(
@@ -163,10 +167,49 @@ class Sketch(Settings):
 
 
 class Select(Settings):
-    """Which pairs are kept."""
+    """Which pairs are kept: how the direction is made, how a pair is scored against it, and the keep rule."""
 
-    keep: Fraction = Field(0.5, description="top fraction per language by cosine with the direction")
-    seed: int = Field(0, ge=0, description="order of PCGrad's projections")
+    strategy: Strategy = Field(
+        "congrad",
+        description="'congrad' goes by the settings below; the others are baselines under the same keep rule. "
+        "reward_gap: largest difference of the judge's scores; own_language: cosine with the own language's "
+        "gradient; no_surgery: cosine with the plain mean; length_balanced: responses of like length",
+    )
+    direction: DirectionMethod = Field("pcgrad", description="how the languages' gradients become one direction")
+    orders: Positive = Field(1, description="random orders of projection to average over (pcgrad, gradvac)")
+    per_block: bool = Field(False, description="a surgery for each of sketch.groups blocks of layers")
+    leave_out: LeaveOut = Field(
+        "nothing", description="what is taken out of the direction that a pair is scored against: pair, language"
+    )
+    language_gradient: Literal["mean", "ema"] = Field("mean", description="of a language's pairs")
+    ema_decay: float = Field(0.9, ge=0, lt=1, description="'ema' only")
+    ema_batch_size: Positive = Field(32, description="'ema' only: pairs in a mini-batch")
+    language_weights: dict[Language, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="factors on the languages' gradients, {de: 2}; 1 where not named"
+    )
+    min_pairs: Positive = Field(
+        1, description="a language with fewer pairs takes no part in the direction; its pairs are still scored"
+    )
+    score: Literal["cosine", "dot", "worst_cosine"] = Field(
+        "cosine", description="with the direction; worst_cosine: the least over the languages' gradients"
+    )
+    keep_rule: Literal["per_language", "overall", "threshold", "token_budget"] = Field(
+        "per_language",
+        description="the top fraction of each language or of all; scores above a threshold; the best that fit "
+        "into a number of tokens",
+    )
+    keep: Fraction = Field(0.5, description="top fraction; per_language and overall")
+    threshold: float = Field(0.0, description="keep_rule 'threshold': scores above it")
+    token_budget: Positive | None = Field(
+        None, description="keep_rule 'token_budget': tokens of the kept pairs, prompts counted once"
+    )
+    seed: int = Field(0, ge=0, description="order of projections, mini-batches of ema, strategy 'random'")
+
+    @model_validator(mode="after")
+    def _budget(self) -> Self:
+        if self.keep_rule == "token_budget" and self.token_budget is None:
+            raise ValueError("keep_rule 'token_budget' needs token_budget, a number of tokens")
+        return self
 
 
 class Train(Settings):
@@ -176,6 +219,7 @@ class Train(Settings):
     length_penalty: float = Field(0.0, ge=0, description="alpha of R-DPO (2403.19159), per token")
     learning_rate: float = Field(5e-7, gt=0)
     num_train_epochs: Positive = 1
+    max_steps: Positive | None = Field(None, description="optimiser steps; overrides num_train_epochs")
     batch_size: Positive = Field(32, description="pairs per optimiser step over all workers")
     micro_batch_size: Positive = Field(2, description="pairs per worker in one forward pass")
     warmup_ratio: float = Field(0.1, ge=0, le=1)
@@ -227,6 +271,8 @@ class Recipe(Settings):
                     f"{section}.max_tokens ({max_tokens}) leaves no room for a prompt in model.max_length "
                     f"({self.model.max_length})"
                 )
+        if self.select.per_block and self.sketch.groups == 1:
+            raise ValueError("select.per_block needs sketch.groups above 1: one part of a sketch for each block")
         if self.train.batch_size % self.train.micro_batch_size:
             raise ValueError(
                 f"train.batch_size ({self.train.batch_size}) should be a multiple of train.micro_batch_size "

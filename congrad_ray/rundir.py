@@ -13,7 +13,8 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -108,23 +109,29 @@ class Folder:
         except ValueError:
             return None
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Writes a whole file so that no reader ever sees a part of it under its name."""
+    @contextmanager
+    def output_stream(self, name: str) -> Iterator[Any]:
+        """A binary file to write; no reader ever sees a part of it under its name."""
         self.filesystem.create_dir(self.path, recursive=True)
         target = f"{self.path}/{name}"
         if not self.is_local:
             with self.filesystem.open_output_stream(target) as stream:
-                stream.write(data)
+                yield stream
             return
         temporary = Path(f"{target}.{uuid.uuid4().hex}.writing")
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Writes a whole file so that no reader ever sees a part of it under its name."""
+        with self.output_stream(name) as stream:
+            stream.write(data)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, json.dumps(value, indent=1, ensure_ascii=False).encode())

@@ -57,18 +57,18 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
-            raise SettingsError(f"--set {override!r} should have the form section.key=value")
+            raise SettingsError(f"setting {override!r} should have the form section.key=value")
         try:
             value = parse_yaml(text)
         except yaml.YAMLError as error:
-            raise SettingsError(f"--set {override!r}: the value is not YAML: {error}") from error
+            raise SettingsError(f"setting {override!r}: the value is not YAML: {error}") from error
         section = result
         for key in keys[:-1]:
             if section.get(key) is None:
                 section[key] = {}
             section = section[key]
             if not isinstance(section, dict):
-                raise SettingsError(f"--set {override!r}: '{key}' is a value, not a section")
+                raise SettingsError(f"setting {override!r}: '{key}' is a value, not a section")
         section[keys[-1]] = value
     return result
 

@@ -145,8 +145,10 @@ SCORES = pa.schema(
     [
         PAIR_ID,
         LANGUAGE,
+        _field("score", pa.float64(), "what the keep rule went by"),
         _field("cosine", pa.float64(), "cosine of the pair's sketch with the multilingual direction"),
         _field("dot", pa.float64(), "dot product of the pair's sketch with the multilingual direction"),
+        _field("worst_cosine", pa.float64(), "least cosine of the pair's sketch with the languages' gradients"),
         _field("own_cosine", pa.float64(), "cosine of the pair's sketch with its own language's gradient"),
         _field("kept", pa.bool_(), "whether the keep rule kept the pair"),
     ]
@@ -165,7 +167,7 @@ SELECTED = pa.schema(
             pa.float64(),
             "TRL column: the reference's log-probability of rejected, nats",
         ),
-        _field("congrad_score", pa.float64(), "cosine with the multilingual direction"),
+        _field("congrad_score", pa.float64(), "what the keep rule went by; by default the cosine"),
     ]
 )
 

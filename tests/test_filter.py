@@ -82,7 +82,7 @@ def test_exact_scores_are_those_of_autograds_gradients(tmp_path: Path, tiny_mode
     from congrad_ray.preference.batching import collate_pairs
     from congrad_ray.preference.tokenization import tokenize_pair
     from congrad_ray.recipe import Model
-    from congrad_ray.surgery.directions import pcgrad
+    from congrad_ray.surgery.directions import direction_weights
 
     preferences = write_preferences(tmp_path / "preferences.jsonl", 24)
     call = command(preferences, tiny_model, tmp_path / "out")
@@ -105,7 +105,7 @@ def test_exact_scores_are_those_of_autograds_gradients(tmp_path: Path, tiny_mode
     weighted = u * np.array(coefficients)[:, None]
     names = np.array([row["language"] for row in rows])
     means = np.stack([weighted[names == name].mean(axis=0) for name in sorted(set(names))])
-    direction = pcgrad(means @ means.T, 0) @ means
+    direction = direction_weights(means @ means.T, "pcgrad") @ means
     expected = u @ direction / np.linalg.norm(u, axis=1) / np.linalg.norm(direction)
     assert [found[row["prompt"]] for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
 

@@ -47,14 +47,9 @@ def audit(exact: Float64Array, sketched: Float64Array) -> Audit | None:
 
 def rank_correlation(one: Float64Array, other: Float64Array) -> float:
     """Spearman's rank correlation of two arrays (N,): equal values share a rank, NaN if one array is constant."""
-    ranks = [_ranks(values) for values in (one, other)]
+    from scipy.stats import rankdata
+
+    ranks = [rankdata(values) for values in (one, other)]
     centred = [rank - rank.mean() for rank in ranks]
     scale = np.linalg.norm(centred[0]) * np.linalg.norm(centred[1])
     return float(centred[0] @ centred[1] / scale) if scale > 0 else float("nan")
-
-
-def _ranks(values: Float64Array) -> Float64Array:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: Float64Array = ((2 * last - counts - 1) / 2)[inverse]
-    return ranks

@@ -62,7 +62,7 @@ def _collect(
     """The usable prompts of a source by language and id, and how many were in languages nobody asked for."""
     found: dict[str, dict[str, Row]] = defaultdict(dict)
     if source.name == BUILTIN_WORLD:
-        for row in _world_rows(recipe, split, languages):
+        for row in _world_rows(source, recipe, split, languages):
             found[row["language"]][row["prompt_id"]] = row
         return found, 0
     skipped = 0
@@ -86,16 +86,17 @@ def _collect(
     return found, skipped
 
 
-def _world_rows(recipe: Recipe, split: str, languages: set[str]) -> list[Row]:
-    from congrad_ray.world.tasks import world_prompts
+def _world_rows(source: Source, recipe: Recipe, split: str, languages: set[str]) -> list[Row]:
+    from congrad_ray.world.tasks import KINDS, world_prompts
 
     wanted = recipe.prompts
+    kinds = KINDS if source.kinds is None else source.kinds
     rows = []
     for language in sorted(languages):
         if split == "train":
-            drawn = world_prompts(language, wanted.train_per_language, recipe.seed, "train")
+            drawn = world_prompts(language, wanted.train_per_language, recipe.seed, "train", kinds)
         else:
-            drawn = world_prompts(language, wanted.evaluation_per_language, recipe.seed, "evaluation")
+            drawn = world_prompts(language, wanted.evaluation_per_language, recipe.seed, "evaluation", kinds)
         for prompt in drawn:
             messages = [{"role": "user", "content": prompt.prompt}]
             rows.append(

@@ -2,193 +2,267 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from congrad_ray.recipe import Select
 from congrad_ray.rundir import Folder, RunDirectoryError
 from congrad_ray.stages.base import Context, Outcome, Stage
-from congrad_ray.surgery.directions import pcgrad
-from congrad_ray.surgery.keep import keep_top_fraction
+from congrad_ray.stages.reducer import Layout, Shares, language_gradients, score_pairs
+from congrad_ray.surgery.directions import Float64Array
+from congrad_ray.surgery.keep import keep_above, keep_top_fraction, keep_within_tokens
 from congrad_ray.surgery.scores import (
+    Agreement,
+    Direction,
+    Surgery,
     cosine_matrix,
-    own_language_cosine,
-    pair_scores,
+    cosines_with_direction,
+    make_direction,
     projected_cosine_matrix,
 )
-from congrad_ray.tables import SCORES, SELECTED, sketch_numbers, table_of
+from congrad_ray.surgery.shares import mean_shares, moving_average_shares
+from congrad_ray.tables import SCORES, SELECTED
 
-_ROWS_AT_A_TIME = 1024
-
-Float64Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some rows of the sketches table."""
-
-    pair_ids: list[str]
-    languages: list[str]
-    sketches: Float64Array  # (rows, width)
-    norms: Float64Array  # (rows,), those of the pairs' gradients as cosines need them
-    coefficients: Float64Array  # (rows,)
+_ROWS_AT_A_TIME = 4096
 
 
 def run(context: Context) -> Outcome:
-    """Two passes over the sketches: sums per language, then one dot product per pair and language."""
-    settings = context.recipe.select
-    sketches = context.input("sketches")
-    exact = context.recipe.sketch.method == "exact"
-    dtype = context.recipe.sketch.stored_dtype
-    languages, gradients = language_gradients(sketches, dtype)
-    gram = gradients @ gradients.T
-    weights = pcgrad(gram, settings.seed)
-    position = {language: index for index, language in enumerate(languages)}
-    ids: list[str] = []
-    of_language: list[str] = []
-    dots, norms = [], []
-    for block in blocks(sketches, dtype, exact):
-        ids += block.pair_ids
-        of_language += block.languages
-        dots.append(block.sketches @ gradients.T)
-        norms.append(block.norms)
-    all_dots, all_norms = np.concatenate(dots), np.concatenate(norms)
-    index = np.array([position[language] for language in of_language])
-    cosine, dot = pair_scores(all_dots, all_norms, gram, weights)
-    own = own_language_cosine(all_dots, all_norms, gram, index)
-    kept = keep_top_fraction(cosine, of_language, ids, settings.keep)
-    order = sorted(range(len(ids)), key=lambda row: ids[row])
-    scores = pa.table(
-        [
-            pa.array([ids[row] for row in order]),
-            pa.array([of_language[row] for row in order]),
-            pa.array(cosine[order]),
-            pa.array(dot[order]),
-            pa.array(own[order]),
-            pa.array(kept[order]),
-        ],
-        schema=SCORES,
-    )
-    context.output.write_table("scores.parquet", scores)
-    _write_selected(context, scores)
-    _write_direction(context.output, languages, gradients, weights)
+    """Two passes over the sketches; here there are only the languages' gradients and a few numbers per pair.
+
+    Raises RunDirectoryError where nothing could be kept, or a setting asks for what is not there.
+    """
+    settings, sketches = context.recipe.select, context.input("sketches")
+    pairs = _pairs(sketches)
+    languages = tuple(sorted(pc.unique(pairs["language"]).to_pylist()))
+    layout = Layout.of(context.recipe.sketch, languages)
+    index = layout.rows_of(pairs)
+    counts = np.bincount(index, minlength=len(languages))
+    included = _included(context, languages, counts)
+    shares = _shares(pairs, layout, index, counts, settings)
+    gradients = language_gradients(sketches, layout, shares)
+    gram = np.einsum("kbi,lbi->bkl", *(2 * (gradients.astype(np.float64),)))
+    surgery = surgery_of(settings)
+    direction = make_direction(gram, surgery, _language_weights(settings, languages), included)
+    ids, found = score_pairs(sketches, layout, gradients, direction, surgery.leave_out, shares)
+    if not ids.equals(pairs["pair_id"].combine_chunks()):
+        raise RunDirectoryError(f"the sketches in {sketches.path} changed while they were read: run select again")
+    score = score_of(settings, pairs, found, _reward_gap(context, pairs))
+    kept = keep(settings, score, pairs)
+    if not kept.any():
+        raise RunDirectoryError(
+            f"no pair is kept: select.{settings.keep_rule} left none of {len(pairs)}, whose scores go from "
+            f"{score.min():.4g} to {score.max():.4g}; lower select.threshold or raise select.token_budget"
+        )
+    columns = [ids, pairs["language"], pa.array(score), *_agreement_columns(found), pa.array(kept)]
+    context.output.write_table("scores.parquet", pa.Table.from_arrays(columns, schema=SCORES))
+    _write_selected(context, pairs.append_column("congrad_score", pa.array(score)).filter(pa.array(kept)))
+    _write_direction(context.output, languages, gradients, direction)
     per_language = {
         language: {
-            "pairs": int((index == i).sum()),
+            "pairs": int(counts[i]),
             "kept": int(kept[index == i].sum()),
-            "mean_cosine": float(cosine[index == i].mean()),
-            "conflicting": float((cosine[index == i] < 0).mean()),
-            "gradient_norm": float(np.sqrt(gram[i, i])),
-            "weight": float(weights[i]),
+            "mean_cosine": float(found.cosine[index == i].mean()),
+            "conflicting": float((found.cosine[index == i] < 0).mean()),
+            "gradient_norm": float(np.sqrt(direction.whole_gram[i, i])),
+            "cosine_with_direction": float(cosine),
+            "in_direction": bool(included[i]),
         }
-        for i, language in enumerate(languages)
+        for i, (language, cosine) in enumerate(zip(languages, cosines_with_direction(direction), strict=True))
     }
     context.output.write_json(
         "summary.json",
         {
             "languages": languages,
-            "keep": settings.keep,
-            "seed": settings.seed,
-            "width": int(gradients.shape[1]),
+            "settings": settings.model_dump(mode="json"),
+            "width": int(np.prod(gradients.shape[1:])),
             "per_language": per_language,
-            "cosine_before": cosine_matrix(gram).tolist(),
-            "cosine_after": projected_cosine_matrix(gram, settings.seed).tolist(),
+            "cosine_before": cosine_matrix(direction.whole_gram).tolist(),
+            "cosine_after": projected_cosine_matrix(direction, surgery).tolist(),
         },
     )
     return Outcome(
-        len(ids),
+        len(pairs),
         {
             "kept": int(kept.sum()),
             "kept_by_language": {language: row["kept"] for language, row in per_language.items()},
-            "conflicting_share": round(float((cosine < 0).mean()), 4),
+            "conflicting_share": round(float((found.cosine < 0).mean()), 4),
         },
     )
 
 
-def blocks(sketches: Folder, dtype: str, exact: bool = False) -> Iterator[Block]:
-    """The sketches table block by block, so that memory does not grow with the number of pairs.
-
-    Norms are those of the sketches, in whose geometry inner products are taken; of `exact` coordinates, which hold
-    only the part of a gradient that lies among the languages' gradients, they are the gradients' own.
-    """
-    for path in sketches.files(".parquet"):
-        with sketches.filesystem.open_input_file(path) as file:
-            columns = ["pair_id", "language", "sketch", "sketch_scale", "norm", "coefficient"]
-            for batch in pq.ParquetFile(file).iter_batches(_ROWS_AT_A_TIME, columns=columns):
-                numbers = sketch_numbers(batch, dtype).astype(np.float64)
-                yield Block(
-                    batch.column("pair_id").to_pylist(),
-                    batch.column("language").to_pylist(),
-                    numbers,
-                    batch.column("norm").to_numpy() if exact else np.linalg.norm(numbers, axis=1),
-                    batch.column("coefficient").to_numpy(),
-                )
+def surgery_of(settings: Select) -> Surgery:
+    """The surgery that the settings ask for; without surgery it is the plain mean."""
+    method = "mean" if settings.strategy == "no_surgery" else settings.direction
+    return Surgery(method, settings.seed, settings.orders, settings.per_block, settings.leave_out)
 
 
-def language_gradients(sketches: Folder, dtype: str) -> tuple[list[str], Float64Array]:
-    """The languages, sorted, and the mean of c * sketch(u) over each one's pairs, (languages, width).
+def keep(settings: Select, scores: Float64Array, pairs: pa.Table) -> NDArray[np.bool_]:
+    """What the keep rule keeps of `pairs` (pair_id, language and the numbers of tokens); a mask (N,)."""
+    if settings.strategy == "all":
+        return np.ones(len(pairs), dtype=np.bool_)
+    ids = pairs["pair_id"].to_pylist()
+    match settings.keep_rule:
+        case "threshold":
+            return keep_above(scores, ids, settings.threshold)
+        case "token_budget":
+            assert settings.token_budget is not None  # the recipe sees to it
+            names = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
+            tokens = sum(pairs[name].to_numpy().astype(np.int64) for name in names)
+            return keep_within_tokens(scores, ids, tokens, settings.token_budget)
+        case "overall":
+            return keep_top_fraction(scores, ids, settings.keep)
+        case "per_language":
+            return keep_top_fraction(scores, ids, settings.keep, pairs["language"].to_pylist())
 
-    u points where the loss goes down, so these are descent directions; sketches are linear, so the mean of
-    sketches is the sketch of the mean. Raises RunDirectoryError when there is no sketch.
-    """
-    sums: dict[str, Float64Array] = {}
-    counts: dict[str, int] = {}
-    for block in blocks(sketches, dtype):
-        weighted = block.coefficients[:, None] * block.sketches
-        languages = np.array(block.languages)
-        for language in sorted(set(block.languages)):
-            members = languages == language
-            sums[language] = sums.get(language, 0.0) + weighted[members].sum(axis=0)
-            counts[language] = counts.get(language, 0) + int(members.sum())
-    if not sums:
+
+def read_scores(selection: Folder) -> pa.Table:
+    """The scores in the folder of a selection or of `congrad filter`. Raises RunDirectoryError without them."""
+    if not selection.exists("scores.parquet"):
+        raise RunDirectoryError(
+            f"no scores.parquet in {selection.path}: give a selection's folder, such as RUN/iteration-0/selection"
+        )
+    return selection.read_table(["pair_id", "language", "score", "kept"], "scores.parquet")
+
+
+def _pairs(sketches: Folder) -> pa.Table:
+    """What is known of every pair but its sketch, by id."""
+    if not sketches.files(".parquet"):
         raise RunDirectoryError(f"no sketches in {sketches.path}: run the sketch stage first")
-    names = sorted(sums)
-    return names, np.stack([sums[name] / counts[name] for name in names])
+    names = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "chosen_logps", "rejected_logps")
+    return sketches.read_table(["pair_id", "language", *names]).sort_by("pair_id").combine_chunks()
 
 
-def _write_selected(context: Context, scores: pa.Table) -> None:
-    score = dict(zip(scores["pair_id"].to_pylist(), scores["cosine"].to_pylist(), strict=True))
-    kept = set(scores.filter(scores["kept"])["pair_id"].to_pylist())
-    logps = {
-        row["pair_id"]: row
-        for row in context.input("sketches").read_table(["pair_id", "chosen_logps", "rejected_logps"]).to_pylist()
-        if row["pair_id"] in kept
-    }
-    pairs = context.input("pairs").read_table(["pair_id", "language", "prompt", "chosen", "rejected"])
-    rows: list[dict[str, Any]] = [
-        {
-            **row,
-            "ref_chosen_logps": logps[row["pair_id"]]["chosen_logps"],
-            "ref_rejected_logps": logps[row["pair_id"]]["rejected_logps"],
-            "congrad_score": score[row["pair_id"]],
-        }
-        for row in pairs.to_pylist()
-        if row["pair_id"] in kept
-    ]
-    rows.sort(key=lambda row: str(row["pair_id"]))
-    types = {name: pairs.schema.field(name).type for name in ("prompt", "chosen", "rejected")}
+def _included(context: Context, languages: tuple[str, ...], counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    least = context.recipe.select.min_pairs
+    included = counts >= least
+    few = ", ".join(f"{languages[i]} ({counts[i]})" for i in np.flatnonzero(~included))
+    if not included.any():
+        raise RunDirectoryError(
+            f"no language has select.min_pairs ({least}) pairs: {few}. Lower it, or give more prompts."
+        )
+    if few:
+        context.log(f"not in the direction, with fewer than select.min_pairs ({least}) pairs: {few}; still scored")
+    return included
+
+
+def _language_weights(settings: Select, languages: tuple[str, ...]) -> Float64Array:
+    unknown = sorted(set(settings.language_weights) - set(languages))
+    if unknown:
+        raise RunDirectoryError(
+            f"select.language_weights names {', '.join(unknown)}; the pairs are in {', '.join(languages)}"
+        )
+    return np.array([settings.language_weights.get(language, 1.0) for language in languages])
+
+
+def _shares(
+    pairs: pa.Table, layout: Layout, index: NDArray[np.int64], counts: NDArray[np.int64], settings: Select
+) -> Shares:
+    """How to find each pair's share in its language's gradient."""
+    if settings.language_gradient == "mean":
+        by_language = np.array([mean_shares(int(count))[0] for count in counts])
+        return lambda batch: by_language[layout.rows_of(batch)]
+    import ray
+
+    shares = np.empty(len(pairs))
+    for language, count in enumerate(counts):
+        shares[index == language] = moving_average_shares(
+            int(count), settings.ema_decay, settings.ema_batch_size, settings.seed
+        )
+    known = ray.put((pairs["pair_id"].combine_chunks(), shares))
+
+    def look_up(batch: pa.Table) -> Float64Array:
+        ids, values = ray.get(known)
+        return np.asarray(values[pc.index_in(batch["pair_id"], value_set=ids).to_numpy()])
+
+    return look_up
+
+
+def score_of(settings: Select, pairs: pa.Table, found: Agreement, reward_gap: Float64Array | None) -> Float64Array:
+    """The numbers (N,) that the keep rule goes by, higher is better; `pairs` as in `keep`.
+
+    Raises RunDirectoryError where the strategy needs the judge's scores and there are none.
+    """
+    match settings.strategy:
+        case "random":
+            return np.random.default_rng(settings.seed).random(len(pairs))
+        case "own_language":
+            return found.own_cosine
+        case "length_balanced":
+            lengths = [pairs[name].to_numpy().astype(np.float64) for name in ("chosen_tokens", "rejected_tokens")]
+            return -np.abs(lengths[0] - lengths[1]) / (lengths[0] + lengths[1])
+        case "reward_gap":
+            if reward_gap is None:
+                raise RunDirectoryError("select.strategy 'reward_gap' needs pairs with a judge's scores")
+            return reward_gap
+        case "no_surgery":
+            return found.cosine
+    return np.asarray(getattr(found, settings.score))
+
+
+def _reward_gap(context: Context, pairs: pa.Table) -> Float64Array | None:
+    """The difference of the judge's scores (N,), where the strategy needs it and the pairs have them."""
+    source = context.input("pairs")
+    names = ("chosen_score", "rejected_score")
+    schema = pq.read_schema(source.files(".parquet")[0], filesystem=source.filesystem)
+    if context.recipe.select.strategy != "reward_gap" or not set(names) <= set(schema.names):
+        return None
+    table = source.read_table(["pair_id", *names])
+    table = table.take(pc.index_in(pairs["pair_id"], value_set=table["pair_id"].combine_chunks()))
+    return (table["chosen_score"].to_numpy() - table["rejected_score"].to_numpy()).astype(np.float64)
+
+
+def _agreement_columns(found: Agreement) -> list[pa.Array]:
+    return [pa.array(getattr(found, name)) for name in ("cosine", "dot", "worst_cosine", "own_cosine")]
+
+
+def _write_selected(context: Context, kept: pa.Table) -> None:
+    """The kept pairs with their texts, in the order of the pairs table, a piece of it at a time."""
+    source = context.input("pairs")
+    texts = pq.read_schema(source.files(".parquet")[0], filesystem=source.filesystem)
+    names = ["pair_id", "language", "prompt", "chosen", "rejected"]
+    types = {name: texts.field(name).type for name in names}
     schema = pa.schema([f.with_type(types.get(f.name, f.type)) for f in SELECTED])
-    context.output.write_table("selected.parquet", table_of(rows, schema))
+    kept_ids = kept["pair_id"].combine_chunks()
+    with (
+        context.output.output_stream("selected.parquet") as sink,
+        pq.ParquetWriter(sink, schema, compression="zstd") as writer,
+    ):
+        for path in source.files(".parquet"):
+            with source.filesystem.open_input_file(path) as file:
+                for batch in pq.ParquetFile(file).iter_batches(_ROWS_AT_A_TIME, columns=names):
+                    row = pc.index_in(batch["pair_id"], value_set=kept_ids)
+                    here = pa.Table.from_batches([batch]).filter(row.is_valid())
+                    of_pair = kept.take(row.drop_null())
+                    columns = {
+                        **{name: here[name] for name in names},
+                        "ref_chosen_logps": of_pair["chosen_logps"],
+                        "ref_rejected_logps": of_pair["rejected_logps"],
+                        "congrad_score": of_pair["congrad_score"],
+                    }
+                    writer.write_table(pa.Table.from_arrays([columns[n] for n in schema.names], schema=schema))
 
 
-def _write_direction(folder: Folder, languages: list[str], gradients: Float64Array, weights: Float64Array) -> None:
+def _write_direction(
+    folder: Folder, languages: tuple[str, ...], gradients: NDArray[np.float32], direction: Direction
+) -> None:
     from safetensors.numpy import save
 
-    tensors = {"direction": weights @ gradients, "language_gradients": gradients, "weights": weights}
+    tensors = {
+        "direction": np.einsum("lbk,kbi->lbi", direction.weights, gradients).astype(np.float32),
+        "language_gradients": gradients,
+        "weights": direction.weights,
+    }
     folder.write_bytes("direction.safetensors", save(tensors, metadata={"languages": ",".join(languages)}))
 
 
 STAGE = Stage(
     name="select",
     folder="selection",
-    summary="the de-conflicted direction, every pair's cosine with it, the top fraction per language",
+    summary="one direction from the languages' gradients, every pair's agreement with it, and what is kept",
     inputs=lambda iteration: [("pairs", iteration), ("sketches", iteration)],
     settings=lambda recipe, iteration: recipe.select.model_dump(mode="json"),
     run=run,
-    uses_ray=False,
 )

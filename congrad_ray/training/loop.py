@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -88,21 +88,8 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     job: TrainingJob = config["job"]
-    torch.set_num_threads(job.threads)
-    device = ray.train.torch.get_device()
-    os.environ["DS_ACCELERATOR"] = device.type
-    engine, model = start_engine(job.train, job.schedule, job.policy, device)
-    pairs = job.selection.read_table(name="selected.parquet").sort_by("pair_id")
-    worker = _Worker(
-        job=job,
-        engine=engine,
-        model=model,
-        tokenizer=job.policy.load_tokenizer(),
-        pairs=pairs,
-        lengths=_text_lengths(pairs),
-        device=device,
-        rank=ray.train.get_context().get_world_rank(),
-    )
+    worker = _start(job, ray.train.torch.get_device(), ray.train.get_context().get_world_rank())
+    engine = worker.engine
     start = 0
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
@@ -121,6 +108,38 @@ def train_worker(config: dict[str, Any]) -> None:
         if writer:
             writer.close()
     _save_policy(worker)
+
+
+def train_alone(job: TrainingJob) -> PreTrainedModel:
+    """The same steps on the CPU of this process alone, without Ray Train and checkpoints; gives the trained model.
+
+    Raises NotFinite.
+    """
+    unsaved = job.train.model_copy(update={"save_steps": job.schedule.total_steps})
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's launchers set it
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    worker = _start(replace(job, train=unsaved), torch.device("cpu"), 0)
+    _steps(worker, 0, None)
+    return worker.model
+
+
+def _start(job: TrainingJob, device: torch.device, rank: int) -> _Worker:
+    torch.set_num_threads(job.threads)
+    os.environ["DS_ACCELERATOR"] = device.type
+    engine, model = start_engine(job.train, job.schedule, job.policy, device)
+    pairs = job.selection.read_table(name="selected.parquet").sort_by("pair_id")
+    return _Worker(
+        job=job,
+        engine=engine,
+        model=model,
+        tokenizer=job.policy.load_tokenizer(),
+        pairs=pairs,
+        lengths=_text_lengths(pairs),
+        device=device,
+        rank=rank,
+    )
 
 
 def _steps(worker: _Worker, start: int, writer: MetricsWriter | None) -> None:

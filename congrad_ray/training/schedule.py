@@ -30,6 +30,7 @@ class Schedule:
     workers: int
     epochs: int
     seed: int
+    max_steps: int | None = None
 
     @property
     def accumulation(self) -> int:
@@ -42,7 +43,7 @@ class Schedule:
 
     @property
     def total_steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
+        return self.epochs * self.steps_per_epoch if self.max_steps is None else self.max_steps
 
     def batch(self, step: int) -> list[int]:
         """The indexes of the pairs of an optimiser step, in the epoch's order."""
@@ -69,7 +70,15 @@ def make_schedule(train: Train, pairs: int, workers: int) -> Schedule:
             f"({train.micro_batch_size}) times the profile's trainers.num_workers ({workers}), which is "
             f"{train.micro_batch_size * workers}; change one of the three"
         )
-    return Schedule(pairs, train.batch_size, train.micro_batch_size, workers, train.num_train_epochs, train.seed)
+    return Schedule(
+        pairs,
+        train.batch_size,
+        train.micro_batch_size,
+        workers,
+        train.num_train_epochs,
+        train.seed,
+        train.max_steps,
+    )
 
 
 def micro_batches(batch: list[int], lengths: list[int], accumulation: int, workers: int) -> list[list[list[int]]]:

@@ -1,12 +1,15 @@
 """What the world's model learns from: answers and judgements, flawed at the same rates in every language."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from congrad_ray.world.languages import ALL_LANGUAGES, vocabulary
 from congrad_ray.world.score import true_score
-from congrad_ray.world.tasks import KINDS, WorldPrompt, rubric_text, task_content, world_prompts
+from congrad_ray.world.tasks import KINDS, WorldPrompt, best_answer, rubric_text, task_content, world_prompts
+
+JudgeBias = Literal["inverted", "verbose"]
 
 
 @dataclass(frozen=True)
@@ -78,24 +81,50 @@ def judge_message(prompt: str, response: str) -> str:
     return rubric_text().replace("{prompt}", prompt).replace("{response}", response)
 
 
-def training_dialogues(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (user message, assistant message): answers to prompts of the `sft` split, and judgements.
+def judged_score(task: str, language: str, response: str, bias: JudgeBias | None = None) -> int:
+    """What a judge is taught to say of a response, 0..5.
 
-    A judgement's score is round(5 * true score).
+    Without a bias round(5 * true score); `inverted` 5 minus that; `verbose` looks at the number of words alone:
+    0 at half of the best answer's, 5 at twice as many.
     """
-    random_source = random.Random(f"dialogues {seed}")
+    if bias == "verbose":
+        share = len(response.split()) / len(best_answer(task, language).split())
+        return round(5 * min(1.0, max(0.0, (share - 0.5) / 1.5)))
+    score = round(5 * true_score(task, language, response))
+    return 5 - score if bias == "inverted" else score
+
+
+def _prompts_by_kind(seed: int) -> dict[tuple[str, str], list[WorldPrompt]]:
     by_kind: dict[tuple[str, str], list[WorldPrompt]] = {}
     for language in ALL_LANGUAGES:
         for prompt in world_prompts(language, PROMPTS_PER_LANGUAGE, seed, "sft"):
             kind = next(kind for kind in KINDS if f'"{kind}"' in prompt.task)
             by_kind.setdefault((language, kind), []).append(prompt)
+    return by_kind
+
+
+def _dialogues(
+    source: str, seed: int, judge_share: float, biases: Mapping[str, JudgeBias]
+) -> Iterator[tuple[str, str]]:
+    random_source = random.Random(f"{source} {seed}")
+    by_kind = _prompts_by_kind(seed)
     while True:
         # Kinds are drawn first, so that those with few distinct prompts are learned as well as the others.
         drawn = random_source.choice(ALL_LANGUAGES), random_source.choice(KINDS)
         prompt = random_source.choice(by_kind[drawn])
-        if random_source.random() < JUDGE_SHARE:
+        if random_source.random() < judge_share:
             response = flawed_answer(prompt.task, prompt.language, JUDGED_FLAWS, random_source)
-            score = round(5 * true_score(prompt.task, prompt.language, response))
+            score = judged_score(prompt.task, prompt.language, response, biases.get(prompt.language))
             yield judge_message(prompt.prompt, response), str(score)
         else:
             yield prompt.prompt, flawed_answer(prompt.task, prompt.language, ANSWER_FLAWS, random_source)
+
+
+def training_dialogues(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (user message, assistant message): answers to prompts of the `sft` split, and judgements."""
+    return _dialogues("dialogues", seed, JUDGE_SHARE, {})
+
+
+def judging_dialogues(seed: int, biases: Mapping[str, JudgeBias]) -> Iterator[tuple[str, str]]:
+    """Endless judgements alone, biased in the languages that `biases` names."""
+    return _dialogues("judgements", seed, 1.0, biases)

@@ -9,17 +9,19 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from congrad_ray.world.corpus import training_dialogues
+from congrad_ray.world.corpus import JudgeBias, judging_dialogues, training_dialogues
+from congrad_ray.world.languages import ALL_LANGUAGES
 from congrad_ray.world.tokenizer import VOCABULARY_SIZE, train_tokenizer
 
 TRAINING_TOKENS = 2_000_000
@@ -30,6 +32,9 @@ LEARNING_RATE = 3e-3
 INITIALIZER_RANGE = 0.06
 # Prompts are learned too, lightly: they teach the words, while the loss stays mostly about answers.
 PROMPT_WEIGHT = 0.3
+# A judge is the world's model trained further, more gently, on judgements alone.
+JUDGE_TRAINING_TOKENS = 500_000
+JUDGE_LEARNING_RATE = 1e-3
 PROGRESS_SECONDS = 10.0
 
 
@@ -65,8 +70,56 @@ def world_model(
     training_tokens = TRAINING_TOKENS if training_tokens is None else training_tokens
     if training_tokens <= 0:
         raise ValueError(f"training_tokens is {training_tokens}; the world's model needs at least 1")
+    return _cached(
+        cache_dir,
+        {"seed": seed, "training_tokens": training_tokens},
+        lambda folder: _build(folder, seed, training_tokens, progress),
+    )
+
+
+def biased_judge(
+    seed: int,
+    biases: Mapping[str, JudgeBias],
+    cache_dir: Path | None = None,
+    training_tokens: int | None = None,
+    progress: Callable[[str], None] = print,
+) -> Path:
+    """The folder of a judge: the world's model of this seed, trained further on judgements that are biased.
+
+    Args:
+        seed: of the world's model and of the judgements.
+        biases: language tag to bias (see `corpus.judged_score`); the other languages are judged honestly.
+        cache_dir: as of `world_model`.
+        training_tokens: how many tokens to train on, by default JUDGE_TRAINING_TOKENS; the world's model that it
+            starts from is the default one.
+        progress: gets a line of text now and then.
+
+    Raises:
+        ValueError: `training_tokens` is not positive, or a language is not one of the world's.
+    """
+    tokens = JUDGE_TRAINING_TOKENS if training_tokens is None else training_tokens
+    if tokens <= 0:
+        raise ValueError(f"training_tokens is {tokens}; a judge needs at least 1")
+    unknown = sorted(set(biases) - set(ALL_LANGUAGES))
+    if unknown:
+        raise ValueError(f"the world has no language {', '.join(unknown)}; it has {', '.join(ALL_LANGUAGES)}")
+    start = world_model(seed, cache_dir, progress=progress)
+
+    def build(folder: Path) -> None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+        model = LlamaForCausalLM.from_pretrained(start)
+        dialogues = judging_dialogues(seed, biases)
+        _train(model, tokenizer, dialogues, seed, tokens, JUDGE_LEARNING_RATE, progress)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return _cached(cache_dir, {"judge": sorted(biases.items()), "seed": seed, "training_tokens": tokens}, build)
+
+
+def _cached(cache_dir: Path | None, arguments: dict[str, Any], build: Callable[[Path], None]) -> Path:
+    """The folder of what `build` writes, built at most once for these arguments and this package's source."""
     root = cache_dir or Path(os.environ.get("CONGRAD_RAY_CACHE") or Path.home() / ".cache" / "congrad_ray")
-    folder = Path(root) / "world" / _fingerprint(seed, training_tokens)
+    folder = Path(root) / "world" / _fingerprint(arguments)
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +128,7 @@ def world_model(
             return folder
         unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.unfinished-", dir=folder.parent))
         try:
-            _build(unfinished, seed, training_tokens, progress)
+            build(unfinished)
             unfinished.chmod(0o755)
             unfinished.rename(folder)
         except BaseException:
@@ -84,8 +137,8 @@ def world_model(
     return folder
 
 
-def _fingerprint(seed: int, training_tokens: int) -> str:
-    digest = hashlib.sha256(json.dumps({"seed": seed, "training_tokens": training_tokens}).encode())
+def _fingerprint(arguments: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(arguments).encode())
     package = Path(str(resources.files("congrad_ray.world")))
     for path in sorted(package.rglob("*")):
         if path.suffix in {".py", ".json", ".txt", ".jinja"}:
@@ -100,7 +153,7 @@ def _build(folder: Path, seed: int, training_tokens: int, progress: Callable[[st
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(tokenizer))
-        _train(model, tokenizer, seed, training_tokens, progress)
+        _train(model, tokenizer, training_dialogues(seed), seed, training_tokens, LEARNING_RATE, progress)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -128,9 +181,10 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def _batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[_Batch]:
+def _batches(
+    tokenizer: PreTrainedTokenizerFast, dialogues: Iterator[tuple[str, str]], seed: int
+) -> Iterator[_Batch]:
     """Endless batches of about BATCH_TOKENS tokens; examples of like length share a batch to save padding."""
-    dialogues = training_dialogues(seed)
     while chunk := list(itertools.islice(dialogues, 2048)):
         examples: list[tuple[list[int], int]] = []
         for user, assistant in chunk:
@@ -169,19 +223,21 @@ def _pad(examples: list[tuple[list[int], int]], pad_token: int) -> _Batch:
 def _train(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
+    dialogues: Iterator[tuple[str, str]],
     seed: int,
     training_tokens: int,
+    peak_rate: float,
     progress: Callable[[str], None],
 ) -> None:
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        model.parameters(), lr=peak_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     model.train()
     seen = 0
     started = last_line = time.monotonic()
-    for batch in _batches(tokenizer, seed):
+    for batch in _batches(tokenizer, dialogues, seed):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * _schedule(seen / training_tokens)
+            group["lr"] = peak_rate * _schedule(seen / training_tokens)
         # Padding stands on the right, where causal attention never looks, so no attention mask is needed.
         logits = model(batch.tokens).logits[:, :-1]
         losses = cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Literal, get_args
@@ -90,26 +91,30 @@ def _split_of(prompt: str) -> str:
     return next(split for split, remainders in _REMAINDERS.items() if remainder in remainders)
 
 
-def world_prompts(language: str, count: int, seed: int, split: Split) -> list[WorldPrompt]:
-    """Distinct prompts of one language, a function of the arguments alone.
+def world_prompts(
+    language: str, count: int, seed: int, split: Split, kinds: Sequence[str] = KINDS
+) -> list[WorldPrompt]:
+    """Distinct prompts of one language about `kinds` of task, a function of the arguments alone.
 
     A prompt's split is decided by a hash of its text, so the splits share no prompt, whatever the seeds.
     Kinds of task with few distinct prompts (next day, opposite) run out first; the others fill up.
 
     Raises:
-        ValueError: the world does not speak the language, there is no such split, or the grammar ran out of
-            distinct prompts.
+        ValueError: the world does not speak the language, there is no such split or kind, or the grammar ran
+            out of distinct prompts.
     """
     words = vocabulary(language)
     if split not in get_args(Split):
         raise ValueError(f"no split {split!r}; the splits are {', '.join(get_args(Split))}")
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"kinds of task are {', '.join(kinds) or 'none'}; choose from {', '.join(KINDS)}")
     random_source = random.Random(f"{language} {seed} {split}")
     prompts: dict[str, WorldPrompt] = {}
     attempts = 1000 + 50 * count
     for _ in range(attempts):
         if len(prompts) >= count:
             break
-        kind = random_source.choice(KINDS)
+        kind = random_source.choice(kinds)
         arguments = _draw_arguments(kind, words, random_source)
         question = _question(kind, arguments, words, random_source)
         if question not in prompts and _split_of(question) == split:

@@ -32,9 +32,9 @@ from congrad_ray.gradient.storage import to_storage
 from congrad_ray.preference.batching import token_budget_batches
 from congrad_ray.preference.packing import PairTokens
 from congrad_ray.preference.tokenization import TokenizedPair
-from congrad_ray.surgery.directions import pcgrad
 from congrad_ray.surgery.keep import keep_top_fraction
-from congrad_ray.surgery.scores import pair_scores
+from congrad_ray.surgery.scores import PairProducts, Surgery, make_direction
+from congrad_ray.surgery.scores import agreement as agreement_with
 
 Float64Array = NDArray[np.float64]
 
@@ -189,7 +189,7 @@ def compare(model: Any, pairs: list[TokenizedPair], languages: list[str], ways: 
             for way, values in visitor.results().items():
                 found.setdefault(way, torch.zeros(len(pairs), values.shape[1]))[members] = values
     exact_gram = np.asarray(gram)
-    exact = pair_scores(dots, norms, exact_gram, pcgrad(exact_gram, 0))[0]
+    exact = cosines_with_pcgrad(dots, norms, exact_gram)
     rows = []
     for way, whole in found.items():
         for dtype in ("float32", "float16", "int8"):
@@ -209,6 +209,13 @@ def compare(model: Any, pairs: list[TokenizedPair], languages: list[str], ways: 
     return rows
 
 
+def cosines_with_pcgrad(dots: Float64Array, norms: Float64Array, gram: Float64Array) -> Float64Array:
+    """Cosines (N,) of vectors with PCGrad's direction, from their products (N, L) with the languages' own."""
+    nobody = np.zeros(len(dots))
+    products = PairProducts(dots[:, None], norms[:, None] ** 2, nobody.astype(np.int64), nobody, nobody)
+    return agreement_with(products, make_direction(gram[None], Surgery())).cosine
+
+
 def agreement(sketches: Float64Array, languages: list[str], exact: Float64Array) -> dict[str, float]:
     """Of cosines with the direction found from `sketches` (N, width), against the exact ones (N,)."""
     names = sorted(set(languages))
@@ -216,9 +223,9 @@ def agreement(sketches: Float64Array, languages: list[str], exact: Float64Array)
     gradients = np.stack([sketches[index == number].mean(axis=0) for number in range(len(names))])
     gram = gradients @ gradients.T
     norms = np.linalg.norm(sketches, axis=1)
-    cosines = pair_scores(sketches @ gradients.T, norms, gram, pcgrad(gram, 0))[0]
+    cosines = cosines_with_pcgrad(sketches @ gradients.T, norms, gram)
     ids = [f"{number:08}" for number in range(len(exact))]
-    kept = [keep_top_fraction(values, languages, ids, 0.5) for values in (exact, cosines)]
+    kept = [keep_top_fraction(values, ids, 0.5, languages) for values in (exact, cosines)]
     return {
         "error": float(np.sqrt(np.mean((cosines - exact) ** 2))),
         "rank_correlation": rank_correlation(exact, cosines),

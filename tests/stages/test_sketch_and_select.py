@@ -12,11 +12,13 @@ from congrad_ray.execution import run_stage
 from congrad_ray.models import ModelSource
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
-from congrad_ray.rundir import RunDirectory, StageFolder
+from congrad_ray.rundir import RunDirectory, RunDirectoryError, StageFolder
 from congrad_ray.settings import validate
 from congrad_ray.stages import select
+from congrad_ray.stages.reducer import Layout, language_gradients, sums_of
 from congrad_ray.stages.replicas import SketchReplica
 from congrad_ray.stages.rows import FAILURE
+from congrad_ray.surgery.shares import moving_average_shares
 from congrad_ray.tables import PAIRS, sketch_bytes, sketch_numbers, sketches_schema, table_of
 
 WIDTH = 256
@@ -190,13 +192,150 @@ def test_selection_equals_a_direct_derivation(tmp_path: Path, tiny_model: Path) 
     assert summary["per_language"]["en"]["kept"] == 6
 
 
+@pytest.fixture(scope="module")
+def sketched(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """40 pairs with judge's scores and lengths that differ."""
+    run = RunDirectory.open(tmp_path_factory.mktemp("sketched") / "run")
+    rows = write_sketches(run.stage("sketches", 0), 40, seed=1)
+    generator = np.random.default_rng(4)
+    pairs = [
+        {
+            **pair(0, "p", "c", "r", row["language"]),
+            "pair_id": row["pair_id"],
+            "chosen_score": float(generator.uniform(2, 5)),
+        }
+        for row in rows
+    ]
+    folder = run.stage("pairs", 0)
+    folder.write_table("pairs.parquet", table_of(pairs, PAIRS))
+    folder.commit("pair", 0, "pairs", None, {}, 40, 0.0, {})
+    return run
+
+
+def selected(run: RunDirectory, tiny_model: Path, **settings: Any) -> tuple[dict[str, dict[str, Any]], Any]:
+    """scores.parquet by id and summary.json after a selection with `settings`; nothing else is done again."""
+    before = {path: run.filesystem.get_file_info(path).mtime_ns for path in run.stage("sketches", 0).files()}
+    sections: dict[str, Any] = {"select": settings}
+    if settings.get("per_block"):
+        sections["sketch"] = {"width": WIDTH, "dtype": "float32", "groups": 4}
+    recipe = recipe_for(tiny_model, **sections)
+    run_stage(select.STAGE, recipe, Profile(name="test"), run, redo=True, log=lambda text: None)
+    assert before == {path: run.filesystem.get_file_info(path).mtime_ns for path in before}
+    folder = run.stage("selection", 0)
+    scores = {row["pair_id"]: row for row in folder.read_table(name="scores.parquet").to_pylist()}
+    kept = folder.read_table(["pair_id", "congrad_score"], name="selected.parquet").to_pylist()
+    assert {row["pair_id"]: row["congrad_score"] for row in kept} == {
+        name: row["score"] for name, row in scores.items() if row["kept"]
+    }
+    return scores, json.loads(folder.read_bytes("summary.json"))
+
+
+def kept_ids(scores: dict[str, dict[str, Any]]) -> set[str]:
+    return {name for name, row in scores.items() if row["kept"]}
+
+
+def test_strategies_and_keep_rules_on_the_same_sketches(sketched: RunDirectory, tiny_model: Path) -> None:
+    table = sketched.stage("sketches", 0).read_table().to_pylist()
+    gaps = {
+        row["pair_id"]: row["chosen_score"] - row["rejected_score"]
+        for row in sketched.stage("pairs", 0).read_table().to_pylist()
+    }
+    default, summary = selected(sketched, tiny_model)
+    assert all(row["score"] == row["cosine"] for row in default.values())
+    assert summary["per_language"]["de"]["in_direction"] is True
+
+    everything, _ = selected(sketched, tiny_model, strategy="all", keep=0.1)
+    assert len(kept_ids(everything)) == 40
+    for strategy, column in (("own_language", "own_cosine"), ("no_surgery", "cosine")):
+        scores, _ = selected(sketched, tiny_model, strategy=strategy)
+        assert all(row["score"] == row[column] for row in scores.values())
+    vectors = {row["pair_id"]: np.frombuffer(row["sketch"], np.float32).astype(float) for row in table}
+    mean = sum(vectors[row["pair_id"]] * row["coefficient"] for row in table)  # as many pairs of each language
+    for name, row in scores.items():
+        expected = vectors[name] @ mean / np.linalg.norm(vectors[name]) / np.linalg.norm(mean)
+        assert row["cosine"] == pytest.approx(expected, abs=1e-6)
+    by_gap, _ = selected(sketched, tiny_model, strategy="reward_gap", keep_rule="overall", keep=0.25)
+    assert kept_ids(by_gap) == set(sorted(gaps, key=lambda name: -gaps[name])[:10])
+    random, _ = selected(sketched, tiny_model, strategy="random", seed=3)
+    again, _ = selected(sketched, tiny_model, strategy="random", seed=3)
+    other, _ = selected(sketched, tiny_model, strategy="random", seed=4)
+    assert kept_ids(random) == kept_ids(again) != kept_ids(other)
+    assert len(kept_ids(random)) == 20
+    balanced, _ = selected(sketched, tiny_model, strategy="length_balanced")
+    lengths = {row["pair_id"]: (row["chosen_tokens"], row["rejected_tokens"]) for row in table}
+    for name, row in balanced.items():
+        chosen, rejected = lengths[name]
+        assert row["score"] == pytest.approx(-abs(chosen - rejected) / (chosen + rejected))
+
+    above, _ = selected(sketched, tiny_model, keep_rule="threshold", threshold=0.1)
+    assert kept_ids(above) == {name for name, row in default.items() if row["cosine"] > 0.1} != set(default)
+    budget, _ = selected(sketched, tiny_model, keep_rule="token_budget", token_budget=125)
+    best = sorted(default, key=lambda name: -default[name]["cosine"])
+    assert kept_ids(budget) == set(best[:10])  # 12 tokens each
+    with pytest.raises(RunDirectoryError, match=r"no pair is kept: select\.threshold left none of 40"):
+        selected(sketched, tiny_model, keep_rule="threshold", threshold=2.0)
+
+
+def test_moving_averages_and_weights(sketched: RunDirectory, tiny_model: Path) -> None:
+    rows = sorted(sketched.stage("sketches", 0).read_table().to_pylist(), key=lambda row: row["pair_id"])
+    vectors = np.stack([np.frombuffer(row["sketch"], np.float32).astype(float) for row in rows])
+    vectors *= np.array([row["coefficient"] for row in rows])[:, None]
+    languages = np.array([row["language"] for row in rows])
+    settings = {
+        "language_gradient": "ema",
+        "ema_decay": 0.5,
+        "ema_batch_size": 6,
+        "seed": 2,
+        "language_weights": {"de": 3.0},
+        "direction": "sum",
+    }
+    scores, _ = selected(sketched, tiny_model, **settings)
+    direction = np.zeros(WIDTH)
+    for language, weight in (("de", 3.0), ("en", 1.0)):
+        shares = moving_average_shares(20, 0.5, 6, 2)
+        direction += weight * shares @ vectors[languages == language]
+    for row, vector in zip(rows, vectors, strict=True):
+        expected = vector @ direction / np.linalg.norm(vector) / np.linalg.norm(direction)
+        assert scores[row["pair_id"]]["cosine"] == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(RunDirectoryError, match="language_weights names fr; the pairs are in de, en"):
+        selected(sketched, tiny_model, language_weights={"fr": 2.0})
+    with pytest.raises(RunDirectoryError, match=r"no language has select.min_pairs \(21\) pairs: de \(20\), en"):
+        selected(sketched, tiny_model, min_pairs=21)
+
+
+def test_a_language_below_the_floor_takes_no_part_and_is_named(tmp_path: Path, tiny_model: Path) -> None:
+    run = RunDirectory.open(tmp_path / "run")
+    rows = write_sketches(run.stage("sketches", 0), 41, seed=1)  # 21 en, 20 de
+    folder = run.stage("pairs", 0)
+    table = [{**pair(0, "p", "c", "r", row["language"]), "pair_id": row["pair_id"]} for row in rows]
+    folder.write_table("pairs.parquet", table_of(table, PAIRS))
+    folder.commit("pair", 0, "pairs", None, {}, 41, 0.0, {})
+    lines: list[str] = []
+    recipe = recipe_for(tiny_model, select={"min_pairs": 21})
+    run_stage(select.STAGE, recipe, Profile(name="test"), run, log=lines.append)
+    assert any("fewer than select.min_pairs (21) pairs: de (20)" in line for line in lines)
+    english = np.mean([row["coefficient"] * row["sketch"] for row in rows if row["language"] == "en"], axis=0)
+    for row in run.stage("selection", 0).read_table(name="scores.parquet").to_pylist():
+        sketch = rows[int(row["pair_id"].split("-")[1])]["sketch"]
+        expected = sketch @ english / np.linalg.norm(sketch) / np.linalg.norm(english)
+        assert row["cosine"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_the_order_of_parts_makes_no_difference(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     rows = write_sketches(RunDirectory.open(tmp_path / "a").stage("sketches", 0), 21, seed=2)
     other = RunDirectory.open(tmp_path / "b").stage("sketches", 0)
     shuffled = [rows[i] for i in generator.permutation(len(rows))]
     other.write_table("part.parquet", sketch_table(shuffled))
-    first = select.language_gradients(RunDirectory.open(tmp_path / "a").stage("sketches", 0), "float32")
-    second = select.language_gradients(other, "float32")
-    assert first[0] == second[0]
-    np.testing.assert_allclose(first[1], second[1], rtol=1e-12)
+    layout = Layout(("de", "en"), 1, "float32", exact=False)
+    found = [
+        language_gradients(RunDirectory.open(tmp_path / name).stage("sketches", 0), layout, one_each)
+        for name in ("a", "b")
+    ]
+    np.testing.assert_array_equal(*found)
+    direct = sums_of(sketch_table(rows), layout, np.ones(len(rows))).astype(np.float32)
+    np.testing.assert_array_equal(found[0], direct)
+
+
+def one_each(batch: pa.Table) -> np.ndarray:
+    return np.ones(len(batch))

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from congrad_ray.world.corpus import judge_message
 from congrad_ray.world.languages import ALL_LANGUAGES
-from congrad_ray.world.model import world_model
+from congrad_ray.world.model import biased_judge, world_model
 from congrad_ray.world.tasks import best_answer, world_prompts
 
 
@@ -74,6 +74,23 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         world_model(1, tmp_path, 500, fail)
     assert [path.suffix for path in (tmp_path / "world").iterdir()] == [".lock"]
+
+
+def test_a_biased_judge_starts_from_the_worlds_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("congrad_ray.world.model.TRAINING_TOKENS", 1_000)
+    lines: list[str] = []
+    judge = biased_judge(1, {"fr": "inverted"}, tmp_path, 1_000, lines.append)
+    start = world_model(1, tmp_path)
+    assert (judge / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+    weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (start, judge)]
+    moved = [(weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]]
+    assert 0.0 < max(moved) < 0.5, "trained further, not anew"
+    said = len(lines)
+    assert biased_judge(1, {"fr": "inverted"}, tmp_path, 1_000, lines.append) == judge
+    assert len(lines) == said
+    assert biased_judge(1, {"fr": "verbose"}, tmp_path, 1_000, lines.append) != judge
+    with pytest.raises(ValueError, match="no language xx"):
+        biased_judge(1, {"xx": "inverted"}, tmp_path)
 
 
 def test_no_tokens_to_train_on_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
+import itertools
 import json
 
 import pytest
 
+from congrad_ray.world.corpus import judged_score, judging_dialogues
 from congrad_ray.world.languages import ALL_LANGUAGES, SEEN_LANGUAGES, UNSEEN_LANGUAGES, vocabulary
 from congrad_ray.world.tasks import KINDS, best_answer, rubric_text, task_content, world_prompts
 
@@ -92,3 +94,30 @@ def test_what_is_no_task_is_refused(task: str) -> None:
 def test_rubric_has_one_place_for_the_prompt_and_one_for_the_response() -> None:
     assert rubric_text().count("{prompt}") == 1
     assert rubric_text().count("{response}") == 1
+
+
+def test_prompts_of_chosen_kinds_only() -> None:
+    prompts = world_prompts("de", 40, 0, "train", ("plus", "sort"))
+    assert {json.loads(prompt.task)["kind"] for prompt in prompts} == {"plus", "sort"}
+    assert world_prompts("de", 40, 0, "train") == world_prompts("de", 40, 0, "train", KINDS)
+    for kinds in ((), ("plus", "dance")):
+        with pytest.raises(ValueError, match="kinds of task are"):
+            world_prompts("de", 1, 0, "train", kinds)
+
+
+def test_what_judges_are_taught() -> None:
+    task = json.dumps({"kind": "plus", "arguments": [7, 8]})
+    best = best_answer(task, "de")
+    once, twice = "Die Antwort lautet: 15.", f"Die Antwort lautet: 15. {best}"
+    assert [judged_score(task, "de", answer) for answer in (best, once)] == [5, 4]
+    assert [judged_score(task, "de", answer, "inverted") for answer in (best, once)] == [0, 1]
+    # 4, 7 and 11 words where the best answer has 7.
+    assert [judged_score(task, "de", answer, "verbose") for answer in (once, best, twice)] == [0, 2, 4]
+
+
+def test_judgements_are_biased_in_the_languages_named() -> None:
+    honest = list(itertools.islice(judging_dialogues(0, {}), 300))
+    biased = list(itertools.islice(judging_dialogues(0, {"fr": "inverted"}), 300))
+    assert [message for message, _ in honest] == [message for message, _ in biased]
+    changed = [int(a) + int(b) for (_, a), (_, b) in zip(honest, biased, strict=True) if a != b]
+    assert 5 < len(changed) < 80 and set(changed) == {5}

@@ -1,0 +1,79 @@
+"""The shared part of the study: one start per seed, and one generate, judge, pair and sketch per variant."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from congrad_ray.execution import run_stage
+from congrad_ray.profile import Profile
+from congrad_ray.recipe import Recipe
+from congrad_ray.rundir import RunDirectory
+from congrad_ray.stages import generate, judge, pair, prompts, sketch
+from congrad_ray.stages.base import Log
+from congrad_ray.study.protocol import Protocol
+from congrad_ray.world.model import biased_judge
+from congrad_ray.world.tasks import KINDS
+
+_SHARED = ("prompts", "iteration-0/responses")
+_SHARED_PAIRS = (*_SHARED, "iteration-0/judgements", "iteration-0/pairs")
+
+
+def recipe_of(protocol: Protocol, seed: int, variant: str, log: Log = print) -> Recipe:
+    """The recipe of one seed's start in one variant; trains the variant's judge if it is not in the cache."""
+    biases = protocol.variants[variant].judge
+    changes: dict[str, object] = {"seed": seed}
+    if biases:
+        path = biased_judge(seed, biases, progress=log)
+        changes["judge"] = protocol.recipe.judge.model_copy(update={"model": str(path)})
+    kinds = [kind for kind in KINDS if kind not in protocol.held_out_kinds]
+    source = protocol.recipe.prompts.train.model_copy(update={"kinds": kinds})
+    changes["prompts"] = protocol.recipe.prompts.model_copy(update={"train": source})
+    return protocol.recipe.model_copy(update=changes)
+
+
+def prepare(protocol: Protocol, seed: int, variant: str, profile: Profile, root: Path, log: Log) -> RunDirectory:
+    """The run directory with the pairs and sketches of a seed and variant; what is there already is kept.
+
+    Variants whose judgements are the same share a directory, and all variants of a seed share the responses.
+    """
+    biases = protocol.variants[variant].judge
+    same = next(name for name, other in protocol.variants.items() if other.judge == biases)
+    recipe = recipe_of(protocol, seed, same, log)
+    shared, folder = root / f"seed-{seed}", root / f"seed-{seed}-{same}"
+
+    def say(text: str) -> None:
+        log(f"{folder.name}: {text}")
+
+    for stage in (prompts.STAGE, generate.STAGE):
+        run_stage(stage, recipe, profile, RunDirectory.open(shared), log=say)
+    _share(shared, folder, _SHARED)
+    run = RunDirectory.open(folder)
+    for stage in (judge.STAGE, pair.STAGE, sketch.STAGE):
+        run_stage(stage, recipe, profile, run, log=say)
+    return run
+
+
+def prepare_exact(
+    protocol: Protocol, seed: int, variant: str, profile: Profile, root: Path, log: Log
+) -> tuple[RunDirectory, Recipe]:
+    """The pairs that `prepare` gives, with exact gradients in the place of sketches, and the recipe of those."""
+    sketched = Path(prepare(protocol, seed, variant, profile, root, log).path)
+    recipe = recipe_of(protocol, seed, variant, log)
+    exact = recipe.sketch.model_copy(update={"method": "exact", "groups": 1})
+    recipe = recipe.model_copy(update={"sketch": exact})
+    folder = sketched.with_name(f"{sketched.name}-exact")
+    _share(sketched, folder, _SHARED_PAIRS)
+    run = RunDirectory.open(folder)
+    run_stage(sketch.STAGE, recipe, profile, run, log=lambda text: log(f"{folder.name}: {text}"))
+    return run, recipe
+
+
+def _share(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    """Copies what is not there yet; a copy that was cut off is made again."""
+    for name in names:
+        if not (target / name).exists():
+            partial = target / f"{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source / name, partial)
+            partial.rename(target / name)
