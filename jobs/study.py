@@ -80,12 +80,12 @@ def main() -> None:
     results = Results(arguments.results)
     if not arguments.only_report:
         blocks = [protocol.tuning] if arguments.tuning else protocol.blocks
-        every = dict.fromkeys(cell for block in blocks for cell in cells(block))
-        wanted = [cell for cell in every if not arguments.seeds or cell.seed in arguments.seeds]
         connect(profile, max(arguments.workers, most_cpus(protocol.recipe, profile)))
         if arguments.exact:
             check_with_exact(protocol, profile, arguments.run.resolve(), results)
-        else:
+        for number, block in enumerate([] if arguments.exact else blocks, 1):
+            wanted = [cell for cell in cells(block) if not arguments.seeds or cell.seed in arguments.seeds]
+            log(f"block {number} of {len(blocks)}")
             run_cells(protocol, wanted, profile, arguments.run.resolve(), results, arguments.workers)
     if arguments.report:
         compared = without_seeds(results.rows, protocol.tuning.seeds)
@@ -104,13 +104,16 @@ def run_cells(
 
     missing = [cell for cell in wanted if not results.has(cell)]
     log(f"{len(wanted)} cells, {len(missing)} of them to be run")
+    if not missing:
+        return
     places = dict.fromkeys((cell.seed, cell.variant) for cell in missing)
     folders = {place: str(prepare(protocol, *place, profile, root, log).path) for place in places}
     recipes = {place: recipe_of(protocol, *place, log) for place in folders}
     seeds = dict.fromkeys(cell.seed for cell in wanted)
     starts = [Cell(seed, "", START, 1.0, 0.0) for seed in seeds]
     tasks = [start for start in starts if not results.has(start)] + missing
-    pool = ActorPool([ray.remote(Trials).options(num_cpus=1).remote(protocol) for _ in range(workers)])
+    actors: list[Any] = [ray.remote(Trials).options(num_cpus=1).remote(protocol) for _ in range(workers)]
+    pool = ActorPool(actors)
 
     def submit(actor: Any, cell: Cell) -> Any:
         if cell.strategy == START:
@@ -129,6 +132,8 @@ def run_cells(
             f"rate {row['learning_rate']:g}: seen {row['seen']:.4f}, unseen {row['unseen']:.4f}, held out "
             f"{row['held_out']:.4f}, {row['tokens']:.1f} tokens; {left / 60:.0f} min left"
         )
+    for actor in actors:  # their CPUs are needed for the next preparation
+        ray.kill(actor)
 
 
 def check_with_exact(protocol: Protocol, profile: Profile, root: Path, results: Results) -> None:

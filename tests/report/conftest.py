@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from congrad_ray.evaluation.statistics import score_changes, summarise_answers, 
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Evaluate, Model, Prompts, Recipe
 from congrad_ray.rundir import RunDirectory
+from congrad_ray.session import connect
 from congrad_ray.settings import to_yaml
 from congrad_ray.stages import select
 from congrad_ray.stages.base import Context
@@ -26,6 +28,7 @@ from congrad_ray.tables import (
     pair_id,
     prompt_id,
     response_id,
+    row_id,
     sketch_bytes,
     sketches_schema,
     table_of,
@@ -60,8 +63,24 @@ def _commit(run: RunDirectory, folder: str, iteration: int | None, rows: int, se
     run.stage(folder, iteration).commit(folder, iteration, f"{folder}-print", {}, {}, rows, seconds, {})
 
 
+@pytest.fixture(scope="session")
+def selections(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where selections are kept that were made once."""
+    return tmp_path_factory.mktemp("selections")
+
+
+def _selection(run: RunDirectory, recipe: Recipe, kept: Path) -> None:
+    """The real selection from the run's tables, made once for the same texts."""
+    output = run.stage("selection", 0)
+    if not kept.exists():
+        connect(Profile(name="test"), 2)
+        select.STAGE.run(Context(recipe, Profile(name="test"), run, 0, output, lambda text: None))
+        shutil.copytree(output.path, kept)
+    shutil.copytree(kept, output.path, dirs_exist_ok=True)
+
+
 @pytest.fixture
-def make_run() -> Callable[..., tuple[RunDirectory, Recipe]]:
+def make_run(selections: Path) -> Callable[..., tuple[RunDirectory, Recipe]]:
     """Builds a run in `folder` up to and with the stage folder `until`; `texts` may be hostile."""
 
     def make(
@@ -77,8 +96,7 @@ def make_run() -> Callable[..., tuple[RunDirectory, Recipe]]:
             if step in tables:
                 _write(run, step, None if step == "prompts" else 0, tables[step])
             elif step == "selection":
-                output = run.stage("selection", 0)
-                select.STAGE.run(Context(recipe, Profile(name="test"), run, 0, output, lambda text: None))
+                _selection(run, recipe, selections / row_id(sorted(texts.items())))
             elif step == "policy":
                 _curves(run)
             else:
