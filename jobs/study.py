@@ -22,7 +22,7 @@ from congrad_ray.plan import most_cpus
 from congrad_ray.profile import Profile, load_profile
 from congrad_ray.session import connect
 from congrad_ray.study.analysis import cut_torn_line, read_results, without_seeds
-from congrad_ray.study.preparation import prepare, recipe_of
+from congrad_ray.study.preparation import iterate, prepare, recipe_of
 from congrad_ray.study.protocol import START, Cell, Protocol, cells, load_protocol
 from congrad_ray.study.report import write_report
 
@@ -108,6 +108,8 @@ def run_cells(
         return
     places = dict.fromkeys((cell.seed, cell.variant) for cell in missing)
     folders = {place: str(prepare(protocol, *place, profile, root, log).path) for place in places}
+    several = [cell for cell in missing if cell.iterations > 1]
+    iterated = {cell: str(iterate(protocol, cell, profile, root, log).path) for cell in several}
     recipes = {place: recipe_of(protocol, *place, log) for place in folders}
     seeds = dict.fromkeys(cell.seed for cell in wanted)
     starts = [Cell(seed, "", START, 1.0, 0.0) for seed in seeds]
@@ -118,6 +120,8 @@ def run_cells(
     def submit(actor: Any, cell: Cell) -> Any:
         if cell.strategy == START:
             return actor.start.remote(cell.seed)
+        if cell in iterated:
+            return actor.iterated.remote(cell, iterated[cell])
         place = (cell.seed, cell.variant)
         return actor.run.remote(cell, recipes[place], folders[place])
 

@@ -9,9 +9,9 @@ from congrad_ray.execution import run_stage
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import RunDirectory
-from congrad_ray.stages import generate, judge, pair, prompts, sketch
+from congrad_ray.stages import generate, judge, pair, prompts, select, sketch, train
 from congrad_ray.stages.base import Log
-from congrad_ray.study.protocol import Protocol
+from congrad_ray.study.protocol import Cell, Protocol
 from congrad_ray.world.model import biased_judge
 from congrad_ray.world.tasks import KINDS
 
@@ -67,6 +67,33 @@ def prepare_exact(
     run = RunDirectory.open(folder)
     run_stage(sketch.STAGE, recipe, profile, run, log=lambda text: log(f"{folder.name}: {text}"))
     return run, recipe
+
+
+def iterate(protocol: Protocol, cell: Cell, profile: Profile, root: Path, log: Log) -> RunDirectory:
+    """The run directory of a cell of several iterations: the pipeline itself, stage by stage, without evaluation.
+
+    The first iteration starts from what `prepare` gives. Raises ValueError for what the pipeline cannot do: a
+    strategy that knows the truth, a variant that leaves out pairs.
+    """
+    strategy, variant = protocol.strategies[cell.strategy], protocol.variants[cell.variant]
+    if isinstance(strategy, str) or variant.pairs:
+        raise ValueError(f"{cell.strategy} in {cell.variant} cannot have {cell.iterations} iterations")
+    source = Path(prepare(protocol, cell.seed, cell.variant, profile, root, log).path)
+    recipe = recipe_of(protocol, cell.seed, cell.variant, log)
+    recipe = recipe.model_copy(
+        update={
+            "iterations": cell.iterations,
+            "select": strategy.model_copy(update={"keep": cell.keep}),
+            "train": recipe.train.model_copy(update={"learning_rate": cell.learning_rate}),
+        }
+    )
+    folder = root / f"seed-{cell.seed}-{cell.variant}-{cell.strategy}-{cell.keep:g}-{cell.learning_rate:g}"
+    _share(source, folder, (*_SHARED_PAIRS, "iteration-0/sketches"))
+    run = RunDirectory.open(folder)
+    for iteration in range(cell.iterations):
+        for stage in (generate.STAGE, judge.STAGE, pair.STAGE, sketch.STAGE, select.STAGE, train.STAGE):
+            run_stage(stage, recipe, profile, run, iteration, log=lambda text: log(f"{folder.name}: {text}"))
+    return run
 
 
 def _share(source: Path, target: Path, names: tuple[str, ...]) -> None:

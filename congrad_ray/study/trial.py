@@ -64,6 +64,23 @@ class Trials:
         row["seconds"] = round(time.monotonic() - before, 1)
         return row, self.selection_row(cell, data, selection)
 
+    def iterated(self, cell: Cell, folder: str) -> Row:
+        """The row of the model that `iterate` left in `folder`."""
+        before = time.monotonic()
+        run = RunDirectory.open(folder)
+        sketches, policy = (run.stage(name, cell.iterations - 1) for name in ("sketches", "policy"))
+        made, trained = sketches.manifest(), policy.manifest()
+        assert made is not None and trained is not None  # `iterate` ends with both
+        source = ModelSource(policy.path, self._protocol.recipe.model, policy)
+        counts = {"pairs": made.rows, "kept": trained.rows, "steps": trained.counters["steps"]}
+        row = {
+            "kind": "cell",
+            **asdict(cell),
+            **counts,
+            **self._measure(source.load_model("cpu"), source, cell.seed),
+        }
+        return {**row, "seconds": round(time.monotonic() - before, 1)}
+
     def selection(self, cell: Cell, recipe: Recipe, folder: str) -> tuple[Prepared, Selection]:
         """What the cell's strategy keeps."""
         key = (cell.seed, cell.variant)

@@ -45,7 +45,10 @@ def protocol(model: Path) -> dict[str, Any]:
             "oracle": "oracle",
         },
         "tuning": {**block, "seeds": [9], "strategies": ["all"]},
-        "blocks": [{**block, "strategies": ["all", "congrad", "oracle"]}],
+        "blocks": [
+            {**block, "strategies": ["all", "congrad", "oracle"]},
+            {**block, "variants": ["plain"], "strategies": ["mean"], "iterations": 2},
+        ],
         "exact": {"seeds": [1], "variants": ["plain"]},
     }
 
@@ -63,7 +66,8 @@ def test_a_study_runs_goes_on_and_reports(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     trained = {(row["variant"], row["strategy"]): row for row in rows if row["kind"] == "cell"}
-    assert len(trained) == 7  # a start, and three strategies in two variants
+    assert len(trained) == 8  # a start, three strategies in two variants, and one of two iterations
+    assert trained["plain", "mean"]["iterations"] == 2 and trained["plain", "mean"]["steps"] == 3
     for row in trained.values():
         assert all(0.0 <= row[name] <= 1.0 for name in ("seen", "unseen", "held_out", "held_out_unseen"))
         assert set(row["by_language"]) == {"en", "de", "it"}

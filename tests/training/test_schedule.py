@@ -56,6 +56,15 @@ def test_pairs_of_similar_length_share_a_pass() -> None:
     ]
 
 
+def test_a_number_of_steps_overrides_the_epochs() -> None:
+    train = Train(batch_size=4, micro_batch_size=2, num_train_epochs=1, max_steps=7)
+    schedule = make_schedule(train, 10, 1)  # three steps an epoch
+    assert schedule.total_steps == 7
+    seen = [index for step in range(7) for index in schedule.batch(step)]
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))
+    assert make_schedule(train, 1000, 1).total_steps == 7
+
+
 def test_a_batch_that_workers_cannot_share_names_the_three_numbers() -> None:
     with pytest.raises(TrainingError, match=r"batch_size \(32\).*micro_batch_size \(2\).*num_workers \(3\)"):
         make_schedule(Train(batch_size=32, micro_batch_size=2), pairs=100, workers=3)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from congrad_ray.models import ModelSource
 from congrad_ray.preference.batching import collate_pairs
 from congrad_ray.preference.logprobs import completion_logprobs
 from congrad_ray.preference.loss import dpo_loss
@@ -23,6 +24,7 @@ from congrad_ray.recipe import Model, Prompts, Recipe, Train
 from congrad_ray.rundir import RunDirectory
 from congrad_ray.stages.base import Context, Outcome
 from congrad_ray.stages.train import STAGE
+from congrad_ray.training.loop import TrainingJob, train_alone
 from congrad_ray.training.metrics import read_metrics
 from congrad_ray.training.schedule import TrainingError, learning_rate, make_schedule
 
@@ -142,6 +144,24 @@ def test_two_workers_train_a_checkpoint_that_loads(
     assert config["attention_dropout"] == 0.1
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "iteration-0" / "policy")
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_model).chat_template
+
+
+def test_one_process_alone_gives_the_weights_of_plain_pytorch(
+    tmp_path: Path, tiny_model: Path, make_selection: Any, preference_rows: Any
+) -> None:
+    recipe = recipe_of(tiny_model, max_steps=5, micro_batch_size=4, zero_stage=0, save_steps=1)
+    run = RunDirectory.open(tmp_path)
+    selection = make_selection(run, 13)
+    schedule = make_schedule(recipe.train, 13, 1)
+    source = ModelSource(str(tiny_model), recipe.model)
+    job = TrainingJob(recipe.train, schedule, source, selection, run.stage("policy", 0), threads=1)
+    try:
+        trained = {name: value.detach() for name, value in train_alone(job).named_parameters()}
+    finally:
+        torch.distributed.destroy_process_group()
+    expected = plain_training(tiny_model, preference_rows(tiny_model, 13), recipe.train)
+    assert largest_difference(expected, weights_of(tiny_model)) > 1e-3
+    assert largest_difference(trained, expected) < 2e-5
 
 
 @pytest.mark.slow
