@@ -48,8 +48,8 @@ class Trials:
         nothing = asdict(Cell(seed, "", START, 1.0, 0.0)) | {"pairs": 0, "kept": 0, "steps": 0}
         return {"kind": "cell", **nothing, **measures, "seconds": round(time.monotonic() - before, 1)}
 
-    def run(self, cell: Cell, recipe: Recipe, folder: str) -> tuple[Row, Row]:
-        """The row of a trained model, and that of its selection. `folder` is what `prepare` made."""
+    def run(self, cell: Cell, recipe: Recipe, folder: str) -> Row:
+        """The row of a trained model. `folder` is what `prepare` made."""
         before = time.monotonic()
         data, selection = self.selection(cell, recipe, folder)
         source = named_model(recipe.model.name, recipe.model, cell.seed)
@@ -61,8 +61,7 @@ class Trials:
             model = train_alone(TrainingJob(train, schedule, source, output, output, threads=1))
         counts = {"pairs": len(data.pairs), "kept": schedule.pairs, "steps": schedule.total_steps}
         row = {"kind": "cell", **asdict(cell), **counts, **self._measure(model, source, cell.seed)}
-        row["seconds"] = round(time.monotonic() - before, 1)
-        return row, self.selection_row(cell, data, selection)
+        return {**row, "seconds": round(time.monotonic() - before, 1)}
 
     def iterated(self, cell: Cell, folder: str) -> Row:
         """The row of the model that `iterate` left in `folder`."""
@@ -90,8 +89,9 @@ class Trials:
         data = self._data[1]
         return data, select(data, recipe, self._protocol.strategies[cell.strategy], cell.keep)
 
-    def selection_row(self, cell: Cell, data: Prepared, selection: Selection) -> Row:
-        """What the results file says of a selection."""
+    def selection_row(self, cell: Cell, recipe: Recipe, folder: str) -> Row:
+        """What the results file says of a selection, without training."""
+        data, selection = self.selection(cell, recipe, folder)
         named = {name: getattr(cell, name) for name in ("seed", "variant", "strategy", "keep")}
         biased = frozenset(self._protocol.variants[cell.variant].judge)
         return {"kind": "selection", **named, **facts(data, selection, biased, cell.strategy != EVERYTHING)}
