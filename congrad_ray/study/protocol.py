@@ -15,6 +15,8 @@ from congrad_ray.world.corpus import JudgeBias
 
 ORACLE = "oracle"
 START = "start"
+# Keeps the pairs of the largest true margin, of each language or of all.
+Oracle = Literal["oracle", "oracle_overall"]
 EVERYTHING = "all"
 
 
@@ -63,7 +65,7 @@ class Protocol(Settings):
     held_out_kinds: list[str] = Field(min_length=1, description="kinds of task not among the training prompts")
     evaluation: Evaluation = Evaluation()
     variants: dict[str, Variant]
-    strategies: dict[str, Select | Literal["oracle"]]
+    strategies: dict[str, Select | Oracle]
     tuning: Block
     blocks: list[Block]
     exact: ExactCheck = ExactCheck()

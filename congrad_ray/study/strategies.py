@@ -16,6 +16,7 @@ from congrad_ray.recipe import Recipe, Select
 from congrad_ray.rundir import RunDirectory
 from congrad_ray.stages.reducer import Layout, products_of, sums_of
 from congrad_ray.stages.select import keep, score_of, surgery_of
+from congrad_ray.study.protocol import Oracle
 from congrad_ray.surgery.directions import Float64Array
 from congrad_ray.surgery.scores import (
     agreement,
@@ -74,13 +75,12 @@ def prepared(run: RunDirectory, most_pairs: Mapping[str, int]) -> Prepared:
     return Prepared(texts.combine_chunks(), scores["chosen"], scores["rejected"])
 
 
-def select(
-    data: Prepared, recipe: Recipe, strategy: Select | Literal["oracle"], keep_fraction: float
-) -> Selection:
+def select(data: Prepared, recipe: Recipe, strategy: Select | Oracle, keep_fraction: float) -> Selection:
     """What `strategy` keeps, with the functions of the select stage; the oracle goes by the true margin."""
     if isinstance(strategy, str):
         scores = data.chosen - data.rejected
-        return Selection(scores, keep(Select(keep=keep_fraction), scores, data.pairs))
+        rule: Literal["overall", "per_language"] = "overall" if strategy == "oracle_overall" else "per_language"
+        return Selection(scores, keep(Select(keep=keep_fraction, keep_rule=rule), scores, data.pairs))
     settings = strategy.model_copy(update={"keep": keep_fraction})
     languages = tuple(sorted(pc.unique(data.pairs["language"]).to_pylist()))
     layout = Layout.of(recipe.sketch, languages)
