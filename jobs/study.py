@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 # Python puts a script's own folder first, where select.py would stand in for the standard library's module.
-sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import time

@@ -86,7 +86,8 @@ def test_exact_scores_are_those_of_autograds_gradients(tmp_path: Path, tiny_mode
 
     preferences = write_preferences(tmp_path / "preferences.jsonl", 24)
     call = command(preferences, tiny_model, tmp_path / "out")
-    subprocess.run([*call, "--exact", "--keep", "1", "--length-penalty", "0.01"], check=True, timeout=300)
+    more = ["--exact", "--keep", "1", "--length-penalty", "0.01", "--select", "score=dot"]
+    subprocess.run([*call, *more], check=True, timeout=300)
     found = {row["prompt"]: row["congrad_score"] for row in kept_rows(tmp_path / "out")}
 
     source = ModelSource(str(tiny_model), Model(dtype="float32"))
@@ -106,8 +107,12 @@ def test_exact_scores_are_those_of_autograds_gradients(tmp_path: Path, tiny_mode
     names = np.array([row["language"] for row in rows])
     means = np.stack([weighted[names == name].mean(axis=0) for name in sorted(set(names))])
     direction = direction_weights(means @ means.T, "pcgrad") @ means
-    expected = u @ direction / np.linalg.norm(u, axis=1) / np.linalg.norm(direction)
-    assert [found[row["prompt"]] for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
+    expected = u @ direction
+    tolerance = 1e-5 * float(np.abs(expected).max())
+    assert [found[row["prompt"]] for row in rows] == pytest.approx(expected.tolist(), abs=tolerance)
+    scores = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
+    cosines = expected / np.linalg.norm(u, axis=1) / np.linalg.norm(direction)
+    assert sorted(row["cosine"] for row in scores) == pytest.approx(sorted(cosines), abs=1e-5)
 
 
 def test_a_model_without_a_chat_template_is_told_before_actors_start(
