@@ -1,6 +1,6 @@
 """The study: does filtering by gradient agreement help, and where? Selection strategies on the built-in world.
 
-    python jobs/study.py jobs/recipes/study.yaml --run runs/study --results runs/study/results.jsonl
+    python jobs/study.py jobs/study.yaml --run runs/study --results runs/study/results.jsonl
 
 Every row of results is appended when it is known; the same command again goes on with what is missing.
 """
@@ -31,7 +31,7 @@ def log(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("protocol", type=Path, help="a protocol YAML; see jobs/recipes/study.yaml")
+    parser.add_argument("protocol", type=Path, help="a protocol YAML; see jobs/study.yaml")
     parser.add_argument("--run", type=Path, required=True, help="folder for models, pairs and sketches")
     parser.add_argument("--results", type=Path, required=True, help="the results file, one JSON object a line")
     parser.add_argument("--report", type=Path, help="write the report, an HTML file, at the end")

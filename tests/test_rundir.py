@@ -8,7 +8,12 @@ from congrad_ray.rundir import MANIFEST, RunDirectory, RunDirectoryError, finger
 from congrad_ray.tables import SCORES, prompt_id, row_id, table_of
 
 ROWS = [
-    {"pair_id": f"p{i}", "language": "en", "cosine": 0.1 * i, "dot": 1.0, "own_cosine": 0.0, "kept": i > 1}
+    {
+        "pair_id": f"p{i}",
+        "language": "en",
+        **{name: 0.1 * i for name in ("score", "cosine", "dot", "worst_cosine", "own_cosine")},
+        "kept": i > 1,
+    }
     for i in range(4)
 ]
 

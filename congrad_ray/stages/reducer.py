@@ -106,6 +106,8 @@ def language_gradients(sketches: Folder, layout: Layout, shares: Shares) -> NDAr
 
     def add(batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         languages = np.unique(batch["language"])
+        if not len(languages):
+            return batch
         sums = [batch["sums"][batch["language"] == language].sum(axis=0) for language in languages]
         return {"language": languages, "sums": np.stack(sums)}
 

@@ -145,7 +145,7 @@ def facts(data: Prepared, selection: Selection, biased: frozenset[str], ranked: 
         between = matrix[np.triu_indices(len(matrix), 1)] if matrix is not None and len(matrix) > 1 else None
         found[f"cosine_{name}"] = None if between is None else float(between.mean())
         found[f"negative_{name}"] = None if between is None else float((between < 0).mean())
-    return found
+    return {name: round(value, 5) if isinstance(value, float) else value for name, value in found.items()}
 
 
 def area_under_curve(higher: Float64Array, lower: Float64Array) -> float | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from congrad_ray.evaluation.statistics import score_changes, summarise_answers, win_rates
 from congrad_ray.profile import Profile
@@ -75,6 +76,7 @@ def _selection(run: RunDirectory, recipe: Recipe, kept: Path) -> None:
     if not kept.exists():
         connect(Profile(name="test"), 2)
         select.STAGE.run(Context(recipe, Profile(name="test"), run, 0, output, lambda text: None))
+        ray.shutdown()  # other tests start a Ray of their own
         shutil.copytree(output.path, kept)
     shutil.copytree(kept, output.path, dirs_exist_ok=True)
 

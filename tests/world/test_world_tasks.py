@@ -56,10 +56,9 @@ def test_unknown_language_and_unknown_split_are_refused() -> None:
         world_prompts("en", 1, 0, "test")  # type: ignore[arg-type]
 
 
-def test_more_prompts_than_the_grammar_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("congrad_ray.world.tasks.KINDS", ("next_day",))
+def test_more_prompts_than_the_grammar_has_are_refused() -> None:
     with pytest.raises(ValueError, match=r"distinct train prompts in 'en' .* 60 were asked for"):
-        world_prompts("en", 60, 0, "train")
+        world_prompts("en", 60, 0, "train", ("next_day",))
 
 
 @pytest.mark.parametrize(
