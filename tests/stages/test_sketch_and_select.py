@@ -12,13 +12,14 @@ import pytest
 from congrad_ray.execution import run_stage
 from congrad_ray.models import ModelSource
 from congrad_ray.profile import Profile
-from congrad_ray.recipe import Recipe
+from congrad_ray.recipe import Recipe, Select
 from congrad_ray.rundir import RunDirectory, RunDirectoryError, StageFolder
 from congrad_ray.settings import validate
 from congrad_ray.stages import select
 from congrad_ray.stages.reducer import Layout, language_gradients, sums_of
 from congrad_ray.stages.replicas import SketchReplica
 from congrad_ray.stages.rows import FAILURE
+from congrad_ray.surgery.scores import Agreement
 from congrad_ray.surgery.shares import moving_average_shares
 from congrad_ray.tables import PAIRS, sketch_bytes, sketch_numbers, sketches_schema, table_of
 
@@ -244,48 +245,51 @@ def kept_ids(scores: dict[str, dict[str, Any]]) -> set[str]:
     return {name for name, row in scores.items() if row["kept"]}
 
 
-def test_strategies_and_keep_rules_on_the_same_sketches(sketched: RunDirectory, tiny_model: Path) -> None:
-    table = sketched.stage("sketches", 0).read_table().to_pylist()
+def test_a_baseline_that_reads_the_judges_scores(sketched: RunDirectory, tiny_model: Path) -> None:
     gaps = {
         row["pair_id"]: row["chosen_score"] - row["rejected_score"]
         for row in sketched.stage("pairs", 0).read_table().to_pylist()
     }
-    default, summary = selected(sketched, tiny_model)
-    assert all(row["score"] == row["cosine"] for row in default.values())
-    assert summary["per_language"]["de"]["in_direction"] is True
-
-    everything, _ = selected(sketched, tiny_model, strategy="all", keep=0.1)
-    assert len(kept_ids(everything)) == 40
-    for strategy, column in (("own_language", "own_cosine"), ("no_surgery", "cosine")):
-        scores, _ = selected(sketched, tiny_model, strategy=strategy)
-        assert all(row["score"] == row[column] for row in scores.values())
-    vectors = {row["pair_id"]: np.frombuffer(row["sketch"], np.float32).astype(float) for row in table}
-    mean = sum(vectors[row["pair_id"]] * row["coefficient"] for row in table)  # as many pairs of each language
-    for name, row in scores.items():
-        expected = vectors[name] @ mean / np.linalg.norm(vectors[name]) / np.linalg.norm(mean)
-        assert row["cosine"] == pytest.approx(expected, abs=1e-6)
-    by_gap, _ = selected(sketched, tiny_model, strategy="reward_gap", keep_rule="overall", keep=0.25)
+    by_gap, summary = selected(sketched, tiny_model, strategy="reward_gap", keep_rule="overall", keep=0.25)
     assert kept_ids(by_gap) == set(sorted(gaps, key=lambda name: -gaps[name])[:10])
-    random, _ = selected(sketched, tiny_model, strategy="random", seed=3)
-    again, _ = selected(sketched, tiny_model, strategy="random", seed=3)
-    other, _ = selected(sketched, tiny_model, strategy="random", seed=4)
-    assert kept_ids(random) == kept_ids(again) != kept_ids(other)
-    assert len(kept_ids(random)) == 20
-    balanced, _ = selected(sketched, tiny_model, strategy="length_balanced")
-    lengths = {row["pair_id"]: (row["chosen_tokens"], row["rejected_tokens"]) for row in table}
-    for name, row in balanced.items():
-        chosen, rejected = lengths[name]
-        assert row["score"] == pytest.approx(-abs(chosen - rejected) / (chosen + rejected))
-
-    middle = float(np.median([row["cosine"] for row in default.values()]))
-    above, _ = selected(sketched, tiny_model, keep_rule="threshold", threshold=middle)
-    assert kept_ids(above) == {name for name, row in default.items() if row["cosine"] > middle}
-    assert len(kept_ids(above)) == 20
-    budget, _ = selected(sketched, tiny_model, keep_rule="token_budget", token_budget=125)
-    best = sorted(default, key=lambda name: -default[name]["cosine"])
-    assert kept_ids(budget) == set(best[:10])  # 12 tokens each
+    assert summary["settings"]["strategy"] == "reward_gap"
     with pytest.raises(RunDirectoryError, match=r"no pair is kept: select\.threshold left none of 40"):
         selected(sketched, tiny_model, keep_rule="threshold", threshold=2.0)
+
+
+def test_strategies_and_keep_rules_go_by_the_same_products(sketched: RunDirectory) -> None:
+    pairs = sketched.stage("sketches", 0).read_table().sort_by("pair_id").combine_chunks()
+    lengths = [pairs[name].to_numpy() for name in ("chosen_tokens", "rejected_tokens")]
+    random = np.random.default_rng(0)
+    found = Agreement(*(random.permutation(np.linspace(-0.5, 0.9, 40)) for _ in range(4)))
+    expected = {
+        "congrad": found.cosine,
+        "no_surgery": found.cosine,
+        "own_language": found.own_cosine,
+        "length_balanced": -np.abs(lengths[0] - lengths[1]) / (lengths[0] + lengths[1]),
+    }
+    for strategy, scores in expected.items():
+        settings = Select(strategy=strategy)  # type: ignore[arg-type]
+        np.testing.assert_allclose(select.score_of(settings, pairs, found, None), scores)
+    for name in ("cosine", "dot", "worst_cosine"):
+        scores = select.score_of(Select(score=name), pairs, found, None)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(scores, getattr(found, name))
+    chance = [select.score_of(Select(strategy="random", seed=seed), pairs, found, None) for seed in (3, 3, 4)]
+    np.testing.assert_array_equal(chance[0], chance[1])
+    assert not np.array_equal(chance[0], chance[2])
+    with pytest.raises(RunDirectoryError, match="needs pairs with a judge's scores"):
+        select.score_of(Select(strategy="reward_gap"), pairs, found, None)
+
+    def kept(**settings: Any) -> np.ndarray:
+        return select.keep(Select(**settings), found.cosine, pairs)
+
+    german = np.array(pairs["language"].to_pylist()) == "de"
+    assert kept(strategy="all", keep=0.1).all()
+    assert (kept(keep=0.25)[german].sum(), kept(keep=0.25)[~german].sum()) == (5, 5)
+    np.testing.assert_array_equal(kept(keep_rule="overall"), found.cosine > np.median(found.cosine))
+    np.testing.assert_array_equal(kept(keep_rule="threshold", threshold=0.3), found.cosine > 0.3)
+    budget = kept(keep_rule="token_budget", token_budget=125)  # 12 tokens each
+    assert set(np.flatnonzero(budget)) == set(np.argsort(-found.cosine)[:10])
 
 
 def test_moving_averages_and_weights(sketched: RunDirectory, tiny_model: Path) -> None:
