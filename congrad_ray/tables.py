@@ -131,14 +131,18 @@ def sketch_bytes(sketches: NDArray[Any]) -> list[bytes]:
 
 def sketch_numbers(table: pa.Table | pa.RecordBatch, dtype: str) -> NDArray[np.float32]:
     """The sketches in a table with the columns sketch and sketch_scale, (rows, width) float32."""
+    return stored_numbers(table, dtype) * table["sketch_scale"].to_numpy()[:, None].astype(np.float32)
+
+
+def stored_numbers(table: pa.Table | pa.RecordBatch, dtype: str) -> NDArray[Any]:
+    """The numbers of the sketch column as they are stored, without their scales: (rows, width), not copied."""
     column = table["sketch"]
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     stored = np.dtype(dtype).newbyteorder("<")
     rows, numbers = len(column), column.type.byte_width // stored.itemsize
     values = np.frombuffer(column.buffers()[1], stored, rows * numbers, column.offset * column.type.byte_width)
-    scales = table["sketch_scale"].to_numpy()
-    return values.reshape(rows, numbers) * scales[:, None].astype(np.float32)
+    return values.reshape(rows, numbers)
 
 
 SCORES = pa.schema(

@@ -19,7 +19,7 @@ from congrad_ray.recipe import Sketch
 from congrad_ray.rundir import Folder
 from congrad_ray.surgery.directions import Float64Array
 from congrad_ray.surgery.scores import Agreement, Direction, LeaveOut, PairProducts, agreement
-from congrad_ray.tables import sketch_numbers
+from congrad_ray.tables import stored_numbers
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -49,13 +49,15 @@ class Layout:
         return np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.int64)
 
     def sketches(self, batch: pa.Table) -> Iterator[tuple[slice, Float64Array]]:
-        """The sketches of a batch, some rows at a time: (rows, blocks, width / blocks)."""
-        width = batch.schema.field("sketch").type.byte_width // np.dtype(self.dtype).itemsize
-        step = max(1, _NUMBERS_AT_A_TIME // width)
+        """The sketches of a batch without their scales, some rows at a time: (rows, blocks, width / blocks).
+
+        The results, which are few, are multiplied by the scales; that spares a copy of all numbers.
+        """
+        numbers = stored_numbers(batch, self.dtype)
+        step = max(1, _NUMBERS_AT_A_TIME // numbers.shape[1])
         for start in range(0, len(batch), step):
             rows = slice(start, min(start + step, len(batch)))
-            numbers = sketch_numbers(batch.slice(start, step), self.dtype)
-            yield rows, numbers.astype(np.float64).reshape(len(numbers), self.blocks, -1)
+            yield rows, numbers[rows].astype(np.float64).reshape(rows.stop - rows.start, self.blocks, -1)
 
 
 # Shares of pairs in their languages' gradients, for the rows of a batch.
@@ -68,7 +70,8 @@ PRODUCT_COLUMNS = (*SUM_COLUMNS, "norm")
 def sums_of(batch: pa.Table, layout: Layout, shares: Float64Array) -> Float64Array:
     """sum of shares * c * s over a batch's pairs of each language, (languages, blocks, width / blocks)."""
     factors = np.zeros((len(layout.languages), len(batch)))
-    factors[layout.rows_of(batch), np.arange(len(batch))] = shares * batch["coefficient"].to_numpy()
+    weights = shares * batch["coefficient"].to_numpy() * _scales(batch)
+    factors[layout.rows_of(batch), np.arange(len(batch))] = weights
     total: Any = 0.0
     for rows, sketches in layout.sketches(batch):
         total = total + factors[:, rows] @ sketches.reshape(len(sketches), -1)
@@ -87,9 +90,16 @@ def products_of(
             part = sketches[:, block]
             dots[rows, block] = part @ wide[:, block].T
             squares[rows, block] = np.einsum("ni,ni->n", part, part)
+    scales = _scales(batch)[:, None]
+    dots *= scales[..., None]
+    squares *= scales**2
     if layout.exact:
         squares[:, 0] = batch["norm"].to_numpy() ** 2
     return PairProducts(dots, squares, layout.rows_of(batch), shares, batch["coefficient"].to_numpy())
+
+
+def _scales(batch: pa.Table) -> Float64Array:
+    return np.asarray(batch["sketch_scale"].to_numpy(), dtype=np.float64)
 
 
 def language_gradients(sketches: Folder, layout: Layout, shares: Shares) -> NDArray[np.float32]:
