@@ -103,7 +103,8 @@ def test_agreement_finds_the_truly_better_pairs(judged: tuple[Prepared, Recipe])
     data, recipe = judged
     congrad, blocks = found(judged), found(judged, per_block=True)
     random, oracle = found(judged, strategy="random"), select(data, recipe, "oracle", 0.5)
-    assert congrad["auc"] > 0.65 and blocks["auc"] > 0.65
+    assert congrad["auc"] > 0.6 and blocks["auc"] > 0.6
+    assert found(judged, direction="consensus")["auc"] > 0.7
     assert congrad["better_kept"] > congrad["better_all"] + 0.05 > random["better_kept"]
     assert 0.4 < random["auc"] < 0.6
     assert congrad["auc_healthy"] > 0.7
@@ -121,11 +122,12 @@ def test_facts_of_a_selection(judged: tuple[Prepared, Recipe]) -> None:
     everything = select(data, recipe, Select(strategy="all"), 0.5)
     said = facts(data, everything, BIASED, ranked=False)
     assert said["kept"] == said["pairs"] == len(data.pairs)
-    assert said["better_kept"] == said["better_all"] == pytest.approx((data.chosen > data.rejected).mean())
+    share = float((data.chosen > data.rejected).mean())
+    assert said["better_kept"] == said["better_all"] == pytest.approx(share, abs=1e-5)
     assert said["auc"] is None
     matrix = everything.before
     assert matrix is not None
     between = [matrix[i, k] for i in range(4) for k in range(i)]
-    assert said["cosine_before"] == pytest.approx(np.mean(between))
-    assert said["negative_before"] == pytest.approx(np.mean(np.array(between) < 0))
+    assert said["cosine_before"] == pytest.approx(np.mean(between), abs=1e-5)
+    assert said["negative_before"] == pytest.approx(np.mean(np.array(between) < 0), abs=1e-5)
     assert facts(data, select(data, recipe, "oracle", 0.5), frozenset(), True)["cosine_before"] is None
