@@ -80,11 +80,15 @@ def iterate(protocol: Protocol, cell: Cell, profile: Profile, root: Path, log: L
         raise ValueError(f"{cell.strategy} in {cell.variant} cannot have {cell.iterations} iterations")
     source = Path(prepare(protocol, cell.seed, cell.variant, profile, root, log).path)
     recipe = recipe_of(protocol, cell.seed, cell.variant, log)
+    # A trial trains in one process, the pipeline with all workers of the profile: their batch is the same.
+    share = max(1, recipe.train.batch_size // profile.trainers.num_workers)
+    micro = min(recipe.train.micro_batch_size, share)
+    training = {"learning_rate": cell.learning_rate, "micro_batch_size": micro}
     recipe = recipe.model_copy(
         update={
             "iterations": cell.iterations,
             "select": strategy.model_copy(update={"keep": cell.keep}),
-            "train": recipe.train.model_copy(update={"learning_rate": cell.learning_rate}),
+            "train": recipe.train.model_copy(update=training),
         }
     )
     folder = root / f"seed-{cell.seed}-{cell.variant}-{cell.strategy}-{cell.keep:g}-{cell.learning_rate:g}"
