@@ -331,7 +331,6 @@ def _show_selection(summary: dict[str, Any]) -> None:
 def _show_overlaps(first: str, second: str) -> None:
     """How far two selections agree, by language."""
     from congrad_ray.stages.select import read_scores
-    from congrad_ray.surgery.compare import EVERY_LANGUAGE as ALL
     from congrad_ray.surgery.compare import overlaps
 
     tables = [read_scores(RunDirectory.open(folder)) for folder in (first, second)]
@@ -344,7 +343,7 @@ def _show_overlaps(first: str, second: str) -> None:
     table.title = f"1: {first}\n2: {second}"
     for row in overlaps(both["language"].to_pylist(), (columns[0], columns[1]), (columns[2], columns[3])):
         table.add_row(
-            "all" if row.language == ALL else row.language,
+            "all" if row.language == EVERY_LANGUAGE else row.language,
             *(str(number) for number in (row.pairs, row.kept_first, row.kept_second, row.kept_both)),
             f"{row.by_chance:.0f}",
             f"{row.share:.1%}",

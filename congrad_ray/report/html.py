@@ -31,15 +31,22 @@ _STEPS = {
 _OF = {"readable": "responses", "pairs": "prompts", "sketched": "pairs", "kept": "sketched"}
 
 
-def render(facts: RunFacts, recipe: dict[str, Any]) -> str:
-    """The page. `recipe` is the recipe's plain values; texts of models and users are escaped by the template."""
+def page_environment(folder: Path) -> Environment:
+    """The templates of a folder, escaping whatever they are given, with the reports' common `style`."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["style"] = Markup((Path(__file__).parent / "report.css").read_text(encoding="utf-8"))
+    return environment
+
+
+def render(facts: RunFacts, recipe: dict[str, Any]) -> str:
+    """The page. `recipe` is the recipe's plain values; texts of models and users are escaped by the template."""
+    environment = page_environment(Path(__file__).parent)
     environment.filters.update(
         whole=_whole,
         percent=lambda value: f"{100 * value:.0f} %",
@@ -50,7 +57,6 @@ def render(facts: RunFacts, recipe: dict[str, Any]) -> str:
     return environment.get_template("report.html.jinja").render(
         facts=facts,
         recipe=recipe,
-        style=Markup((Path(__file__).parent / "report.css").read_text(encoding="utf-8")),
         headline=headline(facts, recipe),
         steps=_STEPS,
         funnels={iteration.number: _funnel(iteration, recipe) for iteration in facts.iterations},

@@ -20,24 +20,24 @@ def conflict_matrix(languages: Sequence[str], cosines: Sequence[Sequence[float]]
     top = 26 if numbers else left
     parts = []
     for i, row in enumerate(cosines):
-        parts.append(_text(left - 8, top + i * cell + cell / 2 + 4, languages[i], "end"))
+        parts.append(svg_text(left - 8, top + i * cell + cell / 2 + 4, languages[i], "end"))
         for j, value in enumerate(row):
             x, y = left + j * cell, top + i * cell
             tip = f"{languages[i]} and {languages[j]}: {value:+.3f}"
             fill = f"fill:{_diverging(value)}"
             parts.append(
-                _element("rect", tip, x=x + 1, y=y + 1, width=cell - 2, height=cell - 2, rx=3, style=fill)
+                svg_element("rect", tip, x=x + 1, y=y + 1, width=cell - 2, height=cell - 2, rx=3, style=fill)
             )
             if numbers:
                 strong = " on-strong" if abs(value) > 0.65 else ""
-                parts.append(_text(x + cell / 2, y + cell / 2 + 4, _signed(value), "middle", f"cell{strong}"))
+                parts.append(svg_text(x + cell / 2, y + cell / 2 + 4, _signed(value), "middle", f"cell{strong}"))
     for j, language in enumerate(languages):
         middle = left + j * cell + cell / 2
         if numbers:
-            parts.append(_text(middle, top - 9, language, "middle"))
+            parts.append(svg_text(middle, top - 9, language, "middle"))
         else:
-            parts.append(_element("text", language, transform=f"translate({middle + 4} {top - 6}) rotate(-90)"))
-    return _svg(left + count * cell + 2, top + count * cell + 2, label, parts, natural=True)
+            parts.append(svg_element("text", language, transform=f"translate({middle + 4} {top - 6}) rotate(-90)"))
+    return svg_picture(left + count * cell + 2, top + count * cell + 2, label, parts, natural=True)
 
 
 def histogram(kept: Sequence[int], dropped: Sequence[int], limit: float, label: str) -> Markup:
@@ -56,13 +56,13 @@ def histogram(kept: Sequence[int], dropped: Sequence[int], limit: float, label: 
             y -= tall
             if count:
                 left = number * step + 0.75
-                parts.append(_element("rect", tip, name, x=left, y=y, width=step - 1.5, height=tall))
-    parts.append(_element("line", name="axis", x1=0, x2=width, y1=base, y2=base))
-    parts.append(_element("line", name="zero", x1=width / 2, x2=width / 2, y1=4, y2=base))
-    parts.append(_text(0, base + 15, _signed(-limit), "start"))
-    parts.append(_text(width / 2, base + 15, "0", "middle"))
-    parts.append(_text(width, base + 15, _signed(limit), "end"))
-    return _svg(width, height, label, parts)
+                parts.append(svg_element("rect", tip, name, x=left, y=y, width=step - 1.5, height=tall))
+    parts.append(svg_element("line", name="axis", x1=0, x2=width, y1=base, y2=base))
+    parts.append(svg_element("line", name="zero", x1=width / 2, x2=width / 2, y1=4, y2=base))
+    parts.append(svg_text(0, base + 15, _signed(-limit), "start"))
+    parts.append(svg_text(width / 2, base + 15, "0", "middle"))
+    parts.append(svg_text(width, base + 15, _signed(limit), "end"))
+    return svg_picture(width, height, label, parts)
 
 
 def line_chart(xs: Sequence[float], ys: Sequence[float], label: str, at_zero: bool = False) -> Markup:
@@ -71,7 +71,7 @@ def line_chart(xs: Sequence[float], ys: Sequence[float], label: str, at_zero: bo
     finite = [y for y in ys if math.isfinite(y)] or [0.0]
     if at_zero:
         finite.append(0.0)
-    ticks = _ticks(min(finite), max(finite))
+    ticks = round_ticks(min(finite), max(finite))
     low, high = ticks[0], ticks[-1]
     first, last = (min(xs), max(xs)) if xs else (0.0, 1.0)
 
@@ -82,17 +82,17 @@ def line_chart(xs: Sequence[float], ys: Sequence[float], label: str, at_zero: bo
     parts = []
     for tick in ticks:
         _, y = place(first, tick)
-        parts.append(_element("line", name="grid", x1=left, x2=width - right, y1=y, y2=y))
-        parts.append(_text(left - 6, y + 4, f"{tick:.3g}".replace("-", "\N{MINUS SIGN}"), "end"))
+        parts.append(svg_element("line", name="grid", x1=left, x2=width - right, y1=y, y2=y))
+        parts.append(svg_text(left - 6, y + 4, f"{tick:.3g}".replace("-", "\N{MINUS SIGN}"), "end"))
     points = [place(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
     if len(points) > 1:
-        parts.append(_element("polyline", name="curve", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points)))
+        parts.append(svg_element("polyline", name="curve", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points)))
     if len(points) <= 40:
-        parts += [_element("circle", name="dot", cx=x, cy=y, r=2.5) for x, y in points]
-    parts.append(_text(left, height - 5, f"step {first:.0f}", "start"))
+        parts += [svg_element("circle", name="dot", cx=x, cy=y, r=2.5) for x, y in points]
+    parts.append(svg_text(left, height - 5, f"step {first:.0f}", "start"))
     if last > first:
-        parts.append(_text(width - right, height - 5, f"{last:.0f}", "end"))
-    return _svg(width, height, label, parts)
+        parts.append(svg_text(width - right, height - 5, f"{last:.0f}", "end"))
+    return svg_picture(width, height, label, parts)
 
 
 def before_after(before: float, after: float, label: str) -> Markup:
@@ -104,12 +104,12 @@ def before_after(before: float, after: float, label: str) -> Markup:
 
     better = "up" if after >= before else "down"
     parts = [
-        _element("line", name="axis", x1=6, x2=width - 6, y1=y, y2=y),
-        _element("line", name=f"move {better}", x1=place(before), x2=place(after), y1=y, y2=y),
-        _element("circle", name="before", cx=place(before), cy=y, r=4),
-        _element("circle", name=f"after {better}", cx=place(after), cy=y, r=5),
+        svg_element("line", name="axis", x1=6, x2=width - 6, y1=y, y2=y),
+        svg_element("line", name=f"move {better}", x1=place(before), x2=place(after), y1=y, y2=y),
+        svg_element("circle", name="before", cx=place(before), cy=y, r=4),
+        svg_element("circle", name=f"after {better}", cx=place(after), cy=y, r=5),
     ]
-    return _svg(width, height, label, parts, natural=True)
+    return svg_picture(width, height, label, parts, natural=True)
 
 
 def _signed(value: float) -> str:
@@ -123,7 +123,7 @@ def _diverging(value: float) -> str:
     return f"color-mix(in oklab, var(--{'agree' if value >= 0 else 'conflict'}) {share:.0f}%, var(--neutral))"
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers whose first and last enclose the range."""
     if high - low < 1e-12:
         margin = abs(low) * 0.1 or 1.0
@@ -135,7 +135,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def _element(tag: str, content: str = "", name: str = "", **attributes: float | str) -> Markup:
+def svg_element(tag: str, content: str = "", name: str = "", **attributes: float | str) -> Markup:
     """An SVG element with escaped attributes; the content of a shape is its tooltip."""
     if name:
         attributes = {"class": name, **attributes}
@@ -147,11 +147,11 @@ def _element(tag: str, content: str = "", name: str = "", **attributes: float | 
     return Markup("<{}{}>{}</{}>").format(Markup(tag), written, inner, Markup(tag))
 
 
-def _text(x: float, y: float, text: str, anchor: str, name: str = "label") -> Markup:
-    return _element("text", text, name, x=x, y=y, text_anchor=anchor)
+def svg_text(x: float, y: float, text: str, anchor: str, name: str = "label") -> Markup:
+    return svg_element("text", text, name, x=x, y=y, text_anchor=anchor)
 
 
-def _svg(width: float, height: float, label: str, parts: Sequence[Markup], natural: bool = False) -> Markup:
+def svg_picture(width: float, height: float, label: str, parts: Sequence[Markup], natural: bool = False) -> Markup:
     """`natural` pictures keep their size and scroll; others take the width they are given."""
     size = Markup(' width="{}" height="{}"').format(round(width), round(height)) if natural else Markup()
     return Markup('<svg viewBox="0 0 {} {}"{} role="img" aria-label="{}">{}</svg>').format(

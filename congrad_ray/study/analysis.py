@@ -156,9 +156,13 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise ResultsError(f"{path}, line {number}: not JSON: {error}") from error
-        key = _key(row, f"{path}, line {number}")
-        found[key] = row
+        found[_checked_key(row, f"{path}, line {number}")] = row
     return list(found.values())
+
+
+def result_key(row: Row) -> tuple[Any, ...]:
+    """What a result is about: of two rows with the same key the later one counts."""
+    return row["kind"], *(row[name] for name in _KEYS[row["kind"]])
 
 
 def cut_torn_line(path: str | Path) -> bool:
@@ -393,8 +397,8 @@ def _not_json(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number; undefined values are null")
 
 
-def _key(row: Any, where: str) -> tuple[Any, ...]:
-    """What a later row of the same key replaces."""
+def _checked_key(row: Any, where: str) -> tuple[Any, ...]:
+    """The `result_key` of something read from a file. Raises ResultsError where it is no result."""
     if not isinstance(row, dict):
         raise ResultsError(f"{where}: should be an object, found {type(row).__name__}")
     kind = row.get("kind")
@@ -405,7 +409,7 @@ def _key(row: Any, where: str) -> tuple[Any, ...]:
             raise ResultsError(f"{where}: a row of kind {kind} needs {name}")
         if not isinstance(row[name], types) or isinstance(row[name], bool):
             raise ResultsError(f"{where}: {name} is {row[name]!r}")
-    return kind, *(row[name] for name in _KEYS[kind])
+    return result_key(row)
 
 
 def _check(measure: str) -> None:

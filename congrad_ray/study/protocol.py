@@ -82,7 +82,7 @@ class Protocol(Settings):
         return self
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Cell:
     """One trained model: a seed's start, trained on one strategy's selection from one variant's pairs."""
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from congrad_ray.report import pictures
-from congrad_ray.report.html import duration
+from congrad_ray.report.html import duration, page_environment
 from congrad_ray.study import analysis
 from congrad_ray.study.analysis import (
     NOTHING,
@@ -88,13 +87,7 @@ def write_report(rows: Sequence[Row], path: str | Path, protocol_text: str = "")
 
 def render_report(rows: Sequence[Row], protocol_text: str = "") -> str:
     """The page: rows as `read_results` gives them, any kind of which may be missing; all texts are escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment(Path(__file__).parent)
     environment.filters.update(
         difference=difference_text,
         keep=keep_text,
@@ -105,9 +98,7 @@ def render_report(rows: Sequence[Row], protocol_text: str = "") -> str:
     )
     tables = {group: analysis.table(rows, group) for group in analysis.groups(rows)}
     selections = analysis.selection_summaries(rows)
-    style = (Path(pictures.__file__).parent / "report.css").read_text(encoding="utf-8")
     return environment.get_template("study.html.jinja").render(
-        style=Markup(style),
         tiles=_tiles(rows, tables),
         tables=tables,
         forests={group: forest_plots(lines) for group, lines in tables.items()},
@@ -224,7 +215,7 @@ def interval_plot(marks: Sequence[Mark], reference: float, span: tuple[float, fl
 
     An interval that leaves out the reference is coloured; a hollow dot has no interval.
     """
-    ticks = pictures._ticks(*span)
+    ticks = pictures.round_ticks(*span)
     low, high = ticks[0], ticks[-1]
     left = 12 + _LETTER * max((len(mark.name) for mark in marks), default=0)
     wide, row, top = 170, 19, 8
@@ -235,34 +226,34 @@ def interval_plot(marks: Sequence[Mark], reference: float, span: tuple[float, fl
         return left + (value - low) / (high - low) * wide
 
     def upright(value: float, name: str) -> Markup:
-        return pictures._element("line", name=name, x1=place(value), x2=place(value), y1=top, y2=base)
+        return pictures.svg_element("line", name=name, x1=place(value), x2=place(value), y1=top, y2=base)
 
     parts = [upright(tick, "grid") for tick in ticks]
     ends = [end for end in (low, high) if abs(place(end) - place(reference)) > 40]  # else numbers overlap
     parts += [
-        pictures._text(place(value), base + 14, _tick_text(value, reference), "middle")
+        pictures.svg_text(place(value), base + 14, _tick_text(value, reference), "middle")
         for value in (*ends, reference)
     ]
     parts.append(upright(reference, "zero"))
     for number, mark in enumerate(marks):
         y, found = top + row * (number + 0.5), mark.estimate
         name = verdict(found, reference)
-        parts.append(pictures._text(left - 10, y + 4, mark.name, "end"))
+        parts.append(pictures.svg_text(left - 10, y + 4, mark.name, "end"))
         if found.low is not None and found.high is not None:
             across = {"x1": place(found.low), "x2": place(found.high), "y1": y, "y2": y}
-            parts.append(pictures._element("line", mark.tip, f"span {name}", **across))
+            parts.append(pictures.svg_element("line", mark.tip, f"span {name}", **across))
         hollow = " hollow" if found.low is None else ""
         parts.append(
-            pictures._element("circle", mark.tip, f"point {name}{hollow}", cx=place(found.mean), cy=y, r=4)
+            pictures.svg_element("circle", mark.tip, f"point {name}{hollow}", cx=place(found.mean), cy=y, r=4)
         )
-        parts.append(pictures._text(left + wide + 12, y + 4, mark.text, "start", "label value"))
-    return pictures._svg(width, base + 20, label, parts, natural=True)
+        parts.append(pictures.svg_text(left + wide + 12, y + 4, mark.text, "start", "label value"))
+    return pictures.svg_picture(width, base + 20, label, parts, natural=True)
 
 
 def keep_plot(curve: KeepCurve, span: tuple[float, float], label: str) -> Markup:
     """Differences with their intervals over the keep ratio, from 0 to everything; a dashed line at 0."""
     width, height, left, right, top, bottom = 300, 160, 54, 12, 10, 32
-    ticks = pictures._ticks(*span)
+    ticks = pictures.round_ticks(*span)
     low, high = ticks[0], ticks[-1]
 
     def place(keep: float, value: float) -> tuple[float, float]:
@@ -272,24 +263,24 @@ def keep_plot(curve: KeepCurve, span: tuple[float, float], label: str) -> Markup
     parts = []
     for tick in ticks:
         _, y = place(0, tick)
-        parts.append(pictures._element("line", name="grid", x1=left, x2=width - right, y1=y, y2=y))
-        parts.append(pictures._text(left - 6, y + 4, _tick_text(tick), "end"))
+        parts.append(pictures.svg_element("line", name="grid", x1=left, x2=width - right, y1=y, y2=y))
+        parts.append(pictures.svg_text(left - 6, y + 4, _tick_text(tick), "end"))
     _, zero = place(0, 0)
-    parts.append(pictures._element("line", name="zero", x1=left, x2=width - right, y1=zero, y2=zero))
+    parts.append(pictures.svg_element("line", name="zero", x1=left, x2=width - right, y1=zero, y2=zero))
     points = [place(point.keep, point.mean) for point in curve.points]
     parts.append(
-        pictures._element("polyline", name="curve", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points))
+        pictures.svg_element("polyline", name="curve", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points))
     )
     for point, (x, y) in zip(curve.points, points, strict=True):
         tip, name, hollow = _tip(point), verdict(point), " hollow"
         if point.low is not None and point.high is not None:
             ends = {"x1": x, "x2": x, "y1": place(0, point.low)[1], "y2": place(0, point.high)[1]}
-            parts.append(pictures._element("line", tip, f"span {name}", **ends))
+            parts.append(pictures.svg_element("line", tip, f"span {name}", **ends))
             hollow = ""
-        parts.append(pictures._element("circle", tip, f"point {name}{hollow}", cx=x, cy=y, r=3.5))
-        parts.append(pictures._text(x, height - 5, f"{100 * point.keep:g}", "middle"))
-    parts.append(pictures._text(left - 6, height - 5, "kept, %", "end"))
-    return pictures._svg(width, height, label, parts)
+        parts.append(pictures.svg_element("circle", tip, f"point {name}{hollow}", cx=x, cy=y, r=3.5))
+        parts.append(pictures.svg_text(x, height - 5, f"{100 * point.keep:g}", "middle"))
+    parts.append(pictures.svg_text(left - 6, height - 5, "kept, %", "end"))
+    return pictures.svg_picture(width, height, label, parts)
 
 
 def _mark(difference: Difference, several_keeps: bool) -> Mark:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe, Select
 from congrad_ray.stages.base import Log
-from congrad_ray.study.analysis import cut_torn_line, read_results
+from congrad_ray.study.analysis import cut_torn_line, read_results, result_key
 from congrad_ray.study.preparation import iterate, prepare, prepare_exact, recipe_of
 from congrad_ray.study.protocol import EVERYTHING, START, Cell, Protocol
-
-_WHAT = ("seed", "variant", "strategy", "keep", "learning_rate", "iterations")
-
-
-def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a results row is about."""
-    return (row["kind"], *(row.get(name) for name in _WHAT))
 
 
 class Results:
@@ -31,17 +25,15 @@ class Results:
         if path.exists():
             cut_torn_line(path)  # left by a kill; the next row would be glued to it
         self.rows = read_results(path) if path.exists() else []
-        self._known = {_key_of(row) for row in self.rows}
+        self._known = {result_key(row) for row in self.rows}
 
     def has(self, cell: Cell, kind: str = "cell") -> bool:
-        names = _WHAT if kind == "cell" else _WHAT[:4]
-        values = {name: getattr(cell, name) for name in names}
-        return _key_of({"kind": kind, **values}) in self._known
+        return result_key({"kind": kind, **asdict(cell)}) in self._known
 
     def add(self, row: dict[str, Any]) -> None:
-        if _key_of(row) in self._known:
+        if result_key(row) in self._known:
             return
-        self._known.add(_key_of(row))
+        self._known.add(result_key(row))
         self.rows.append(row)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -81,9 +73,9 @@ def run_cells(
         return actor.run.remote(cell, recipes[place], folders[place])
 
     began = time.monotonic()
-    for number, found in enumerate(pool.map_unordered(submit, tasks), 1):
-        results.add(found)
-        row, left = found, (time.monotonic() - began) / number * (len(tasks) - number)
+    for number, row in enumerate(pool.map_unordered(submit, tasks), 1):
+        results.add(row)
+        left = (time.monotonic() - began) / number * (len(tasks) - number)
         log(
             f"{number}/{len(tasks)} seed {row['seed']} {row['variant']} {row['strategy']} keep {row['keep']:g} "
             f"rate {row['learning_rate']:g}: seen {row['seen']:.4f}, unseen {row['unseen']:.4f}, held out "

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from congrad_ray.evaluation.statistics import EVERY_LANGUAGE
 from congrad_ray.gradient.audit import rank_correlation
 from congrad_ray.surgery.directions import Float64Array
-
-EVERY_LANGUAGE = "*"
 
 
 @dataclass(frozen=True)
