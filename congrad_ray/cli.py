@@ -11,16 +11,19 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from congrad_ray import recipe as recipes
 from congrad_ray.evaluation.statistics import EVERY_LANGUAGE
 from congrad_ray.plan import between, check_fits, most_cpus, needs
+from congrad_ray.printable import printable
 from congrad_ray.profile import load_profile
 from congrad_ray.recipe import Recipe, load_recipe
-from congrad_ray.rundir import RunDirectory, RunDirectoryError
-from congrad_ray.settings import apply_overrides, parse_yaml, validate
+from congrad_ray.rundir import RunDirectory, RunDirectoryError, without_keys
+from congrad_ray.settings import apply_overrides, settings_in, validate
 from congrad_ray.stages.base import Stage
+from congrad_ray.stopping import StageStopped
 
 app = typer.Typer(
     name="congrad",
@@ -52,8 +55,13 @@ Iteration = Annotated[int, typer.Option("--iteration", min=0, metavar="N", help=
 
 
 def _log(text: str) -> None:
-    typer.echo(f"{time.strftime('%H:%M:%S')}  {text}")
+    typer.echo(f"{time.strftime('%H:%M:%S')}  {printable(text, lines=True)}")
     sys.stdout.flush()
+
+
+def _plain(text: str) -> str:
+    """Text for rich, which would take [...] in it for markup."""
+    return escape(printable(text, lines=True))
 
 
 @app.command()
@@ -216,7 +224,7 @@ def filter_command(
         _log,
     )
     _show_selection(summary)
-    _log(f"kept pairs: {out.rstrip('/')}/selected.parquet")
+    _log(f"kept pairs: {without_keys(out).rstrip('/')}/selected.parquet")
 
 
 @app.command()
@@ -231,7 +239,7 @@ def plan(recipe: RecipePath, profile: ProfileName = "local", set_: Overrides = N
         there_is = machine()
     else:
         there_is = this_machine(where, cpus)
-    table = Table(title=f"{loaded.name}: {loaded.iterations} iteration(s), profile {where.name}")
+    table = Table(title=_plain(f"{loaded.name}: {loaded.iterations} iteration(s), profile {where.name}"))
     for column in ("stage", "rows at most", "runs as", "CPUs", "GPUs"):
         table.add_column(column, justify="left" if column in ("stage", "runs as") else "right")
     for need in needs(loaded, where):
@@ -254,8 +262,9 @@ def status(run: RunUri) -> None:
     """The stages of a run and how far each is."""
     directory = RunDirectory.open(run)
     if not directory.exists("recipe.yaml"):
-        raise RunDirectoryError(f"{run} holds no run: there is no recipe.yaml in it")
-    stored = validate(Recipe, parse_yaml(directory.read_bytes("recipe.yaml").decode()), f"{run}/recipe.yaml")
+        raise RunDirectoryError(f"{without_keys(run)} holds no run: there is no recipe.yaml in it")
+    where = f"{without_keys(run)}/recipe.yaml"
+    stored = validate(Recipe, settings_in(directory.read_bytes("recipe.yaml"), where), where)
     _show_run(directory, stored)
 
 
@@ -266,10 +275,10 @@ def doctor(
     """Versions, devices and disk; what is missing and the command that mends it. Exit code 1 if something is."""
     from congrad_ray.doctor import examine
 
-    findings = examine(Path(run))
+    findings = examine(run)
     table = Table("what", "found", "to mend it")
     for finding in findings:
-        table.add_row(finding.what, finding.found, finding.mend or "[green]ok[/green]")
+        table.add_row(finding.what, _plain(finding.found), _plain(finding.mend) or "[green]ok[/green]")
     console.print(table)
     if any(finding.mend for finding in findings):
         raise typer.Exit(1)
@@ -278,7 +287,7 @@ def doctor(
 def _show_run(directory: RunDirectory, recipe: Recipe) -> None:
     from congrad_ray.pipeline import FIRST, ITERATED, LAST
 
-    table = Table("stage", "iteration", "state", "rows", "seconds", title=directory.path)
+    table = Table("stage", "iteration", "state", "rows", "seconds", title=_plain(directory.path))
     steps: list[tuple[Stage, int | None]] = [(stage, None) for stage in FIRST]
     steps += [(stage, number) for number in range(recipe.iterations) for stage in ITERATED]
     steps += [(stage, None) for stage in LAST]
@@ -337,10 +346,10 @@ def _show_overlaps(first: str, second: str) -> None:
     both = tables[0].join(tables[1], "pair_id", join_type="inner", right_suffix="_second").sort_by("pair_id")
     left = [len(table) - len(both) for table in tables]
     if not len(both):
-        raise RunDirectoryError(f"{first} and {second} have no pair in common")
+        raise RunDirectoryError(f"{without_keys(first)} and {without_keys(second)} have no pair in common")
     columns = [both[name].to_numpy() for name in ("kept", "kept_second", "score", "score_second")]
     table = Table("language", "pairs", "kept by 1", "kept by 2", "by both", "by chance", "of either", "rank corr.")
-    table.title = f"1: {first}\n2: {second}"
+    table.title = _plain(f"1: {without_keys(first)}\n2: {without_keys(second)}")
     for row in overlaps(both["language"].to_pylist(), (columns[0], columns[1]), (columns[2], columns[3])):
         table.add_row(
             "all" if row.language == EVERY_LANGUAGE else row.language,
@@ -403,6 +412,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, stop)
     try:
         app(list(arguments) if arguments is not None else None)
+    except StageStopped as error:
+        typer.echo(f"error: {printable(error, lines=True)}", err=True)
+        sys.exit(1)
     except BaseException as error:
         # A KeyboardInterrupt in the middle of Ray's own code may come out as another error.
         if stopped or (isinstance(error, SystemExit) and error.code == 130):
@@ -411,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not isinstance(error, ValueError):
             raise
         # Ray wraps what a worker raised; its cause is the error that says what to do.
-        typer.echo(f"error: {getattr(error, 'cause', None) or error}", err=True)
+        typer.echo(f"error: {printable(getattr(error, 'cause', None) or error, lines=True)}", err=True)
         sys.exit(2)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from congrad_ray.models import cache_directory
+from congrad_ray.rundir import RunDirectory, RunDirectoryError, nearest_folder, without_keys
 
 # What was tried together, by distribution name; either of a group will do.
 _TRIED: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -32,9 +33,19 @@ class Finding:
     mend: str = ""
 
 
-def examine(folder: Path) -> list[Finding]:
-    """All findings; `folder` is where runs are to be written."""
-    return [*_packages(), *_tools(), *_machine(folder)]
+def examine(run: str) -> list[Finding]:
+    """All findings; `run` is where runs are to be written: a path or a URI."""
+    if "://" not in run:
+        return [*_packages(), *_tools(), *_machine(Path(run))]
+    return [*_packages(), *_tools(), *_machine(Path.cwd()), _store(run)]
+
+
+def _store(uri: str) -> Finding:
+    try:
+        RunDirectory.open(uri)
+    except RunDirectoryError as error:
+        return Finding("store of runs", str(error), "mend the URI, the keys in the environment, or the network")
+    return Finding("store of runs", f"{without_keys(uri)} can be reached")
 
 
 def _packages() -> list[Finding]:
@@ -100,7 +111,7 @@ def _machine(folder: Path) -> list[Finding]:
         mend = "" if free >= 2 else "give the container more shared memory (docker run --shm-size=8g)"
         findings.append(Finding("shared memory", f"{free:.1f} GiB free, Ray's object store lives there", mend))
     for what, place in (("disk for runs", folder), ("disk for models", cache_directory())):
-        existing = next(parent for parent in (place, *place.parents) if parent.exists())
+        existing = nearest_folder(place)
         free = shutil.disk_usage(existing).free / 2**30
         mend = "" if free >= 5 else f"free some space under {existing}"
         findings.append(Finding(what, f"{free:.0f} GiB free at {place}", mend))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
+from dataclasses import replace
 from typing import Any
 
+from congrad_ray.lock import only_writer
 from congrad_ray.models import named_model
 from congrad_ray.plan import check_fits, most_cpus, needs
 from congrad_ray.profile import Profile
@@ -12,7 +16,8 @@ from congrad_ray.recipe import BUILTIN_WORLD, Recipe
 from congrad_ray.rundir import Manifest, RunDirectory, RunDirectoryError, fingerprint
 from congrad_ray.session import connect, machine
 from congrad_ray.settings import to_yaml
-from congrad_ray.stages.base import Context, Log, Stage
+from congrad_ray.stages.base import Context, Log, Outcome, Stage
+from congrad_ray.watchdog import free_disk, watched
 
 
 def input_fingerprints(stage: Stage, run: RunDirectory, iteration: int) -> dict[str, str]:
@@ -41,8 +46,16 @@ def run_stage(
 ) -> Manifest:
     """Does a stage unless it is done already, on a connected Ray where it needs one, and commits it.
 
-    Raises DoesNotFit, RunDirectoryError, InputError or ModelError: each a ValueError that says what to do.
+    Raises DoesNotFit, RunDirectoryError, StageStopped, InputError or ModelError: each a ValueError that says what
+    to do.
     """
+    with only_writer(run, log):
+        return _locked_stage(stage, recipe, profile, run, iteration, redo, log)
+
+
+def _locked_stage(
+    stage: Stage, recipe: Recipe, profile: Profile, run: RunDirectory, iteration: int, redo: bool, log: Log
+) -> Manifest:
     number = iteration if stage.each_iteration else None
     label = stage.name if number is None else f"{stage.name} (iteration {iteration})"
     inputs = input_fingerprints(stage, run, iteration)
@@ -51,7 +64,7 @@ def run_stage(
     output = run.stage(stage.folder, number)
     if stage.always:
         output.delete()
-    state = output.begin(identity, redo, label)
+    state = output.begin(identity, redo, label, log)
     if state == "done":
         manifest = output.manifest()
         assert manifest is not None
@@ -67,13 +80,34 @@ def run_stage(
         need = next(need for need in needs(recipe, profile) if need.stage == stage.name)
         check_fits(need, machine())
     before = time.monotonic()
-    outcome = stage.run(Context(recipe, profile, run, iteration, output, lambda text: log(f"{label}: {text}")))
+    context = Context(recipe, profile, run, iteration, output, lambda text: log(f"{label}: {text}"))
+    outcome = _work(stage, context, label)
     counters = {key: value for key, value in outcome.counters.items() if value not in ({}, None)}
     manifest = output.commit(
         stage.name, number, identity, settings, inputs, outcome.rows, time.monotonic() - before, counters
     )
     log(f"{label}: {manifest.rows} rows in {manifest.seconds:.0f} s {_brief(counters)}".rstrip())
     return manifest
+
+
+def _work(stage: Stage, context: Context, label: str) -> Outcome:
+    """Does the work, watched where it is done on Ray. Raises RunDirectoryError for a disk that is full."""
+    timeout = context.recipe.limits.stall_timeout_s
+    try:
+        if not stage.uses_ray:
+            return stage.run(context)
+        with watched(label, timeout, context.output, context.log) as watchdog:
+            return stage.run(replace(context, progressed=watchdog.progressed))
+    except Exception as error:
+        # Out of a Ray task it comes as an error of Ray with the text in it.
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        free = free_disk(context.output)
+        left = "" if free is None else f" ({free / 2**30:.2f} GiB are free)"
+        raise RunDirectoryError(
+            f"{label}: no space left on a disk: that of {context.output.path}{left}, or Ray's in /tmp/ray. "
+            "What is written is kept: make room, and the same command goes on with what is missing."
+        ) from error
 
 
 def _brief(counters: dict[str, Any]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
 import pyarrow as pa
 
 from congrad_ray.execution import run_stage
+from congrad_ray.lock import only_writer
+from congrad_ray.printable import brief
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Evaluate, Generate, Model, Prompts, Recipe, Select, Sketch, Source, Train
 from congrad_ray.records import (
@@ -18,14 +21,19 @@ from congrad_ray.records import (
     clean_messages,
     clean_text,
     file_digest,
+    is_parquet,
+    parquet_rows,
     read_records,
 )
 from congrad_ray.rundir import RunDirectory
+from congrad_ray.settings import local_path, validate
 from congrad_ray.stages import select, sketch
 from congrad_ray.stages.base import Context, Log, Outcome, Stage
 from congrad_ray.tables import MESSAGES, PAIR_ID, PAIRS, quarantined, row_id, table_of
 
-_COLUMNS = ("prompt", "chosen", "rejected", "language")
+_TEXTS = ("prompt", "chosen", "rejected")
+_COLUMNS = (*_TEXTS, "language")
+_DEEPEST_TYPE = 32
 
 
 def filter_preferences(
@@ -47,21 +55,26 @@ def filter_preferences(
     messages go through the chat template; with `chat` strings are taken as chat messages.
 
     Written to the folder `out`: selected.parquet (the input's columns and congrad_score), scores.parquet,
-    summary.json, and work/, from which an interrupted run goes on and another selection is made in seconds.
-    Raises InputError, RunDirectoryError, ModelError, MissingChatTemplate.
+    summary.json, and work/, from which an interrupted run goes on and another selection is made in seconds. A
+    column of a JSONL file whose values have no common type is written as text, with JSON for what is none.
+    Raises InputError, SettingsError, RunDirectoryError, ModelError, MissingChatTemplate.
     """
     target = RunDirectory.open(out)
-    work = RunDirectory.open(f"{out.rstrip('/')}/work")
-    source = Source(name=preferences)
-    recipe = Recipe(
-        name="filter",
-        model=model,
-        prompts=Prompts(train=source, languages=["und"]),
-        generate=Generate(max_tokens=1),  # nothing is generated
-        evaluate=Evaluate(max_tokens=1),
-        sketch=sketch_settings,
-        select=selection,
-        train=train,
+    work = RunDirectory(target.filesystem, f"{target.path}/work")
+    source = validate(Source, {"name": preferences}, "PREFERENCES")
+    recipe = validate(
+        Recipe,
+        {
+            "name": "filter",
+            "model": model,
+            "prompts": Prompts(train=source, languages=["und"]),
+            "generate": Generate(max_tokens=1),  # nothing is generated
+            "evaluate": Evaluate(max_tokens=1),
+            "sketch": sketch_settings,
+            "select": selection,
+            "train": train,
+        },
+        "what was asked for",
     )
 
     def read(context: Context) -> Outcome:
@@ -80,14 +93,15 @@ def filter_preferences(
         run=read,
         uses_ray=False,
     )
-    for stage in (reading, sketch.STAGE, select.STAGE):
-        run_stage(stage, recipe, profile, work, redo=redo, log=log)
-    folder = work.stage("selection", 0)
-    for name in ("scores.parquet", "summary.json"):
-        target.write_bytes(name, folder.read_bytes(name))
-    scores = folder.read_table(["pair_id", "congrad_score"], name="selected.parquet")
-    kept = dict(zip(*(column.to_pylist() for column in scores.columns), strict=True))
-    target.write_table("selected.parquet", _selected(source, chat, kept))
+    with only_writer(work, log):
+        for stage in (reading, sketch.STAGE, select.STAGE):
+            run_stage(stage, recipe, profile, work, redo=redo, log=log)
+        folder = work.stage("selection", 0)
+        for name in ("scores.parquet", "summary.json"):
+            target.write_bytes(name, folder.read_bytes(name))
+        scores = folder.read_table(["pair_id", "congrad_score"], name="selected.parquet")
+        kept = dict(zip(*(column.to_pylist() for column in scores.columns), strict=True))
+        target.write_table("selected.parquet", _selected(source, chat, kept))
     summary: dict[str, Any] = folder.read_json("summary.json")
     return summary
 
@@ -108,7 +122,7 @@ def _pair(record: Record, chat: bool) -> dict[str, Any]:
             "rejected": clean_messages(values["rejected"], "rejected", "assistant"),
         }
     else:
-        texts = {column: clean_text(values[column], column) for column in ("prompt", "chosen", "rejected")}
+        texts = {column: clean_text(values[column], column) for column in _TEXTS}
     if texts["chosen"] == texts["rejected"]:
         raise BadRow("identical_responses", "chosen and rejected are the same")
     return {"pair_id": row_id("preference", language, *texts.values()), "language": language, **texts}
@@ -116,30 +130,40 @@ def _pair(record: Record, chat: bool) -> dict[str, Any]:
 
 def _read(context: Context, source: Source, chat: bool) -> Outcome:
     rows: dict[str, dict[str, Any]] = {}
+    places: dict[str, str] = {}
     bad: list[dict[str, Any]] = []
     duplicates = 0
-    shape: type | None = None
+    if is_parquet(local_path(source.name)):
+        # All columns once: one that is damaged should be told before the work, not after it.
+        parquet_rows(local_path(source.name), [])
     for record in read_records(source, _COLUMNS):
         try:
             pair = _pair(record, chat)
-            shape = shape or type(pair["prompt"])
-            if not isinstance(pair["prompt"], shape):
-                raise BadRow("mixed_shapes", f"prompt is no {shape.__name__} as in the rows before; see --chat")
         except BadRow as error:
             language = record.values.get("language")
             known = language if isinstance(language, str) else None
             bad.append(quarantined(record.place, known, error.reason, str(error)))
             continue
         duplicates += pair["pair_id"] in rows
+        places.setdefault(pair["pair_id"], record.place)
         rows.setdefault(pair["pair_id"], pair)
+    # A table holds one shape; that of most rows, so that a stray row at the top does not cost all others.
+    shapes = Counter(type(pair["prompt"]) for pair in rows.values())
+    shape = shapes.most_common(1)[0][0] if shapes else str
+    for pair in [pair for pair in rows.values() if not isinstance(pair["prompt"], shape)]:
+        detail = f"prompt is no {shape.__name__} as in most rows; see --chat"
+        bad.append(quarantined(places[pair["pair_id"]], pair["language"], "mixed_shapes", detail))
+        del rows[pair["pair_id"]]
     context.output.write_quarantine(bad, "quarantine.parquet")
     counts = context.output.quarantine_counts()
     if not rows:
-        raise InputError(f"{source.name} has no usable pair: {counts}")
+        raise InputError(
+            f"{brief(source.name)} has no usable pair; rows put aside by reason: {counts}. They are in "
+            f"{context.output.path}/quarantine, each with its place and what was found"
+        )
     text_type = pa.string() if shape is str else MESSAGES
     schema = pa.schema(
-        [PAIR_ID, PAIRS.field("language")]
-        + [PAIRS.field(name).with_type(text_type) for name in ("prompt", "chosen", "rejected")]
+        [PAIR_ID, PAIRS.field("language")] + [PAIRS.field(name).with_type(text_type) for name in _TEXTS]
     )
     context.output.write_table("pairs.parquet", table_of(list(rows.values()), schema))
     languages = dict(sorted(Counter(row["language"] for row in rows.values()).items()))
@@ -148,13 +172,51 @@ def _read(context: Context, source: Source, chat: bool) -> Outcome:
 
 def _selected(source: Source, chat: bool, kept: dict[str, float]) -> pa.Table:
     """The input's own rows that were kept, in their order, with the column congrad_score."""
-    rows = []
+    numbers, scores, rows, pairs = [], [], [], []
     left = dict(kept)
-    for record in read_records(source, _COLUMNS):
+    for number, record in enumerate(read_records(source, _COLUMNS)):
         try:
-            score = left.pop(_pair(record, chat)["pair_id"], None)
+            pair = _pair(record, chat)
         except BadRow:
             continue
+        score = left.pop(pair["pair_id"], None)
         if score is not None:
-            rows.append({**record.values, "congrad_score": score})
-    return pa.Table.from_pylist(rows)
+            numbers.append(number)
+            scores.append(score)
+            rows.append(record.values)
+            pairs.append(pair)
+    path = local_path(source.name)
+    table = parquet_rows(path, numbers) if is_parquet(path) else _table(rows, pairs)
+    if "congrad_score" in table.column_names:  # of a filter before
+        table = table.drop_columns("congrad_score")
+    return table.append_column("congrad_score", pa.array(scores, pa.float64()))
+
+
+def _table(rows: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> pa.Table:
+    """The rows with all their columns; the three texts in one shape, if need be as read for the pairs."""
+    names = list({key: None for row in rows for key in row})  # in the order in which they come
+    arrays = {name: _array([row.get(name) for row in rows]) for name in names}
+    texts = [arrays[name] for name in _TEXTS]
+    if None in texts or len({pa.types.is_string(array.type) for array in texts if array is not None}) > 1:
+        arrays.update({name: pa.array([pair[name] for pair in pairs]) for name in _TEXTS})
+    for name, array in arrays.items():
+        if array is None:
+            arrays[name] = pa.array([None if row.get(name) is None else _text(row[name]) for row in rows])
+    return pa.table({_text(name): array for name, array in arrays.items()})
+
+
+def _array(values: list[Any]) -> pa.Array | None:
+    """The values in the type that Arrow finds for them; None where there is none, or none that can be written."""
+    try:
+        array = pa.array(values)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError, RecursionError):
+        return None
+    text = str(array.type)
+    # Parquet has no struct without fields, and its readers give up on types of great depth.
+    return None if "struct<>" in text or text.count("<") > _DEEPEST_TYPE else array
+
+
+def _text(value: Any) -> str:
+    """A text as it is, anything else as JSON; without lone surrogates, which cannot be written."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "backslashreplace").decode()

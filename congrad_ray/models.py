@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.fs as pafs
 from filelock import FileLock
 
+from congrad_ray.printable import brief, printable
 from congrad_ray.recipe import BUILTIN_WORLD, Model, Recipe
 from congrad_ray.rundir import Folder, RunDirectory
+from congrad_ray.settings import SettingsError, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,31 +74,63 @@ class ModelSource:
         path = self.local_path()
         try:
             return load_tokenizer(path, self.settings.chat_template, **self.pretrained_arguments())
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load the tokenizer of {path}: {error}") from error
+        except Exception as error:  # broken files end in whatever the library's many readers raise
+            raise _cannot_load("tokenizer", path, error) from error
 
     def load_model(self, device: str, devices: int = 1) -> PreTrainedModel:
-        """The causal language model in the recipe's dtype on `device`, in evaluation mode. Raises ModelError.
+        """The causal language model in the recipe's dtype on `device`, in evaluation mode.
 
-        With several `devices` its layers are spread over those of this process.
+        With several `devices` its layers are spread over those of this process. Raises ModelError, also where
+        weights are missing, which would be random numbers without more than a warning. Pickled weights are never
+        loaded: a pickle runs code.
         """
         import torch
         from transformers import AutoModelForCausalLM
 
         path = self.local_path()
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=getattr(torch, self.settings.dtype),
                 use_safetensors=True,
+                output_loading_info=True,
                 device_map="balanced" if devices > 1 else None,
                 **self.pretrained_arguments(),
             )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load the model {path}: {error}") from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # as for the tokenizer
+            raise _cannot_load("model", path, error) from error
+        model: PreTrainedModel = loaded[0]
+        if missing := sorted(loaded[1]["missing_keys"]):
+            raise ModelError(
+                f"cannot load the model of {brief(path)}: {len(missing)} of its weights are in no file, the first "
+                f"is {printable(missing[0])}; copy all its files again, and see that config.json belongs to them"
+            )
         if devices == 1:
             model = model.to(device)  # type: ignore[arg-type]
         return model.eval()
+
+
+def _cannot_load(what: str, path: str, error: Exception) -> ModelError:
+    folder = Path(path)
+    hint = (
+        "a model's folder holds config.json, *.safetensors, tokenizer.json and tokenizer_config.json, as "
+        "save_pretrained of transformers writes them"
+        if folder.is_dir()
+        else "give a folder, or the name of a model on the hub that this machine can reach or has in its cache"
+    )
+    if what == "model" and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for suffix in ("bin", "pt", "pth") for file in folder.glob(f"*.{suffix}"))
+        if pickled:
+            hint = (
+                f"{printable(pickled[0])} is pickled and not loaded, because a pickle runs code; where you "
+                "trust it, load it with transformers and write it again with save_pretrained"
+            )
+    said = " ".join(str(error).split())
+    return ModelError(
+        f"cannot load the {what} of {brief(path)}: {type(error).__name__}: {printable(said)}; {hint}"
+    )
 
 
 def named_model(name: str, settings: Model, seed: int = 0, log: Callable[[str], None] = print) -> ModelSource:
@@ -104,10 +139,15 @@ def named_model(name: str, settings: Model, seed: int = 0, log: Callable[[str], 
         from congrad_ray.world.model import world_model
 
         return ModelSource(str(world_model(seed, progress=log)), settings)
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ModelError(f"model {name} looks like a path, but there is no such folder")
-    is_folder = Path(name).expanduser().is_dir()
-    return ModelSource(str(Path(name).expanduser().resolve()) if is_folder else name, settings)
+    try:
+        path = local_path(name)
+    except SettingsError as error:
+        raise ModelError(f"model {error}") from error
+    if path.is_dir():
+        return ModelSource(str(path.resolve()), settings)
+    if name.startswith((".", "/", "~")):
+        raise ModelError(f"model {brief(name)} looks like a path, but there is no such folder")
+    return ModelSource(name, settings)
 
 
 def policy(recipe: Recipe, run: RunDirectory, iteration: int) -> ModelSource:
@@ -116,7 +156,10 @@ def policy(recipe: Recipe, run: RunDirectory, iteration: int) -> ModelSource:
         return named_model(recipe.model.name, recipe.model, recipe.seed)
     folder = run.stage("policy", iteration - 1)
     manifest = folder.manifest()
-    return ModelSource(folder.path, recipe.model, folder, manifest.fingerprint if manifest else "")
+    # Its settings' fingerprint alone is that of another run's policy as well, and of this one before a --redo.
+    told = f"{folder.path} {manifest.fingerprint} {manifest.finished_at}" if manifest else ""
+    identity = hashlib.sha256(told.encode()).hexdigest()[:16] if told else ""
+    return ModelSource(folder.path, recipe.model, folder, identity)
 
 
 def policy_input(iteration: int) -> list[tuple[str, int | None]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from congrad_ray.execution import run_stage
+from congrad_ray.lock import only_writer
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Manifest, RunDirectory
@@ -41,5 +42,6 @@ def run_all(
     if until is not None:
         end = max(number for number, (stage, _) in enumerate(steps) if stage.name == until)
         steps = steps[: end + 1]
-    for stage, iteration in steps:
-        after(stage, run_stage(stage, recipe, profile, run, iteration, redo, log))
+    with only_writer(run, log):
+        for stage, iteration in steps:
+            after(stage, run_stage(stage, recipe, profile, run, iteration, redo, log))

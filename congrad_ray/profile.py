@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from congrad_ray.printable import brief
 from congrad_ray.settings import Settings, SettingsError, apply_overrides, read_yaml, validate
 
 Positive = Annotated[int, Field(ge=1)]
@@ -93,8 +94,9 @@ def load_profile(name: str | Path, overrides: Sequence[str] = ()) -> Profile:
     """A profile from a YAML file, or by its name in `cluster/profiles/`. Raises SettingsError."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
-        path = PROFILES / f"{name}.yaml"
-        if not path.exists():
-            known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml"))) or f"none in {PROFILES}"
-            raise SettingsError(f"no profile '{name}': give a .yaml file or one of {known}")
+        known = {p.stem: p for p in sorted(PROFILES.glob("*.yaml"))}
+        if str(name) not in known:
+            names = ", ".join(known) or f"none in {PROFILES}"
+            raise SettingsError(f"no profile '{brief(name)}': give a .yaml file or one of {names}")
+        path = known[str(name)]
     return validate(Profile, apply_overrides(read_yaml(path), overrides), f"profile {name}")

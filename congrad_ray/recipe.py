@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -9,7 +10,7 @@ from typing import Annotated, Literal, Self
 import langcodes
 from pydantic import AfterValidator, Field, model_validator
 
-from congrad_ray.settings import Settings, apply_overrides, read_yaml, validate
+from congrad_ray.settings import Settings, apply_overrides, local_path, read_yaml, validate
 from congrad_ray.surgery.directions import DirectionMethod
 from congrad_ray.surgery.scores import LeaveOut
 
@@ -28,9 +29,17 @@ def _template_text(template: str) -> str:
     if "{{" in template or "{%" in template:
         return template
     try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return local_path(template).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the chat template: {error}") from error
+
+
+def _regular_expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return text
 
 
 Language = Annotated[str, AfterValidator(_language_tag)]
@@ -145,7 +154,9 @@ class Sketch(Settings):
     min_side: int = Field(256, ge=1, description="'auto' leaves this many features of a side, or more")
     groups: Positive = Field(1, description="parts of a sketch, each for one block of layers")
     seed: int = Field(0, ge=0)
-    layers: str | None = Field(None, description="regular expression on module names; null: every linear layer")
+    layers: Annotated[str, AfterValidator(_regular_expression)] | None = Field(
+        None, description="regular expression on module names; null: every linear layer"
+    )
     compute_dtype: TensorType | None = Field(None, description="of the products; null: the model's")
     average_log_prob: bool = Field(
         False, description="mean log-probabilities, for losses that use them (SimPO, IPO, ORPO); DPO does not"
@@ -244,6 +255,17 @@ class Evaluate(Settings):
     judge_max_tokens: Positive = 512
 
 
+class Limits(Settings):
+    """When a stage is stopped instead of going on in vain; changes no result."""
+
+    stall_timeout_s: float = Field(
+        1800.0, gt=0, description="seconds in which nothing comes of a stage, loading a model included"
+    )
+    failed_share: float = Field(
+        0.2, ge=0, le=1, description="share of a stage's rows that may go to quarantine; more stop it"
+    )
+
+
 class Recipe(Settings):
     """A whole run."""
 
@@ -259,6 +281,7 @@ class Recipe(Settings):
     select: Select = Select()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    limits: Limits = Limits()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

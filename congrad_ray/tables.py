@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from congrad_ray.printable import brief, printable
+
 Message = dict[str, str]
 
 MESSAGES = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
@@ -210,7 +212,7 @@ QUARANTINE = pa.schema(
         _field("row_id", pa.string(), "id of the row, or the place it was read from"),
         _field("language", pa.string(), "the row's language where known", nullable=True),
         _field("reason", pa.string(), "a short fixed word for counting"),
-        _field("detail", pa.string(), "what was found, at most 500 characters"),
+        _field("detail", pa.string(), "what was found, its first 500 characters"),
     ]
 )
 
@@ -237,8 +239,13 @@ def pair_id(prompt_id: str, iteration: int) -> str:
 
 
 def quarantined(row_id: str, language: str | None, reason: str, detail: str) -> dict[str, Any]:
-    """One row of the quarantine table; `detail` is cut to 500 characters."""
-    return {"row_id": row_id, "language": language, "reason": reason, "detail": detail[:500]}
+    """One row of the quarantine table, safe to print; `detail` is cut to 500 characters."""
+    return {
+        "row_id": printable(row_id),
+        "language": None if language is None else brief(language),
+        "reason": reason,
+        "detail": printable(detail[:500], lines=True),
+    }
 
 
 def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
@@ -254,6 +261,6 @@ def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     for field in schema:
         try:
             columns.append(pa.array([row[field.name] for row in rows], type=field.type))
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError) as error:
             raise ValueError(f"column '{field.name}' should be {field.type}: {error}") from error
     return pa.Table.from_arrays(columns, schema=schema)

@@ -1,8 +1,15 @@
-"""Tiny real models for the tests: a BPE tokenizer trained on the spot, a random Llama, a chat template."""
+"""For the tests: a tiny real model (a tokenizer trained here, a random Llama), preferences, and an S3 server."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -81,3 +88,82 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("no real data beside the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def preference_rows() -> Callable[[int, Sequence[str]], list[dict[str, object]]]:
+    """So many preferences in the languages in turn."""
+
+    def rows(count: int, languages: Sequence[str]) -> list[dict[str, object]]:
+        return [
+            {
+                "prompt": f"Count to {n}",
+                "chosen": " ".join(str(i) for i in range(n % 9 + 2)),
+                "rejected": f"The fox says {n}",
+                "language": languages[n % len(languages)],
+            }
+            for n in range(count)
+        ]
+
+    return rows
+
+
+@pytest.fixture(scope="session")
+def filter_command() -> Callable[[Path, Path, str | Path], list[str]]:
+    """The command that filters preferences for a model into a folder or URI."""
+
+    def command(preferences: Path, model: Path, out: str | Path) -> list[str]:
+        return [
+            *(sys.executable, "-m", "congrad_ray.cli", "filter", str(preferences), "--model", str(model)),
+            *("--out", str(out), "--width", "512", "--max-length", "256", "--chat"),
+        ]
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3 server on loopback, in a process of its own; what it holds is in its memory."""
+    missing = [name for name in ("moto", "flask", "flask_cors") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"no S3 server to test against: {', '.join(missing)} not installed (the extra `dev` has them)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while True:
+            assert server.poll() is None and time.monotonic() < end, "the S3 server did not start"
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def store_query(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What follows the ? in a URI on the S3 server; the environment has keys for it, and no other settings."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-of-the-tests")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-tests")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return f"endpoint_override={s3_server}&scheme=http&region=us-east-1"
+
+
+@pytest.fixture
+def store_uri(store_query: str) -> str:
+    """A run directory, still to be made, in a new bucket."""
+    import pyarrow.fs as pafs
+
+    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+    store, _ = pafs.FileSystem.from_uri(f"s3://{bucket}?{store_query}&allow_bucket_creation=true")
+    store.create_dir(bucket)
+    return f"s3://{bucket}/run?{store_query}"

@@ -12,6 +12,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from congrad_ray.models import policy
+from congrad_ray.recipe import load_recipe
 from congrad_ray.rundir import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world_model(cache_dir=tmp_path_factory.mktemp("world"), training_tokens=150_000)
 
 
-def command(world: Path, run: Path, iterations: int = 1) -> list[str]:
+def command(world: Path, run: Path | str, iterations: int = 1) -> list[str]:
     settings = {
         "iterations": iterations,
         "model.name": world,
@@ -161,3 +163,24 @@ def test_two_iterations_train_on_their_own_samples(world: Path, tmp_path: Path) 
     first, second = (json.loads((run / f"iteration-{i}/responses/_manifest.json").read_text()) for i in (0, 1))
     assert first["fingerprint"] != second["fingerprint"]
     assert list(second["inputs"]) == ["prompts", "iteration-0/policy"]
+
+
+@pytest.mark.slow
+def test_the_demo_recipe_in_small_on_an_object_store(
+    world: Path, store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engines of `evaluate` and the trained model's loader fetch the policy from the store."""
+    monkeypatch.setenv("CONGRAD_RAY_CACHE", str(tmp_path))
+    secret = "a-secret-nobody-may-see"
+    arguments = command(world, store_uri.replace("s3://", f"s3://key:{secret}@"))
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=580, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert secret not in result.stdout + result.stderr
+    run = RunDirectory.open(store_uri)
+    assert len(run.stage("evaluation", 0).ids("answer_id")) == 3 * 4 * 2 * 2
+    for path in run.files(recursive=True):
+        assert secret.encode() not in run.read_bytes(path.removeprefix(f"{run.path}/"))
+    model = policy(load_recipe(ROOT / "jobs" / "recipes" / "demo.yaml"), run, 1).load_model("cpu")
+    assert model.num_parameters() > 0
+    output = run_to_end(arguments)
+    assert output.count("done already") == len(STAGES) + 1

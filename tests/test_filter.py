@@ -5,9 +5,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,28 +17,18 @@ import pytest
 LANGUAGES = ("en", "de", "fr")
 
 
-def write_preferences(path: Path, count: int) -> Path:
-    rows = [
-        {
-            "prompt": f"Count to {n}",
-            "chosen": " ".join(str(i) for i in range(n % 9 + 2)),
-            "rejected": f"The fox says {n}",
-            "language": LANGUAGES[n % 3],
-            "source": {"row": n},
-        }
-        for n in range(count)
-    ]
-    bad = [{"prompt": "x", "chosen": "", "rejected": "y", "language": "en"}, {"prompt": "x", "language": "en"}]
-    lines = [json.dumps(row) for row in (*rows, rows[0], *bad)]
-    path.write_text("\n".join([*lines, "{broken"]))
-    return path
+@pytest.fixture(scope="module")
+def write_preferences(preference_rows: Any) -> Callable[[Path, int], Path]:
+    """Writes good rows, one of them twice, and bad ones."""
 
+    def write(path: Path, count: int) -> Path:
+        rows = [{**row, "source": {"row": n}} for n, row in enumerate(preference_rows(count, LANGUAGES))]
+        bad = [{"prompt": "x", "chosen": "", "rejected": "y", "language": "en"}, {"prompt": "x", "language": "en"}]
+        lines = [json.dumps(row) for row in (*rows, rows[0], *bad)]
+        path.write_text("\n".join([*lines, "{broken"]))
+        return path
 
-def command(preferences: Path, model: Path, out: Path) -> list[str]:
-    return [
-        *(sys.executable, "-m", "congrad_ray.cli", "filter", str(preferences), "--model", str(model)),
-        *("--out", str(out), "--width", "512", "--max-length", "256", "--chat"),
-    ]
+    return write
 
 
 def kept_rows(out: Path) -> list[dict[str, object]]:
@@ -45,10 +36,12 @@ def kept_rows(out: Path) -> list[dict[str, object]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, Path]:
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_preferences: Any, filter_command: Any
+) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("filter")
     preferences = write_preferences(folder / "preferences.jsonl", 300)
-    subprocess.run(command(preferences, tiny_model, folder / "out"), check=True, timeout=300)
+    subprocess.run(filter_command(preferences, tiny_model, folder / "out"), check=True, timeout=300)
     return preferences, folder / "out"
 
 
@@ -74,7 +67,9 @@ def test_the_kept_pairs_come_out_in_the_shape_they_went_in(undisturbed: tuple[Pa
     assert manifest["counters"]["duplicates"] == 1
 
 
-def test_exact_scores_are_those_of_autograds_gradients(tmp_path: Path, tiny_model: Path) -> None:
+def test_exact_scores_are_those_of_autograds_gradients(
+    tmp_path: Path, tiny_model: Path, write_preferences: Any, filter_command: Any
+) -> None:
     import torch
 
     from congrad_ray.gradient.exact import pair_gradient
@@ -85,7 +80,7 @@ def test_exact_scores_are_those_of_autograds_gradients(tmp_path: Path, tiny_mode
     from congrad_ray.surgery.directions import direction_weights
 
     preferences = write_preferences(tmp_path / "preferences.jsonl", 24)
-    call = command(preferences, tiny_model, tmp_path / "out")
+    call = filter_command(preferences, tiny_model, tmp_path / "out")
     more = ["--exact", "--keep", "1", "--length-penalty", "0.01", "--select", "score=dot"]
     subprocess.run([*call, *more], check=True, timeout=300)
     found = {row["prompt"]: row["congrad_score"] for row in kept_rows(tmp_path / "out")}
@@ -116,24 +111,30 @@ def test_exact_scores_are_those_of_autograds_gradients(tmp_path: Path, tiny_mode
 
 
 def test_a_model_without_a_chat_template_is_told_before_actors_start(
-    undisturbed: tuple[Path, Path], tiny_model: Path, tmp_path: Path
+    undisturbed: tuple[Path, Path], tiny_model: Path, tmp_path: Path, filter_command: Any
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     (model / "chat_template.jinja").unlink()
     result = subprocess.run(
-        command(undisturbed[0], model, tmp_path / "out"), timeout=300, capture_output=True, text=True, check=False
+        filter_command(undisturbed[0], model, tmp_path / "out"),
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 2
     assert "has no chat template" in result.stderr and "--chat-template" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_a_second_run_skips_everything(undisturbed: tuple[Path, Path], tiny_model: Path) -> None:
+def test_a_second_run_skips_everything(
+    undisturbed: tuple[Path, Path], tiny_model: Path, filter_command: Any
+) -> None:
     preferences, out = undisturbed
     before = kept_rows(out)
     again = subprocess.run(
-        command(preferences, tiny_model, out), check=True, timeout=300, capture_output=True, text=True
+        filter_command(preferences, tiny_model, out), check=True, timeout=300, capture_output=True, text=True
     )
     assert again.stdout.count("done already") == 3
     assert kept_rows(out) == before
@@ -144,11 +145,11 @@ def test_a_second_run_skips_everything(undisturbed: tuple[Path, Path], tiny_mode
     "stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
 )
 def test_an_interrupted_run_goes_on_and_gives_the_same_selection(
-    undisturbed: tuple[Path, Path], tiny_model: Path, tmp_path: Path, stop: signal.Signals
+    undisturbed: tuple[Path, Path], tiny_model: Path, tmp_path: Path, stop: signal.Signals, filter_command: Any
 ) -> None:
     preferences, expected = undisturbed
     process = subprocess.Popen(
-        command(preferences, tiny_model, tmp_path / "out"),
+        filter_command(preferences, tiny_model, tmp_path / "out"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -168,7 +169,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_selection(
     assert process.returncode == (130 if stop != signal.SIGKILL else -signal.SIGKILL)
     parts = set(sketches.glob("*.parquet"))
     assert not (sketches / "_manifest.json").exists() and parts
-    subprocess.run(command(preferences, tiny_model, tmp_path / "out"), check=True, timeout=300)
+    subprocess.run(filter_command(preferences, tiny_model, tmp_path / "out"), check=True, timeout=300)
     assert parts <= set(sketches.glob("*.parquet")), "rows that were there are not computed again"
     first, second = kept_rows(expected), kept_rows(tmp_path / "out")
     assert [row["source"] for row in first] == [row["source"] for row in second]

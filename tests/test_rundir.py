@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from congrad_ray.rundir import MANIFEST, RunDirectory, RunDirectoryError, fingerprint
@@ -126,3 +128,41 @@ def test_a_row_without_a_column_or_of_another_type_is_told() -> None:
     with pytest.raises(ValueError, match="column 'cosine' should be double"):
         table_of([{**ROWS[0], "cosine": "high"}], SCORES)
     assert table_of([], SCORES).schema == SCORES
+
+
+def test_damaged_files_of_a_finished_stage_are_deleted_and_it_goes_on(run: RunDirectory) -> None:
+    folder = run.stage("pairs", 0)
+    assert folder.begin("one", False, "pair") == "new"
+    for number in range(3):
+        folder.write_table(f"part-{number}.parquet", table_of(ROWS[number : number + 1], SCORES))
+    folder.commit("pair", 0, "one", None, {}, 3, 0.0, {})
+    assert folder.begin("one", False, "pair") == "done"
+    folder.write_bytes("part-1.parquet", folder.read_bytes("part-1.parquet")[:-7])
+    folder.filesystem.delete_file(f"{folder.path}/part-2.parquet")
+    lines: list[str] = []
+    assert folder.begin("one", False, "pair", lines.append) == "continue"
+    assert lines == [
+        "pair: 2 files are gone or damaged (part-1.parquet, part-2.parquet): what was in them is done again"
+    ]
+    assert folder.ids("pair_id") == {"p0"}
+    assert folder.begin("one", False, "pair") == "continue"
+
+
+def test_a_flipped_bit_is_told_and_not_read(run: RunDirectory) -> None:
+    folder = run.stage("pairs", 0)
+    numbers = np.random.default_rng(0).random(10_000)
+    folder.write_table("part.parquet", pa.table({"number": numbers}))
+    data = bytearray(folder.read_bytes("part.parquet"))
+    data[len(data) // 2] ^= 1
+    folder.write_bytes("part.parquet", bytes(data))
+    with pytest.raises(RunDirectoryError, match=r"part\.parquet cannot be read.*run the stage that made it again"):
+        folder.read_table()
+
+
+def test_files_of_unknown_settings_are_refused(run: RunDirectory) -> None:
+    folder = run.stage("pairs", 0)
+    folder.write_table("part.parquet", table_of(ROWS, SCORES))
+    with pytest.raises(RunDirectoryError, match=r"neither _manifest\.json nor _started\.json"):
+        folder.begin("one", False, "pair")
+    assert folder.begin("one", True, "pair") == "new"
+    assert not folder.files(".parquet")

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from congrad_ray.printable import brief
 from congrad_ray.recipe import BUILTIN_WORLD
+from congrad_ray.settings import local_path
 from congrad_ray.tables import Message
 
 Method = Literal["expected_score", "sampled"]
@@ -57,15 +59,17 @@ def load_rubric(name: str) -> Rubric:
 
     Raises RubricError: no such rubric, no English file (the fallback), a placeholder that is missing.
     """
-    folder = _PACKAGE / "world" / "rubric" if name == BUILTIN_WORLD else _BUILT_IN / name
+    built_in = {path.name: path for path in sorted(_BUILT_IN.iterdir()) if path.is_dir()}
+    built_in[BUILTIN_WORLD] = _PACKAGE / "world" / "rubric"
+    folder = built_in.get(name)
+    if folder is None:
+        folder = local_path(name)
     if not folder.is_dir():
-        folder = Path(name).expanduser()
-    if not folder.is_dir():
-        known = sorted(path.name for path in _BUILT_IN.iterdir() if path.is_dir())
-        raise RubricError(
-            f"judge.rubric {name}: no such folder; built in are {', '.join([*known, BUILTIN_WORLD])}"
-        )
-    templates = {path.stem: path.read_text(encoding="utf-8").strip("\n") for path in sorted(folder.glob("*.txt"))}
+        raise RubricError(f"judge.rubric {brief(name)}: no such folder; built in are {', '.join(built_in)}")
+    try:
+        templates = {p.stem: p.read_text(encoding="utf-8").strip("\n") for p in sorted(folder.glob("*.txt"))}
+    except (OSError, UnicodeDecodeError) as error:
+        raise RubricError(f"judge.rubric {name}: cannot read a text of {folder} as UTF-8: {error}") from error
     if _FALLBACK not in templates:
         raise RubricError(f"judge.rubric {name}: {folder} needs {_FALLBACK}.txt, for languages without their own")
     for tag, template in templates.items():

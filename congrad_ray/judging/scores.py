@@ -50,7 +50,8 @@ def expected_score(
     from 0 the ids that spell it. E = sum_k k p_k / sum_k p_k; None where the mass is 0 or not a number.
     """
     masses = [
-        math.fsum(math.exp(logprobs[token]) for token in tokens if token in logprobs) for tokens in score_tokens
+        math.fsum(math.exp(min(logprobs[token], 0.0)) for token in tokens if token in logprobs)
+        for tokens in score_tokens
     ]
     mass = math.fsum(masses)
     if not mass > 0:

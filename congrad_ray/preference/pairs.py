@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -39,14 +40,14 @@ def best_and_worst(
 ) -> BestAndWorst | NoPair:
     """The best-scored response that may be chosen against the worst-scored one, or why there is no pair.
 
-    1. Responses without a score, and empty ones, do not take part.
+    1. Responses without a finite score, and empty ones, do not take part.
     2. Truncated and wrong-language responses do not take part ('drop'), or may be rejected but never chosen
        ('reject_only'), or take part freely ('keep').
     3. Of responses with the same text the one with the lowest sample number stays.
     4. Equal scores are ordered by sample number, so the outcome does not depend on the order of the input.
     5. The scores must differ by more than `min_margin`.
     """
-    usable = [r for r in responses if r.score is not None and r.text.strip()]
+    usable = [r for r in responses if r.score is not None and math.isfinite(r.score) and r.text.strip()]
     usable = [r for r in usable if not (r.truncated and truncated == "drop")]
     usable = [r for r in usable if not (r.wrong_language and wrong_language == "drop")]
     if len(usable) < 2:

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from congrad_ray.printable import brief, shown
+
 logger = logging.getLogger(__name__)
 
 Messages: TypeAlias = list[dict[str, str]]
@@ -83,9 +85,16 @@ def _apply_chat_template(
         )
     # The template writes the special tokens itself; apply_chat_template encodes its text without adding any,
     # which is what keeps the beginning-of-sequence token from appearing twice.
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-    )
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+        )
+    except Exception as error:  # a template may raise anything, Jinja's own errors among them
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} cannot render messages of "
+            f"{', '.join(shown(message.get('role')) for message in messages)}: {type(error).__name__}: "
+            f"{brief(error)}; drop the row, or give a template that can"
+        ) from error
     return list(encoded["input_ids"])
 
 
@@ -93,7 +102,8 @@ def chat_prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> l
     """Token ids of `messages` with the generation prompt at the end: what the model answers to.
 
     Special tokens are exactly those that the template writes; feed the ids to the model as they are and never
-    encode decoded text again. Raises `MissingChatTemplate` if the tokenizer has no chat template.
+    encode decoded text again. Raises `MissingChatTemplate` if the tokenizer has no chat template, and another
+    ValueError where the template cannot render the messages.
     """
     return _apply_chat_template(tokenizer, messages, add_generation_prompt=True)
 
@@ -111,7 +121,7 @@ def _check_content(name: str, completion: str | Messages, end_of_sequence: str) 
     else:
         content = "".join(message.get("content") or "" for message in completion)
     if not content.strip():
-        raise ValueError(f"the {name} completion is empty: {completion!r}; drop the pair")
+        raise ValueError(f"the {name} completion is empty: {shown(completion)}; drop the pair")
 
 
 def _tokenize_conversation(
@@ -166,8 +176,8 @@ def tokenize_pair(
 
     TRL truncates rows longer than `max_length` tokens, which changes what is preferred; here they raise
     `PairTooLong`, so that the caller can put the row aside. Other ValueErrors that concern the row: mixed
-    shapes, a completion without content, no prompt token before the completion, chosen and rejected with the
-    same ids. Concerning the model: `MissingChatTemplate`.
+    shapes, messages that the template cannot render, a completion without content, no prompt token before the
+    completion, chosen and rejected with the same ids. Concerning the model: `MissingChatTemplate`.
     """
     end_of_sequence = tokenizer.eos_token or ""
     _check_content("chosen", chosen, end_of_sequence)

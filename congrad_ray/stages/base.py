@@ -23,6 +23,8 @@ class Context:
     iteration: int
     output: StageFolder
     log: Log = print
+    progressed: Callable[[], None] = lambda: None
+    """To be called whenever something has come of the work; a stage where nothing does for long is stopped."""
 
     def input(self, folder: str, iteration: int | None = None) -> StageFolder:
         """The folder of a stage of this iteration (or of `iteration`)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import Any
 
+from congrad_ray.printable import brief
 from congrad_ray.recipe import BUILTIN_WORLD, Recipe, Source
 from congrad_ray.records import BadRow, InputError, clean_language, clean_messages, file_digest, read_records
 from congrad_ray.stages.base import Context, Outcome, Stage
@@ -25,6 +26,7 @@ def run(context: Context) -> Outcome:
     else:
         train, skipped_train = _collect(wanted.train, recipe, "train", seen, bad)
         skipped += skipped_train
+    context.output.write_quarantine(bad, "quarantine.parquet")
     rows: list[Row] = []
     taken: set[str] = set()
     for language in [*wanted.languages, *wanted.unseen_languages]:
@@ -39,7 +41,6 @@ def run(context: Context) -> Outcome:
         )
     for language in wanted.languages:
         rows += _draw(train[language], "train", wanted.train_per_language, language, wanted, taken, context)
-    context.output.write_quarantine(bad, "quarantine.parquet")
     context.output.write_table("prompts.parquet", table_of(rows, PROMPTS))
     return Outcome(
         len(rows),
@@ -123,11 +124,13 @@ def _draw(
     seed = context.recipe.seed
     free = sorted((i for i in candidates if i not in taken), key=lambda i: row_id("draw", seed, i))
     if not free and (split == "train" or count):
-        source = getattr(wanted, split).name
+        source = brief(getattr(wanted, split).name)
+        bad = context.output.quarantine_counts()
         raise InputError(
             f"prompts.{split} ({source}) has no usable {split} prompt in '{language}'"
             + (" left after the evaluation prompts" if candidates else "")
             + ": take the language out of the recipe, name it under language_names, or add prompts"
+            + (f"; rows put aside by reason: {bad}, see {context.output.path}/quarantine" if bad else "")
         )
     if len(free) < count:
         context.log(f"only {len(free)} {split} prompts in '{language}', {count} asked for")

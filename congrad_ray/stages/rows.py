@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from congrad_ray.rundir import Folder, StageFolder
+from congrad_ray.rundir import Folder, RunDirectoryError, StageFolder
 from congrad_ray.stages.base import Context, Log, Outcome
 from congrad_ray.tables import quarantined, table_of
 
 if TYPE_CHECKING:
     from ray.data import Dataset
+
+# So many failed rows never stop a stage, however few rows it has.
+_FEW = 10
 
 FAILURE = "failure"  # column: null in a good row, else {"reason": ..., "detail": ...}
 FAILURE_FIELD = pa.field(FAILURE, pa.struct([("reason", pa.string()), ("detail", pa.string())]))
@@ -59,9 +62,12 @@ def write_rows(
     Where columns that count tokens are named, progress is told in tokens as well.
 
     A row whose FAILURE column is set goes to the stage's `quarantine/`. Each part is whole or not there: what a
-    kill can cost is the batches in flight.
+    kill can cost is the batches in flight. Raises RunDirectoryError when more rows fail than the recipe's
+    `limits.failed_share` of the stage's rows, and more than a few.
     """
     output = context.output
+    failed_before = sum(output.quarantine_counts().values())
+    limit = max(_FEW, context.recipe.limits.failed_share * (total + output.rows_so_far() + failed_before))
 
     def write(batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
@@ -84,18 +90,49 @@ def write_rows(
     parts = dataset.map_batches(write, batch_format="pyarrow", batch_size=rows_per_part)
     for part in parts.iter_rows():
         progress.add(part["written"], part["failed"], part["tokens"])
+        context.progressed()
+        if failed_before + progress.failed > limit:
+            raise RunDirectoryError(_too_many_failed(output, context.recipe.limits.failed_share))
+
+
+def _too_many_failed(output: StageFolder, share: float) -> str:
+    rows = (output / "quarantine").read_table(["reason", "detail"]).to_pylist()
+    examples = {row["reason"]: row["detail"] for row in reversed(rows)}
+    counts = Counter(row["reason"] for row in rows)
+    listed = "\n".join(
+        f"  {reason}: {counts[reason]} rows, such as: {examples[reason]}" for reason in sorted(counts)
+    )
+    return (
+        f"{len(rows)} rows are in quarantine, more than limits.failed_share ({share:g}) of all:\n{listed}\n"
+        f"They are in {output.path}/quarantine. Mend the cause and give --redo, or raise limits.failed_share and "
+        "run the same command again."
+    )
 
 
 def outcome_of(output: StageFolder, id_column: str, counters: dict[str, Any] | None = None) -> Outcome:
-    """The outcome of a stage written by `write_rows`; rows that a retried task wrote twice are removed."""
+    """The outcome of a stage written by `write_rows`.
+
+    Rows that a retried task wrote twice are removed, and those in quarantine that another try brought through.
+    """
     seen: set[str] = set()
-    for path in output.parts():
-        ids = pq.read_table(path, columns=[id_column], filesystem=output.filesystem)[id_column].to_pylist()
-        fresh = [identifier not in seen and not seen.add(identifier) for identifier in ids]  # type: ignore[func-returns-value]
-        if not all(fresh):
-            table = pq.read_table(path, filesystem=output.filesystem).filter(pa.array(fresh))
-            output.write_table(path.rsplit("/", 1)[1], table)
-    return Outcome(len(seen), {**(counters or {}), "quarantined": output.quarantine_counts()})
+    _remove_seen(output, output.parts(), id_column, seen)
+    rows = len(seen)
+    quarantine = output / "quarantine"
+    _remove_seen(quarantine, quarantine.files(".parquet"), "row_id", seen)
+    return Outcome(rows, {**(counters or {}), "quarantined": output.quarantine_counts()})
+
+
+def _remove_seen(folder: Folder, paths: Sequence[str], id_column: str, seen: set[str]) -> None:
+    """Removes the rows of Parquet files whose id is in `seen`, and adds the other ids to it."""
+    for path in paths:
+        fresh = []
+        for identifier in folder.read_parquet(path, [id_column])[id_column].to_pylist():
+            fresh.append(identifier not in seen)
+            seen.add(identifier)
+        if not any(fresh):
+            folder.filesystem.delete_file(path)
+        elif not all(fresh):
+            folder.write_table(path.rsplit("/", 1)[1], folder.read_parquet(path).filter(pa.array(fresh)))
 
 
 class Progress:
@@ -103,21 +140,21 @@ class Progress:
 
     def __init__(self, log: Log, total: int, every_seconds: float = 10.0) -> None:
         self._log, self._total, self._every = log, total, every_seconds
-        self._written = self._failed = self._tokens = 0
+        self._written = self.failed = self._tokens = 0
         self._start = self._last = time.monotonic()
 
     def add(self, written: int, failed: int = 0, tokens: int = 0) -> None:
         self._written += written
-        self._failed += failed
+        self.failed += failed
         self._tokens += tokens
         now = time.monotonic()
-        done = self._written + self._failed
+        done = self._written + self.failed
         if now - self._last < self._every and done < self._total:
             return
         self._last = now
         seconds = max(now - self._start, 1e-9)
         rate = done / seconds
         left = (self._total - done) / rate if rate else 0.0
-        failed_text = f", {self._failed} failed" if self._failed else ""
+        failed_text = f", {self.failed} failed" if self.failed else ""
         token_text = f", {self._tokens / seconds:.0f} tokens/s" if self._tokens else ""
         self._log(f"{done}/{self._total} rows{failed_text}, {rate:.1f} rows/s{token_text}, {left:.0f} s left")

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from congrad_ray.recipe import Select
 from congrad_ray.rundir import Folder, RunDirectoryError
-from congrad_ray.stages.base import Context, Outcome, Stage
-from congrad_ray.stages.reducer import Layout, Shares, language_gradients, score_pairs
+from congrad_ray.stages.base import Context, Log, Outcome, Stage
+from congrad_ray.stages.reducer import Layout, Rows, Shares, gram_matrices, language_gradients, score_pairs
 from congrad_ray.surgery.directions import Float64Array
 from congrad_ray.surgery.keep import keep_above, keep_top_fraction, keep_within_tokens
 from congrad_ray.surgery.scores import (
@@ -39,14 +39,14 @@ def run(context: Context) -> Outcome:
     languages = tuple(sorted(pc.unique(pairs["language"]).to_pylist()))
     layout = Layout.of(context.recipe.sketch, languages)
     index = layout.rows_of(pairs)
-    counts = np.bincount(index, minlength=len(languages))
-    included = _included(context, languages, counts)
-    shares = _shares(pairs, layout, index, counts, settings)
-    gradients = language_gradients(sketches, layout, shares)
-    gram = np.einsum("kbi,lbi->bkl", *(2 * (gradients.astype(np.float64),)))
+    counts = np.bincount(index)
+    taking_part = included(settings, languages, index, context.log)
+    shares = _shares(pairs, layout, index, settings)
+    gradients = language_gradients(sketches, layout, shares, context.progressed)
     surgery = surgery_of(settings)
-    direction = make_direction(gram, surgery, _language_weights(settings, languages), included)
-    ids, found = score_pairs(sketches, layout, gradients, direction, surgery.leave_out, shares)
+    weights = language_weights(settings, languages)
+    direction = make_direction(gram_matrices(gradients), surgery, weights, taking_part)
+    ids, found = score_pairs(sketches, layout, gradients, direction, surgery.leave_out, shares, context.progressed)
     if not ids.equals(pairs["pair_id"].combine_chunks()):
         raise RunDirectoryError(f"the sketches in {sketches.path} changed while they were read: run select again")
     score = score_of(settings, pairs, found, _reward_gap(context, pairs))
@@ -68,7 +68,7 @@ def run(context: Context) -> Outcome:
             "conflicting": float((found.cosine[index == i] < 0).mean()),
             "gradient_norm": float(np.sqrt(direction.whole_gram[i, i])),
             "cosine_with_direction": float(cosine),
-            "in_direction": bool(included[i]),
+            "in_direction": bool(taking_part[i]),
         }
         for i, (language, cosine) in enumerate(zip(languages, cosines_with_direction(direction), strict=True))
     }
@@ -135,20 +135,27 @@ def _pairs(sketches: Folder) -> pa.Table:
     return sketches.read_table(["pair_id", "language", *names]).sort_by("pair_id").combine_chunks()
 
 
-def _included(context: Context, languages: tuple[str, ...], counts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    least = context.recipe.select.min_pairs
-    included = counts >= least
-    few = ", ".join(f"{languages[i]} ({counts[i]})" for i in np.flatnonzero(~included))
-    if not included.any():
+def included(
+    settings: Select, languages: tuple[str, ...], index: NDArray[np.int64], log: Log = print
+) -> NDArray[np.bool_]:
+    """Whether each language (L,) has pairs enough to take part in the direction; `index` as in `pair_shares`.
+
+    Raises RunDirectoryError where none has.
+    """
+    counts, least = np.bincount(index, minlength=len(languages)), settings.min_pairs
+    enough = counts >= least
+    few = ", ".join(f"{languages[i]} ({counts[i]})" for i in np.flatnonzero(~enough))
+    if not enough.any():
         raise RunDirectoryError(
             f"no language has select.min_pairs ({least}) pairs: {few}. Lower it, or give more prompts."
         )
     if few:
-        context.log(f"not in the direction, with fewer than select.min_pairs ({least}) pairs: {few}; still scored")
-    return included
+        log(f"not in the direction, with fewer than select.min_pairs ({least}) pairs: {few}; still scored")
+    return enough
 
 
-def _language_weights(settings: Select, languages: tuple[str, ...]) -> Float64Array:
+def language_weights(settings: Select, languages: tuple[str, ...]) -> Float64Array:
+    """The weight (L,) of each language. Raises RunDirectoryError for a weight of a language that has no pairs."""
     unknown = sorted(set(settings.language_weights) - set(languages))
     if unknown:
         raise RunDirectoryError(
@@ -157,30 +164,37 @@ def _language_weights(settings: Select, languages: tuple[str, ...]) -> Float64Ar
     return np.array([settings.language_weights.get(language, 1.0) for language in languages])
 
 
-def _shares(
-    pairs: pa.Table, layout: Layout, index: NDArray[np.int64], counts: NDArray[np.int64], settings: Select
-) -> Shares:
-    """How to find each pair's share in its language's gradient."""
-    if settings.language_gradient == "mean":
-        by_language = np.array([mean_shares(int(count))[0] for count in counts])
+def pair_shares(index: NDArray[np.int64], settings: Select) -> Float64Array:
+    """Each pair's share in its language's gradient, (N,); `index` (N,) is the language of each pair, by id."""
+    shares = np.empty(len(index))
+    for language, count in enumerate(np.bincount(index).tolist()):
+        shares[index == language] = (
+            mean_shares(count)
+            if settings.language_gradient == "mean"
+            else moving_average_shares(count, settings.ema_decay, settings.ema_batch_size, settings.seed)
+        )
+    return shares
+
+
+def _shares(pairs: pa.Table, layout: Layout, index: NDArray[np.int64], settings: Select) -> Shares:
+    """How a task finds the shares of the pairs that it reads."""
+    shares = pair_shares(index, settings)
+    if settings.language_gradient == "mean":  # the same for all pairs of a language: no need to look for each
+        by_language = np.zeros(len(layout.languages))
+        by_language[index] = shares
         return lambda batch: by_language[layout.rows_of(batch)]
     import ray
 
-    shares = np.empty(len(pairs))
-    for language, count in enumerate(counts):
-        shares[index == language] = moving_average_shares(
-            int(count), settings.ema_decay, settings.ema_batch_size, settings.seed
-        )
     known = ray.put((pairs["pair_id"].combine_chunks(), shares))
 
-    def look_up(batch: pa.Table) -> Float64Array:
+    def look_up(batch: Rows) -> Float64Array:
         ids, values = ray.get(known)
         return np.asarray(values[pc.index_in(batch["pair_id"], value_set=ids).to_numpy()])
 
     return look_up
 
 
-def score_of(settings: Select, pairs: pa.Table, found: Agreement, reward_gap: Float64Array | None) -> Float64Array:
+def score_of(settings: Select, pairs: pa.Table, found: Agreement, gap: Float64Array | None) -> Float64Array:
     """The numbers (N,) that the keep rule goes by, higher is better; `pairs` as in `keep`.
 
     Raises RunDirectoryError where the strategy needs the judge's scores and there are none.
@@ -194,9 +208,9 @@ def score_of(settings: Select, pairs: pa.Table, found: Agreement, reward_gap: Fl
             lengths = [pairs[name].to_numpy().astype(np.float64) for name in ("chosen_tokens", "rejected_tokens")]
             return -np.abs(lengths[0] - lengths[1]) / (lengths[0] + lengths[1])
         case "reward_gap":
-            if reward_gap is None:
+            if gap is None:
                 raise RunDirectoryError("select.strategy 'reward_gap' needs pairs with a judge's scores")
-            return reward_gap
+            return gap
         case "no_surgery":
             return found.cosine
     return np.asarray(getattr(found, settings.score))
@@ -210,8 +224,12 @@ def _reward_gap(context: Context, pairs: pa.Table) -> Float64Array | None:
     if context.recipe.select.strategy != "reward_gap" or not set(names) <= set(schema.names):
         return None
     table = source.read_table(["pair_id", *names])
-    table = table.take(pc.index_in(pairs["pair_id"], value_set=table["pair_id"].combine_chunks()))
-    return (table["chosen_score"].to_numpy() - table["rejected_score"].to_numpy()).astype(np.float64)
+    return reward_gap(table.take(pc.index_in(pairs["pair_id"], value_set=table["pair_id"].combine_chunks())))
+
+
+def reward_gap(pairs: pa.Table) -> Float64Array:
+    """The difference of the judge's scores, (N,)."""
+    return (pairs["chosen_score"].to_numpy() - pairs["rejected_score"].to_numpy()).astype(np.float64)
 
 
 def _agreement_columns(found: Agreement) -> list[pa.Array]:

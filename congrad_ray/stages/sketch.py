@@ -38,7 +38,7 @@ def run(context: Context) -> Outcome:
     # A model that is not there, or cannot chat, should be told before actors start.
     tokenizer = source.load_tokenizer()
     pairs = context.input("pairs")
-    schema = pq.read_schema(pairs.parts()[0], filesystem=pairs.filesystem)
+    schema = pq.read_schema(pairs.files(".parquet")[0], filesystem=pairs.filesystem)
     if schema.field("prompt").type == MESSAGES:
         chat_prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
     threads = context.profile.threads or max(1, int(pool.cpus))
@@ -134,6 +134,7 @@ def _sum_languages(
     batches: Any = dataset.iter_batches(batch_format="pyarrow", batch_size=_PAIRS_PER_TASK)
     for rows in ActorPool(actors).map_unordered(lambda actor, batch: actor.add.remote(batch), batches):
         progress.add(rows)
+        context.progressed()
     sums: LayerVectors = {}
     counts = np.zeros(len(languages))
     for actor in actors:

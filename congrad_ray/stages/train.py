@@ -152,6 +152,7 @@ def _progress(context: Context, total_steps: int, every_seconds: float = 5.0) ->
         if seen == 0.0:
             _warn_of_reference_gap(rows, context)
         seen = rows[-1]["step"]
+        context.progressed()
         context.log(_line(rows[-1], total_steps))
 
     def watch() -> None:

@@ -55,11 +55,10 @@ def prepare(protocol: Protocol, seed: int, variant: str, profile: Profile, root:
 
 
 def prepare_exact(
-    protocol: Protocol, seed: int, variant: str, profile: Profile, root: Path, log: Log
+    prepared: RunDirectory, recipe: Recipe, profile: Profile, log: Log
 ) -> tuple[RunDirectory, Recipe]:
-    """The pairs that `prepare` gives, with exact gradients in the place of sketches, and the recipe of those."""
-    sketched = Path(prepare(protocol, seed, variant, profile, root, log).path)
-    recipe = recipe_of(protocol, seed, variant, log)
+    """The pairs of `prepared` with exact gradients in the place of sketches, and the recipe of those."""
+    sketched = Path(prepared.path)
     exact = recipe.sketch.model_copy(update={"method": "exact", "groups": 1})
     recipe = recipe.model_copy(update={"sketch": exact})
     folder = sketched.with_name(f"{sketched.name}-exact")
@@ -69,17 +68,17 @@ def prepare_exact(
     return run, recipe
 
 
-def iterate(protocol: Protocol, cell: Cell, profile: Profile, root: Path, log: Log) -> RunDirectory:
+def iterate(
+    protocol: Protocol, cell: Cell, prepared: RunDirectory, recipe: Recipe, profile: Profile, log: Log
+) -> RunDirectory:
     """The run directory of a cell of several iterations: the pipeline itself, stage by stage, without evaluation.
 
-    The first iteration starts from what `prepare` gives. Raises ValueError for what the pipeline cannot do: a
-    strategy that knows the truth, a variant that leaves out pairs.
+    The first iteration starts from what `prepare` gave, with `recipe_of` its seed and variant. Raises ValueError
+    for what the pipeline cannot do: a strategy that knows the truth, a variant that leaves out pairs.
     """
     strategy, variant = protocol.strategies[cell.strategy], protocol.variants[cell.variant]
     if isinstance(strategy, str) or variant.pairs:
         raise ValueError(f"{cell.strategy} in {cell.variant} cannot have {cell.iterations} iterations")
-    source = Path(prepare(protocol, cell.seed, cell.variant, profile, root, log).path)
-    recipe = recipe_of(protocol, cell.seed, cell.variant, log)
     # A trial trains in one process, the pipeline with all workers of the profile: their batch is the same.
     share = max(1, recipe.train.batch_size // profile.trainers.num_workers)
     micro = min(recipe.train.micro_batch_size, share)
@@ -91,7 +90,8 @@ def iterate(protocol: Protocol, cell: Cell, profile: Profile, root: Path, log: L
             "train": recipe.train.model_copy(update=training),
         }
     )
-    folder = root / f"seed-{cell.seed}-{cell.variant}-{cell.strategy}-{cell.keep:g}-{cell.learning_rate:g}"
+    source = Path(prepared.path)
+    folder = source.with_name(f"{source.name}-{cell.strategy}-{cell.keep:g}-{cell.learning_rate:g}")
     _share(source, folder, (*_SHARED_PAIRS, "iteration-0/sketches"))
     run = RunDirectory.open(folder)
     for iteration in range(cell.iterations):

@@ -10,6 +10,7 @@ from typing import Any
 
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe, Select
+from congrad_ray.rundir import RunDirectory
 from congrad_ray.stages.base import Log
 from congrad_ray.study.analysis import cut_torn_line, read_results, result_key
 from congrad_ray.study.preparation import iterate, prepare, prepare_exact, recipe_of
@@ -49,18 +50,20 @@ def run_cells(
     from congrad_ray.study.trial import Trials
 
     missing = [cell for cell in wanted if not results.has(cell)]
+    starts = [Cell(seed, "", START, 1.0, 0.0) for seed in dict.fromkeys(cell.seed for cell in wanted)]
+    tasks = [start for start in starts if not results.has(start)] + missing
     log(f"{len(wanted)} cells, {len(missing)} of them to be run")
-    if not missing:
+    if not tasks:
         return
     places = dict.fromkeys((cell.seed, cell.variant) for cell in missing)
-    folders = {place: str(prepare(protocol, *place, profile, root, log).path) for place in places}
-    several = [cell for cell in missing if cell.iterations > 1]
-    iterated = {cell: str(iterate(protocol, cell, profile, root, log).path) for cell in several}
-    recipes = {place: recipe_of(protocol, *place, log) for place in folders}
-    diagnose(protocol, recipes, folders, results)
-    seeds = dict.fromkeys(cell.seed for cell in wanted)
-    starts = [Cell(seed, "", START, 1.0, 0.0) for seed in seeds]
-    tasks = [start for start in starts if not results.has(start)] + missing
+    runs = {place: prepare(protocol, *place, profile, root, log) for place in places}
+    recipes = {place: recipe_of(protocol, *place, log) for place in places}
+    diagnose(protocol, recipes, runs, results)
+    iterated: dict[Cell, RunDirectory] = {}
+    for cell in missing:
+        if cell.iterations > 1:
+            place = (cell.seed, cell.variant)
+            iterated[cell] = iterate(protocol, cell, runs[place], recipes[place], profile, log)
     actors: list[Any] = [ray.remote(Trials).options(num_cpus=1).remote(protocol) for _ in range(workers)]
     pool = ActorPool(actors)
 
@@ -68,9 +71,9 @@ def run_cells(
         if cell.strategy == START:
             return actor.start.remote(cell.seed)
         if cell in iterated:
-            return actor.iterated.remote(cell, iterated[cell])
+            return actor.iterated.remote(cell, iterated[cell].path)
         place = (cell.seed, cell.variant)
-        return actor.run.remote(cell, recipes[place], folders[place])
+        return actor.run.remote(cell, recipes[place], runs[place].path)
 
     began = time.monotonic()
     for number, row in enumerate(pool.map_unordered(submit, tasks), 1):
@@ -88,7 +91,7 @@ def run_cells(
 def diagnose(
     protocol: Protocol,
     recipes: dict[tuple[int, str], Recipe],
-    folders: dict[tuple[int, str], str],
+    runs: dict[tuple[int, str], RunDirectory],
     results: Results,
 ) -> None:
     """What can be said of every strategy's selection without training, at all keep ratios of the protocol."""
@@ -101,7 +104,7 @@ def diagnose(
             for keep in [1.0] if strategy == EVERYTHING else keeps:
                 cell = Cell(seed, variant, strategy, keep, 0.0)
                 if not results.has(cell, "selection"):
-                    results.add(trials.selection_row(cell, recipe, folders[seed, variant]))
+                    results.add(trials.selection_row(cell, recipe, runs[seed, variant].path))
 
 
 def check_with_exact(protocol: Protocol, profile: Profile, root: Path, results: Results, log: Log) -> None:
@@ -118,14 +121,14 @@ def check_with_exact(protocol: Protocol, profile: Profile, root: Path, results: 
     }
     for seed in protocol.exact.seeds:
         for variant in protocol.exact.variants:
-            run, recipe = prepare_exact(protocol, seed, variant, profile, root, log)
+            run = prepare(protocol, seed, variant, profile, root, log)
+            recipe = recipe_of(protocol, seed, variant, log)
+            exact_run, exact_recipe = prepare_exact(run, recipe, profile, log)
             most = protocol.variants[variant].pairs
-            exact = prepared(run, most)
-            sketched = prepared(prepare(protocol, seed, variant, profile, root, log), most)
+            sketched, exact = prepared(run, most), prepared(exact_run, most)
             for name, strategy in directed.items():
                 row = against_exact(
-                    select(sketched, recipe_of(protocol, seed, variant, log), strategy, keep),
-                    select(exact, recipe, strategy, keep),
+                    select(sketched, recipe, strategy, keep), select(exact, exact_recipe, strategy, keep)
                 )
                 results.add(
                     {"kind": "exact", "seed": seed, "variant": variant, "strategy": name, "keep": keep, **row}

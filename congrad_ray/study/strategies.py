@@ -14,8 +14,16 @@ from numpy.typing import NDArray
 from congrad_ray.gradient.audit import rank_correlation
 from congrad_ray.recipe import Recipe, Select
 from congrad_ray.rundir import RunDirectory
-from congrad_ray.stages.reducer import Layout, products_of, sums_of
-from congrad_ray.stages.select import keep, score_of, surgery_of
+from congrad_ray.stages.reducer import Layout, gram_matrices, products_of, sums_of
+from congrad_ray.stages.select import (
+    included,
+    keep,
+    language_weights,
+    pair_shares,
+    reward_gap,
+    score_of,
+    surgery_of,
+)
 from congrad_ray.study.protocol import Oracle
 from congrad_ray.surgery.directions import Float64Array
 from congrad_ray.surgery.scores import (
@@ -84,12 +92,16 @@ def select(data: Prepared, recipe: Recipe, strategy: Select | Oracle, keep_fract
     settings = strategy.model_copy(update={"keep": keep_fraction})
     languages = tuple(sorted(pc.unique(data.pairs["language"]).to_pylist()))
     layout = Layout.of(recipe.sketch, languages)
-    rows = layout.rows_of(data.pairs)
-    shares = 1.0 / np.bincount(rows)[rows]
+    index = layout.rows_of(data.pairs)
+    shares = pair_shares(index, settings)
     gradients = sums_of(data.pairs, layout, shares).astype(np.float32)
-    wide = gradients.astype(np.float64)
     surgery = surgery_of(settings)
-    direction = make_direction(np.einsum("kbi,lbi->bkl", wide, wide), surgery)
+    direction = make_direction(
+        gram_matrices(gradients),
+        surgery,
+        language_weights(settings, languages),
+        included(settings, languages, index),
+    )
     found = agreement(products_of(data.pairs, layout, gradients, shares), direction, surgery.leave_out)
     scores = score_of(settings, data.pairs, found, reward_gap(data.pairs))
     return Selection(
@@ -110,11 +122,6 @@ def against_exact(sketched: Selection, exact: Selection) -> dict[str, float]:
         "kept_in_common": float(common),
         "error": float(np.sqrt(np.mean((sketched.cosines - exact.cosines) ** 2))),
     }
-
-
-def reward_gap(pairs: pa.Table) -> Float64Array:
-    """The difference of the judge's scores, (N,)."""
-    return (pairs["chosen_score"].to_numpy() - pairs["rejected_score"].to_numpy()).astype(np.float64)
 
 
 def facts(data: Prepared, selection: Selection, biased: frozenset[str], ranked: bool) -> dict[str, Any]:

@@ -69,5 +69,7 @@ def _ranked(scores: Float64Array, ids: Sequence[str]) -> NDArray[np.int64]:
     bad = np.flatnonzero(~np.isfinite(scores)).tolist()
     if bad:
         named = ", ".join(f"{ids[row]} ({scores[row]})" for row in bad[:10])
-        raise ValueError(f"{len(bad)} scores are not finite: {named}; look for NaN in these pairs' sketches")
+        raise ValueError(
+            f"{len(bad)} scores are not finite: {named}; look for NaN in these pairs' sketches or scores"
+        )
     return np.lexsort((names, -scores))

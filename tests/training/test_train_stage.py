@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from congrad_ray.models import ModelSource
+from congrad_ray.models import ModelSource, policy
 from congrad_ray.preference.batching import collate_pairs
 from congrad_ray.preference.logprobs import completion_logprobs
 from congrad_ray.preference.loss import dpo_loss
@@ -354,3 +354,34 @@ def test_a_run_directory_that_is_not_local(
     assert (folder / "tokenizer.json").exists()
     assert list((folder / "tensorboard").iterdir())
     assert not (folder / "ray_train").exists()
+
+
+@pytest.mark.slow
+def test_a_policy_on_an_object_store_is_the_one_on_a_local_path(
+    tmp_path: Path,
+    tiny_model: Path,
+    make_selection: Any,
+    ray_cluster: None,
+    store_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CONGRAD_RAY_CACHE", str(tmp_path / "cache"))
+    # Workers of a Ray that was started before have no keys in their environment.
+    runs = [
+        RunDirectory.open(place) for place in (tmp_path / "run", store_uri.replace("s3://", "s3://key:secret@"))
+    ]
+    recipe = recipe_of(tiny_model, save_steps=2)
+    outcomes = []
+    for run in runs:
+        make_selection(run, 16)
+        outcomes.append(train_in(run, recipe))
+        run.stage("policy", 0).commit("train", 0, "f", None, {}, outcomes[-1].rows, 0.0, {})
+    local, store = (policy(recipe, run, 1) for run in runs)
+    assert largest_difference(weights_of(local.local_path()), weights_of(store.local_path())) < 1e-6
+    assert store.local_path().startswith(str(tmp_path / "cache"))
+    assert store.load_tokenizer().chat_template == local.load_tokenizer().chat_template
+    folder = runs[1].stage("policy", 0)
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4]
+    names = {path.removeprefix(f"{folder.path}/").split("/")[0] for path in folder.files(recursive=True)}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "tensorboard"} <= names
+    assert "ray_train" not in names and not any(name.endswith((".bin", ".pt")) for name in names)

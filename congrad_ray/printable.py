@@ -1,0 +1,33 @@
+"""Text that others wrote, as it may stand in a message, a log line or a table on a terminal."""
+
+from __future__ import annotations
+
+import reprlib
+
+_LONGEST = 200
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _LONGEST
+_repr.maxlevel = 4
+
+
+def printable(text: object, lines: bool = False) -> str:
+    """The text with escapes (\\x1b) for what a terminal could act on, what nobody sees, and what is no Unicode.
+
+    That is control and formatting characters, those that turn the direction of writing among them, and lone
+    surrogates. With `lines` line ends and tabs stay.
+    """
+    return "".join(
+        c if c.isprintable() or (lines and c in "\n\t") else c.encode("unicode_escape").decode() for c in str(text)
+    )
+
+
+def brief(text: object) -> str:
+    """`printable`, cut after 200 characters."""
+    whole = str(text)
+    return printable(whole[:_LONGEST]) + ("..." if len(whole) > _LONGEST else "")
+
+
+def shown(value: object) -> str:
+    """A value of any type in Python's notation, cut in length and depth."""
+    return brief(_repr.repr(value))

@@ -1,0 +1,63 @@
+"""Rows from one table to the next: what fails, what comes twice."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from congrad_ray.profile import Profile
+from congrad_ray.recipe import Recipe
+from congrad_ray.rundir import RunDirectory, RunDirectoryError
+from congrad_ray.session import connect
+from congrad_ray.settings import validate
+from congrad_ray.stages.base import Context
+from congrad_ray.stages.rows import FAILURE, FAILURE_FIELD, failure, outcome_of, write_rows
+from congrad_ray.tables import quarantined
+
+SCHEMA = pa.schema([("id", pa.string()), ("language", pa.string())])
+
+
+def context_in(folder: Path, failed_share: float) -> Context:
+    values = {"name": "t", "prompts": {"languages": ["en"]}, "limits": {"failed_share": failed_share}}
+    run = RunDirectory.open(folder)
+    return Context(validate(Recipe, values, "t"), Profile(name="t"), run, 0, run.stage("rows", 0))
+
+
+@pytest.mark.parametrize("failed_share", [0.5, 0.1])
+def test_too_many_failed_rows_stop_a_stage_with_their_reasons(tmp_path: Path, failed_share: float) -> None:
+    import ray
+
+    connect(Profile(name="test"), 2)
+    context = context_in(tmp_path, failed_share)
+    rows = [
+        {"id": str(n), "language": "en", FAILURE: failure("too_odd", f"{n} is odd") if n < 20 else None}
+        for n in range(100)
+    ]
+    table = pa.Table.from_pylist(rows, schema=pa.schema([*SCHEMA, FAILURE_FIELD]))
+    if failed_share == 0.5:
+        write_rows(ray.data.from_arrow(table), context, SCHEMA, "id", 100, 10)
+        assert outcome_of(context.output, "id").rows == 80
+        return
+    with pytest.raises(RunDirectoryError) as error:
+        write_rows(ray.data.from_arrow(table), context, SCHEMA, "id", 100, 10)
+    assert "limits.failed_share (0.1)" in str(error.value)
+    assert re.search(r"too_odd: 20 rows, such as: \d+ is odd", str(error.value))
+
+
+def test_rows_that_come_twice_are_kept_once_and_good_ones_leave_quarantine(tmp_path: Path) -> None:
+    output = context_in(tmp_path, 1.0).output
+
+    def part(*ids: str) -> pa.Table:
+        return pa.table({"id": list(ids), "language": ["en"] * len(ids)}, schema=SCHEMA)
+
+    for name, table in (("a", part("1", "2")), ("b", part("2", "3")), ("c", part("3"))):
+        output.write_table(f"part-{name}.parquet", table)
+    for name, ids in (("a", ["3", "4"]), ("b", ["4"])):
+        output.write_quarantine([quarantined(i, "en", "odd", "is odd") for i in ids], f"part-{name}.parquet")
+    outcome = outcome_of(output, "id")
+    assert outcome.rows == 3 and outcome.counters["quarantined"] == {"odd": 1}
+    assert sorted(output.read_table(["id"])["id"].to_pylist()) == ["1", "2", "3"]
+    assert (output / "quarantine").read_table(["row_id"])["row_id"].to_pylist() == ["4"]
