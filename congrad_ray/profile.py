@@ -58,6 +58,44 @@ class Workers(Settings):
     max_failures: int = Field(2, ge=0, description="restarts from the last checkpoint before giving up")
 
 
+class NodeType(Settings):
+    """Nodes of one kind. On an autoscaling cluster there are `min_nodes` to `max_nodes` of them."""
+
+    name: str = Field(min_length=1, description="of the node group, such as gpu")
+    instances: list[str] = Field(
+        default_factory=list, description="the cloud's instance types that will do, the preferred one first"
+    )
+    cpus: float = Field(ge=0, description="CPUs that Ray may use on one node; 0 on a head that only coordinates")
+    memory_gib: float = Field(gt=0, description="GiB of memory of one node")
+    gpus: int = Field(0, ge=0, description="GPUs of one node")
+    gpu_memory_gib: float | None = Field(None, gt=0, description="GiB of memory of one GPU")
+    gpu_teraflops: float | None = Field(None, gt=0, description="dense bfloat16 TFLOP/s of one GPU by its maker")
+    min_nodes: int = Field(0, ge=0)
+    max_nodes: Positive = 1
+    spot: bool = Field(False, description="cheaper nodes that the cloud may take back at any time")
+    price_per_hour: float | None = Field(None, ge=0, description="US dollars for one node, as you pay them")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_nodes > self.max_nodes:
+            raise ValueError(f"min_nodes ({self.min_nodes}) exceeds max_nodes ({self.max_nodes})")
+        if self.gpus and self.gpu_memory_gib is None:
+            raise ValueError("nodes with gpus need gpu_memory_gib")
+        return self
+
+
+class Cluster(Settings):
+    """The cluster that launcher files and manifests are rendered from, and that a plan reckons with."""
+
+    provider: Literal["aws", "gcp", "kubernetes"]
+    region: str | None = Field(None, description="aws: us-west-2; gcp: us-central1")
+    zones: list[str] = Field(default_factory=list, description="availability zones that may be used")
+    image: str = Field(min_length=1, description="the container image, built from cluster/Dockerfile")
+    idle_timeout_minutes: float = Field(5.0, gt=0, description="an idle node is given back after this")
+    head: NodeType
+    workers: list[NodeType] = Field(min_length=1)
+
+
 class Profile(Settings):
     """Where a whole run runs."""
 
@@ -77,6 +115,7 @@ class Profile(Settings):
     engines: Engines = Engines()
     sketchers: Pool = Pool()
     trainers: Workers = Workers()
+    cluster: Cluster | None = Field(None, description="null: one machine, or a cluster that is there already")
 
     @model_validator(mode="after")
     def _device(self) -> Self:
