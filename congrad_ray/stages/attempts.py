@@ -95,6 +95,6 @@ def killed_worker() -> dict[str, str]:
     deaths = _DEATHS_TOGETHER + _DEATHS_ALONE
     return failure(
         "killed_worker",
-        f"the process that worked on it died {deaths} times, {_DEATHS_ALONE} of them at nothing but this row; what it "
-        "said is in the logs of its node, by default in /tmp/ray/session_latest/logs",
+        f"the process at work on it died {deaths} times, {_DEATHS_ALONE} of them at nothing but this row; what "
+        "it said is in the logs of its node, by default in /tmp/ray/session_latest/logs",
     )

@@ -98,7 +98,7 @@ def write_rows(
         rows = batch.to_pylist()
         failed = [row for row in rows if row.get(FAILURE)]
         good = [row for row in rows if not row.get(FAILURE)]
-        # By its rows: a write that is tried again replaces its first try, and files come in the same order in every
+        # By its rows: a write that is tried again replaces its first try, and files have the same order in every
         # run, which fixes the last bits of sums over them.
         name = f"part-{row_id(*(row[id_column] for row in rows))}.parquet"
         output.write_quarantine(
