@@ -1,0 +1,111 @@
+"""A Ray cluster of several nodes on this machine, whose processes can be found and killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+WORKER_NODES = 2
+# The head runs some of Ray Data's tasks; one worker node alone could hold the actors of any stage.
+HEAD_CPUS = 1
+NODE_CPUS = 2
+_OBJECT_STORE = 150 * 2**20
+
+
+class LocalCluster:
+    """One head and several worker nodes: real raylets, each with its own workers and object store."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": HEAD_CPUS,
+                "object_store_memory": _OBJECT_STORE,
+                "include_dashboard": False,
+            },
+        )
+        for _ in range(WORKER_NODES):
+            self.add_node()
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def add_node(self) -> None:
+        self._cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=_OBJECT_STORE)
+
+    def worker_nodes(self) -> list[Any]:
+        return sorted(self._cluster.worker_nodes, key=lambda node: _raylet(node).pid)
+
+    def kill_node(self, node: Any) -> None:
+        """As a machine that loses its power: the raylet and all its workers at once, no goodbye to anybody."""
+        for process in [_raylet(node), *workers(node)]:
+            kill(process)
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def nodes(self) -> list[Any]:
+        return list(self._cluster.list_all_nodes())
+
+    def task_events(self) -> list[Any]:
+        """What the cluster knows of every attempt of every task (protocol buffers of Ray's `TaskEvents`)."""
+        return list(self._cluster.global_state._get_all_task_events())
+
+    def shutdown(self) -> None:
+        started = [process for node in self.nodes() for process in [_raylet(node), *workers(node)]]
+        self._cluster.shutdown()
+        for process in started:
+            kill(process)
+
+
+@contextmanager
+def local_cluster() -> Iterator[LocalCluster]:
+    """A cluster of its own under a folder of its own: other Rays on this machine neither see nor mind it."""
+    # Ray's sockets lie there, and the path of a socket may have 107 characters.
+    folder = tempfile.mkdtemp(prefix="faults-")
+    before = os.environ.get("RAY_TMPDIR")
+    os.environ["RAY_TMPDIR"] = folder
+    cluster = None
+    try:
+        cluster = LocalCluster()
+        yield cluster
+    finally:
+        if cluster is not None:
+            cluster.shutdown()
+        if before is None:
+            del os.environ["RAY_TMPDIR"]
+        else:
+            os.environ["RAY_TMPDIR"] = before
+        shutil.rmtree(Path(folder), ignore_errors=True)
+
+
+def workers(node: Any) -> list[psutil.Process]:
+    """The worker processes of a node, its agents among them."""
+    try:
+        return _raylet(node).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(process: psutil.Process) -> bool:
+    """SIGKILL; False where the process is gone already. psutil sees to it that it is no later one of its pid."""
+    try:
+        process.send_signal(signal.SIGKILL)
+        return True
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _raylet(node: Any) -> psutil.Process:
+    from ray._private.ray_constants import PROCESS_TYPE_RAYLET
+
+    return psutil.Process(node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid)
