@@ -50,6 +50,7 @@ def main() -> int:
         try:
             _undisturbed(run)
             _rounds(run, given.kills)
+            _repeated(run)
         except GaveUp as error:
             print(f"the command keeps failing:\n{error}", file=sys.stderr)
             results.add("gave up", lines=str(error).splitlines())
@@ -59,10 +60,14 @@ def main() -> int:
 
 
 def _undisturbed(run: FaultRun) -> None:
-    """The run to compare with, and a second one: what two undisturbed runs differ in is no kill's doing."""
+    """The run to compare with."""
     if not run.results.of("done", round=UNDISTURBED):
         shutil.rmtree(run.undisturbed, ignore_errors=True)  # its time and its batches are counted from the start
         run.run_phase(WHOLE, UNDISTURBED, kills=0)
+
+
+def _repeated(run: FaultRun) -> None:
+    """Another undisturbed run: what it differs in from the first is no kill's doing."""
     for phase in (SAMPLING, REST):
         if not run.results.of("done", round=REPEATED, phase=phase.name):
             run.run_phase(phase, REPEATED, kills=0)
@@ -95,6 +100,8 @@ def _set_up() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Some virtual machines announce AMX and then trap on it, in any bfloat16 product.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    # Ray's workers step back behind everything else on the machine, which on a busy one starves them.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
     # Of a killed process nothing is known that it had not told yet.
     os.environ["RAY_task_events_report_interval_ms"] = "100"  # noqa: SIM112 - Ray's own spelling
 

@@ -18,6 +18,7 @@ WORKER_NODES = 2
 HEAD_CPUS = 1
 NODE_CPUS = 2
 _OBJECT_STORE = 150 * 2**20
+_STARTED_AFTER = 180.0  # seconds; a busy machine is slow
 
 
 class LocalCluster:
@@ -36,13 +37,15 @@ class LocalCluster:
         )
         for _ in range(WORKER_NODES):
             self.add_node()
+        self._cluster.wait_for_nodes(timeout=_STARTED_AFTER)
 
     @property
     def address(self) -> str:
         return str(self._cluster.address)
 
     def add_node(self) -> None:
-        self._cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=_OBJECT_STORE)
+        """Starts a worker node; it joins in its own time, as the replacement of a lost machine does."""
+        self._cluster.add_node(wait=False, num_cpus=NODE_CPUS, object_store_memory=_OBJECT_STORE)
 
     def worker_nodes(self) -> list[Any]:
         return sorted(self._cluster.worker_nodes, key=lambda node: _raylet(node).pid)

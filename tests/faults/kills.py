@@ -36,8 +36,8 @@ _TITLES: dict[Kind, re.Pattern[str]] = {
     "data worker": re.compile(r"ray::(?!MapWorker)(ListFiles|FooterReader|Read\w+|FromItems|\w+\()"),
 }
 _ACTORS: tuple[Kind, ...] = ("engine actor", "gradient actor", "training rank")
-# Of an actor that is past its constructor and at work.
-_AT_WORK = re.compile(r"\.submit|ray::RayTrainWorker\.(?!__init__)")
+# An engine or gradient actor that is past its constructor and has had a batch.
+_AT_WORK = re.compile(r"ray::MapWorker\(.*\.submit")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def titled(cluster: LocalCluster) -> Iterator[tuple[Any, psutil.Process, str]]:
 
 
 def at_work(cluster: LocalCluster) -> bool:
-    """Whether an engine, a gradient actor or a training rank is past starting."""
+    """Whether an engine or a gradient actor is past its start."""
     return any(_AT_WORK.search(title) for _, _, title in titled(cluster))
 
 
