@@ -42,9 +42,10 @@ def main() -> int:
     given = options.parse_args()
     folder = given.run.resolve()
     results = Results(given.results.resolve() if given.results else folder / "results.jsonl")
-    _set_up()
+    _set_environment()
     failed = False
     with local_cluster() as cluster:
+        _end_in_order()
         recipe = Recipe.make(folder, cluster.address)
         run = FaultRun(folder, cluster, recipe, results, given.seed)
         try:
@@ -94,8 +95,8 @@ def _begun(run: FaultRun, round_: str) -> bool:
     return any(path.is_dir() for path in run.folder.glob(f"{round_}-*"))
 
 
-def _set_up() -> None:
-    """The environment of the cluster and of all commands; Ctrl-C and SIGTERM end the fault run in order."""
+def _set_environment() -> None:
+    """The environment of the cluster and of all commands."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Some virtual machines announce AMX and then trap on it, in any bfloat16 product.
@@ -105,10 +106,14 @@ def _set_up() -> None:
     # Of a killed process nothing is known that it had not told yet.
     os.environ["RAY_task_events_report_interval_ms"] = "100"  # noqa: SIM112 - Ray's own spelling
 
+
+def _end_in_order() -> None:
+    """Ctrl-C and SIGTERM unwind all that was begun; to be called when Ray has put handlers of its own there."""
+
     def end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, end)  # a shell lets its background processes ignore it
+    signal.signal(signal.SIGINT, end)  # which a shell's background processes would ignore
     signal.signal(signal.SIGTERM, end)
 
 

@@ -48,11 +48,11 @@ class LocalCluster:
         self._cluster.add_node(wait=False, num_cpus=NODE_CPUS, object_store_memory=_OBJECT_STORE)
 
     def worker_nodes(self) -> list[Any]:
-        return sorted(self._cluster.worker_nodes, key=lambda node: _raylet(node).pid)
+        return sorted(self._cluster.worker_nodes, key=_raylet)
 
     def kill_node(self, node: Any) -> None:
         """As a machine that loses its power: the raylet and all its workers at once, no goodbye to anybody."""
-        for process in [_raylet(node), *workers(node)]:
+        for process in [psutil.Process(_raylet(node)), *workers(node)]:
             kill(process)
         self._cluster.remove_node(node, allow_graceful=False)
 
@@ -64,10 +64,7 @@ class LocalCluster:
         return list(self._cluster.global_state._get_all_task_events())
 
     def shutdown(self) -> None:
-        started = [process for node in self.nodes() for process in [_raylet(node), *workers(node)]]
         self._cluster.shutdown()
-        for process in started:
-            kill(process)
 
 
 @contextmanager
@@ -82,19 +79,35 @@ def local_cluster() -> Iterator[LocalCluster]:
         cluster = LocalCluster()
         yield cluster
     finally:
-        if cluster is not None:
-            cluster.shutdown()
-        if before is None:
-            del os.environ["RAY_TMPDIR"]
-        else:
-            os.environ["RAY_TMPDIR"] = before
-        shutil.rmtree(Path(folder), ignore_errors=True)
+        try:
+            if cluster is not None:
+                cluster.shutdown()
+        finally:
+            for process in left_over(folder):
+                kill(process)
+            if before is None:
+                del os.environ["RAY_TMPDIR"]
+            else:
+                os.environ["RAY_TMPDIR"] = before
+            shutil.rmtree(Path(folder), ignore_errors=True)
+
+
+def left_over(folder: str) -> list[psutil.Process]:
+    """Whatever was started in the environment of the cluster in `folder`, also what its parent has lost."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get("RAY_TMPDIR") == folder:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
 
 
 def workers(node: Any) -> list[psutil.Process]:
     """The worker processes of a node, its agents among them."""
     try:
-        return _raylet(node).children(recursive=True)
+        return psutil.Process(_raylet(node)).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 
@@ -108,7 +121,8 @@ def kill(process: psutil.Process) -> bool:
         return False
 
 
-def _raylet(node: Any) -> psutil.Process:
+def _raylet(node: Any) -> int:
+    """The process id of a node's raylet."""
     from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
-    return psutil.Process(node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid)
+    return int(node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid)

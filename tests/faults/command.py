@@ -35,7 +35,7 @@ SETTINGS = {
     "train.batch_size": 4,
     "train.micro_batch_size": 2,
     "train.save_steps": SAVE_STEPS,
-    "limits.stall_timeout_s": 300,
+    "limits.stall_timeout_s": 900,  # on a busy machine an engine takes minutes to start
 }
 # An engine computes one batch at a time, so that "the batch that a kill costs" means something. Ray Train counts
 # every killed worker as a failure; how many there will be is the harness's choice and no property of the cluster.
