@@ -56,6 +56,14 @@ class LocalCluster:
             kill(process)
         self._cluster.remove_node(node, allow_graceful=False)
 
+    def replace_dead_nodes(self) -> int:
+        """Brings new nodes for those that ended by themselves, as on a machine that stalls; says how many."""
+        dead = [node for node in self.worker_nodes() if not _is_alive(node)]
+        for node in dead:
+            self._cluster.remove_node(node, allow_graceful=False)
+            self.add_node()
+        return len(dead)
+
     def nodes(self) -> list[Any]:
         return list(self._cluster.list_all_nodes())
 
@@ -117,6 +125,13 @@ def kill(process: psutil.Process) -> bool:
     try:
         process.send_signal(signal.SIGKILL)
         return True
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _is_alive(node: Any) -> bool:
+    try:
+        return psutil.Process(_raylet(node)).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

@@ -248,12 +248,14 @@ class _Followed:
     def _start_again(self, code: int, stage: str | None) -> None:
         """After an end that no kill of the driver explains."""
         self._leave(stage)
+        if died := self._of.cluster.replace_dead_nodes():
+            self._of.results.add("nodes died", round=self._round, phase=self._phase.name, stage=stage, nodes=died)
         self._exits += 1
         lines = self._command.lines[-15:]
         kills = self._stages[stage].kills if stage else []
         self._of.results.add(
             "exit", round=self._round, phase=self._phase.name, stage=stage, code=code, kills=kills, lines=lines
         )
-        if self._exits > _MOST_EXITS:
+        if self._exits > _MOST_EXITS or self._round == UNDISTURBED:  # whose batches are what is needed
             raise GaveUp("\n".join(lines))
         self._command = Command(self._of.recipe, self._run, self._phase.until)
