@@ -11,6 +11,8 @@ import threading
 from congrad_ray.plan import Machine
 from congrad_ray.profile import Profile
 
+_FOOTER_ACTORS = "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"
+
 
 def connect(profile: Profile, cpus_needed: float) -> None:
     """Connects to the profile's address, the cluster of this job, or starts Ray here; does nothing if connected.
@@ -23,7 +25,11 @@ def connect(profile: Profile, cpus_needed: float) -> None:
     if not ray.is_initialized():
         on_sigterm = signal.getsignal(signal.SIGTERM)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # So many actors read the footers of Parquet files in every read of Ray Data's, and end with it: 32 by
+        # default, each a Python process that starts, which keeps a small machine busy for longer than the stage.
+        os.environ.setdefault(_FOOTER_ACTORS, "2")
         environment = {
+            _FOOTER_ACTORS: os.environ[_FOOTER_ACTORS],
             "VLLM_NO_USAGE_STATS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(profile.engines.kv_cache_gib))),
