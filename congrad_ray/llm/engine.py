@@ -379,4 +379,5 @@ def _engine_class(engine: type[Any], source: ModelSource, of_driver: Any) -> typ
                 elif verdict == "never":
                     yield {self.IDX_IN_BATCH_COLUMN: row[self.IDX_IN_BATCH_COLUMN], _ERROR: _KILLED}
 
+    Engine.__name__ = engine.__name__  # after which Ray names operator and actors
     return Engine
