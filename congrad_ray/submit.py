@@ -68,7 +68,7 @@ def _inside(path: Path, root: Path) -> str:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """A client of the job server, http://HEAD:8265. Raises SubmitError where none answers or the token is wrong."""
+    """A client of the job server, http://HEAD:8265. Raises SubmitError for no answer or a wrong token."""
     from ray.job_submission import JobSubmissionClient
 
     try:
