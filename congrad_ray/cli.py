@@ -24,6 +24,7 @@ from congrad_ray.rundir import RunDirectory, RunDirectoryError, without_keys
 from congrad_ray.settings import apply_overrides, settings_in, validate
 from congrad_ray.stages.base import Stage
 from congrad_ray.stopping import StageStopped
+from congrad_ray.submit import StillRunning
 
 app = typer.Typer(
     name="congrad",
@@ -35,6 +36,8 @@ app = typer.Typer(
     add_completion=False,
 )
 console = Console()
+
+WHOLE_RUN = "run"  # in place of a stage's name
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe YAML; see jobs/recipes/.")]
 RunUri = Annotated[
@@ -78,10 +81,11 @@ def run(
 
     if until is not None and until not in STAGES:
         raise RunDirectoryError(f"--until {until}: no such stage; stages are {', '.join(STAGES)}")
-    directory = RunDirectory.open(run)
+    where = load_profile(profile)
+    directory = RunDirectory.open(where.run_uri(run))
     loaded = load_recipe(recipe, set_ or [])
     before = time.monotonic()
-    run_all(loaded, load_profile(profile), directory, until, redo, _log)
+    run_all(loaded, where, directory, until, redo, _log)
     _show_run(directory, loaded)
     _log(f"all done in {time.monotonic() - before:.0f} s: {directory.path}")
 
@@ -93,11 +97,12 @@ def _perform(
     from congrad_ray.execution import run_stage
     from congrad_ray.pipeline import STAGES
 
-    directory = RunDirectory.open(run)
+    where = load_profile(profile)
+    directory = RunDirectory.open(where.run_uri(run))
     loaded = load_recipe(recipe, set_ or [])
     if iteration >= loaded.iterations:
         raise RunDirectoryError(f"--iteration {iteration}: the recipe has iterations 0..{loaded.iterations - 1}")
-    run_stage(STAGES[name], loaded, load_profile(profile), directory, iteration, redo, _log)
+    run_stage(STAGES[name], loaded, where, directory, iteration, redo, _log)
     _show_stage(directory, name, iteration)
 
 
@@ -258,9 +263,9 @@ def plan(recipe: RecipePath, profile: ProfileName = "local", set_: Overrides = N
 
 
 @app.command()
-def status(run: RunUri) -> None:
+def status(run: RunUri, profile: ProfileName = "local") -> None:
     """The stages of a run and how far each is."""
-    directory = RunDirectory.open(run)
+    directory = RunDirectory.open(load_profile(profile).run_uri(run))
     if not directory.exists("recipe.yaml"):
         raise RunDirectoryError(f"{without_keys(run)} holds no run: there is no recipe.yaml in it")
     where = f"{without_keys(run)}/recipe.yaml"
@@ -282,6 +287,113 @@ def doctor(
     console.print(table)
     if any(finding.mend for finding in findings):
         raise typer.Exit(1)
+
+
+def _of_iteration(stage: str, iteration: int | None) -> int | None:
+    """The iteration of a job of this stage; None for one without. Raises RunDirectoryError."""
+    from congrad_ray.pipeline import STAGES
+
+    if stage != WHOLE_RUN and stage not in STAGES:
+        raise RunDirectoryError(f"no such stage: {stage}; there are {', '.join(STAGES)}, and {WHOLE_RUN} for all")
+    if stage == WHOLE_RUN or not STAGES[stage].each_iteration:
+        if iteration is not None:
+            raise RunDirectoryError(f"--iteration {iteration}: {stage} is not done for each iteration")
+        return None
+    return iteration or 0
+
+
+@app.command()
+def render(
+    profile: Annotated[
+        str, typer.Argument(metavar="PROFILE", help="A profile with a section cluster: a YAML, or its name.")
+    ],
+    what: Annotated[
+        Literal["launcher", "raycluster", "rayjob"] | None,
+        typer.Option(
+            help="launcher: for `ray up`, on aws and gcp. raycluster: a KubeRay cluster that stays, for jobs. "
+            "rayjob: a job with a cluster of its own, gone when it ends. By itself: what the provider has."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="RECIPE", help="rayjob: the recipe YAML, which goes into the manifest.")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="URI", help="rayjob: the run directory, as of congrad run.")
+    ] = None,
+    stage: Annotated[
+        str, typer.Option(metavar="STAGE", help="rayjob: one stage, or run: all of them in order.")
+    ] = WHOLE_RUN,
+    iteration: Annotated[int | None, typer.Option(min=0, metavar="N", help="rayjob: of the stage.")] = None,
+    set_: Overrides = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Written there, not to the screen.")] = None,
+) -> None:
+    """Write the file that starts a cluster of a profile: Ray cluster launcher or KubeRay YAML.
+
+    congrad render aws-spot --out cluster/aws.yaml, then ray up cluster/aws.yaml;
+    congrad render kubernetes --what rayjob --recipe my.yaml --run mine, piped into kubectl apply -f -
+    """
+    from congrad_ray import render as rendering
+
+    where = load_profile(profile)
+    if what is None:
+        on_kubernetes = where.cluster is not None and where.cluster.provider == "kubernetes"
+        what = "raycluster" if on_kubernetes else "launcher"
+    command = f"congrad render {profile} --what {what}"
+    if what == "rayjob":
+        if recipe is None or run is None:
+            raise rendering.RenderError("--what rayjob needs --recipe RECIPE and --run URI")
+        iteration = _of_iteration(stage, iteration)
+        documents = rendering.ray_job(
+            where, load_recipe(recipe, set_ or []), run, None if stage == WHOLE_RUN else stage, iteration
+        )
+        command += f" --recipe {recipe} --run {without_keys(run)} --stage {stage}"
+        command += "" if iteration is None else f" --iteration {iteration}"
+    else:
+        documents = [rendering.launcher(where) if what == "launcher" else rendering.ray_cluster(where)]
+    text = rendering.to_text(documents, f"Made by: {command}\nChange the profile and make it again.")
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text, encoding="utf-8")
+        _log(f"written: {out}")
+
+
+@app.command()
+def submit(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage, or run: all of them in order.")],
+    recipe: RecipePath,
+    run: RunUri,
+    address: Annotated[
+        str, typer.Option(metavar="URL", help="The head's dashboard: http://HEAD:8265.")
+    ] = "http://127.0.0.1:8265",
+    profile: ProfileName = "local",
+    iteration: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Of the stage, from 0; by itself 0.")
+    ] = None,
+    set_: Overrides = None,
+    redo: Redo = False,
+) -> None:
+    """Run a stage as a job on a cluster that is there, and follow its log; the exit code is the job's.
+
+    The repository's folder is sent along, less what .rayignore names, so recipe and profile have to be in it. The
+    job itself holds no CPUs and runs on the head. Ctrl-C stops following, not the job.
+    """
+    from congrad_ray import submit as submission
+
+    number = _of_iteration(stage, iteration)
+    loaded, where = load_recipe(recipe, set_ or []), load_profile(profile)
+    if number is not None and number >= loaded.iterations:
+        raise RunDirectoryError(f"--iteration {number}: the recipe has iterations 0..{loaded.iterations - 1}")
+    run = where.shared_run_uri(run)
+    command = submission.entrypoint(stage, recipe, run, profile, number, set_ or [], redo)
+    client = submission.connect(address)
+    job = submission.send(client, command)
+    _log(f"job {job} on {address}: {without_keys(command)}")
+    try:
+        code = submission.follow(client, job, lambda text: typer.echo(printable(text, lines=True), nl=False))
+    except KeyboardInterrupt:
+        raise submission.StillRunning(f"\nThe job goes on. {submission.again(client, job)}") from None
+    raise typer.Exit(code)
 
 
 def _show_run(directory: RunDirectory, recipe: Recipe) -> None:
@@ -415,6 +527,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except StageStopped as error:
         typer.echo(f"error: {printable(error, lines=True)}", err=True)
         sys.exit(1)
+    except StillRunning as told:
+        typer.echo(printable(told, lines=True), err=True)
+        sys.exit(130)
     except BaseException as error:
         # A KeyboardInterrupt in the middle of Ray's own code may come out as another error.
         if stopped or (isinstance(error, SystemExit) and error.code == 130):

@@ -14,8 +14,34 @@ from congrad_ray.settings import Settings, SettingsError, apply_overrides, read_
 Positive = Annotated[int, Field(ge=1)]
 
 
-class Pool(Settings):
-    """An autoscaling pool of actors, all of one size."""
+def node_resource(name: str) -> str:
+    """The custom resource of Ray that nodes of this name in `cluster.workers` have, and no others."""
+    return f"nodes_{name}"
+
+
+class Placement(Settings):
+    """Where the actors or workers of a stage may be, beside the CPUs and GPUs that they hold."""
+
+    memory_gib: float | None = Field(
+        None, gt=0, description="GiB of memory of each: Ray places it by that, and does not enforce it"
+    )
+    nodes: str | None = Field(
+        None, description="only on nodes of this name in cluster.workers, such as those not on spot; null: on any"
+    )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory_gib` as Ray's `memory`."""
+        return None if self.memory_gib is None else round(self.memory_gib * 2**30)
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What each asks for of its nodes' custom resource, of which they have more than can be used."""
+        return {} if self.nodes is None else {node_resource(self.nodes): 0.001}
+
+
+class Pool(Placement):
+    """An autoscaling pool of actors of one size. It is there while its stage runs; between stages it is gone."""
 
     min_actors: Positive = 1
     max_actors: Positive = 1
@@ -33,6 +59,9 @@ class Engines(Pool):
     """The pool of vLLM engines that generate and judge."""
 
     tensor_parallel_size: Positive = Field(1, description="GPUs that share one engine")
+    placement: Literal["STRICT_PACK", "PACK"] = Field(
+        "STRICT_PACK", description="an engine's GPUs are on one node (STRICT_PACK), or on more where they must be"
+    )
     kv_cache_gib: float = Field(1.0, gt=0, description="GiB of KV cache per engine on a CPU")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     max_num_seqs: Positive = Field(256, description="sequences decoded at once by one engine")
@@ -49,7 +78,7 @@ class Engines(Pool):
         return self
 
 
-class Workers(Settings):
+class Workers(Placement):
     """The training workers of Ray Train, one process each."""
 
     num_workers: Positive = 1
@@ -66,6 +95,9 @@ class NodeType(Settings):
         default_factory=list, description="the cloud's instance types that will do, the preferred one first"
     )
     cpus: float = Field(ge=0, description="CPUs that Ray may use on one node; 0 on a head that only coordinates")
+    pod_cpus: float | None = Field(
+        None, gt=0, description="Kubernetes: CPUs that a pod asks for; null: cpus, and 2 for a head of 0"
+    )
     memory_gib: float = Field(gt=0, description="GiB of memory of one node")
     gpus: int = Field(0, ge=0, description="GPUs of one node")
     gpu_memory_gib: float | None = Field(None, gt=0, description="GiB of memory of one GPU")
@@ -74,6 +106,9 @@ class NodeType(Settings):
     max_nodes: Positive = 1
     spot: bool = Field(False, description="cheaper nodes that the cloud may take back at any time")
     price_per_hour: float | None = Field(None, ge=0, description="US dollars for one node, as you pay them")
+    node_selector: dict[str, str] = Field(
+        default_factory=dict, description="Kubernetes: labels of the nodes that pods of this kind may run on"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -84,6 +119,14 @@ class NodeType(Settings):
         return self
 
 
+class Retries(Settings):
+    """What Kubernetes does with a job that fails, and with what is left when it ends (the fields of a RayJob)."""
+
+    backoff_limit: int = Field(2, ge=0, description="new tries, each on a new cluster; done stages stay done")
+    ttl_seconds_after_finished: int = Field(600, ge=0, description="the cluster is deleted so long after the end")
+    active_deadline_seconds: Positive | None = Field(None, description="a job that takes longer has failed")
+
+
 class Cluster(Settings):
     """The cluster that launcher files and manifests are rendered from, and that a plan reckons with."""
 
@@ -92,6 +135,24 @@ class Cluster(Settings):
     zones: list[str] = Field(default_factory=list, description="availability zones that may be used")
     image: str = Field(min_length=1, description="the container image, built from cluster/Dockerfile")
     idle_timeout_minutes: float = Field(5.0, gt=0, description="an idle node is given back after this")
+    project: str | None = Field(None, description="gcp: the project id")
+    host_image: str | None = Field(
+        None, description="aws, gcp: machine image with Docker, NVIDIA's driver and its container toolkit"
+    )
+    disk_gib: Positive = Field(200, description="aws, gcp: a node's disk, for images, models, spilled objects")
+    identity: str | None = Field(
+        None,
+        description="what nodes reach the storage as, without keys: an AWS instance profile, a GCP service "
+        "account's e-mail, a Kubernetes service account",
+    )
+    secrets: list[str] = Field(
+        default_factory=list,
+        description="Kubernetes: Secrets that become environment variables, such as HF_TOKEN",
+    )
+    token_secret: str | None = Field(
+        None, description="Kubernetes: the Secret with Ray's token as auth_token; null: KubeRay makes one"
+    )
+    jobs: Retries = Retries()
     head: NodeType
     workers: list[NodeType] = Field(min_length=1)
 
@@ -110,6 +171,12 @@ class Profile(Settings):
         description="logical CPUs of a Ray started here; null: as many as the machine has or a stage needs",
     )
     object_store_gib: float | None = Field(None, gt=0, description="of a Ray started here")
+    storage: str | None = Field(
+        None, description="path or URI of a folder: a --run that is only a name is a run directory in it"
+    )
+    spill_directory: str | None = Field(
+        None, description="a node's folder for objects that do not fit in memory; null: Ray's, below /tmp/ray"
+    )
     data_cpus: float = Field(1.0, gt=0, description="CPUs kept for Ray Data's reading and writing tasks")
     threads: Positive | None = Field(None, description="torch threads of an actor; null: its CPUs")
     engines: Engines = Engines()
@@ -124,6 +191,31 @@ class Profile(Settings):
             if (self.device == "cuda") != (gpus > 0):
                 raise ValueError(f"device is {self.device} but {section}.gpus is {gpus}")
         return self
+
+    @model_validator(mode="after")
+    def _nodes_are_there(self) -> Self:
+        there = [node.name for node in self.cluster.workers] if self.cluster else []
+        for section in ("engines", "sketchers", "trainers"):
+            nodes = getattr(self, section).nodes
+            if nodes is not None and nodes not in there:
+                names = ", ".join(there) or "none: the profile has no section cluster"
+                raise ValueError(f"{section}.nodes is {nodes}, which is not in cluster.workers ({names})")
+        return self
+
+    def run_uri(self, run: str) -> str:
+        """The run directory that `run` means: a name is a folder in `storage` if there is one; else as it is."""
+        is_name = "/" not in run and run not in ("", ".", "..")
+        return f"{self.storage.rstrip('/')}/{run}" if self.storage and is_name else run
+
+    def shared_run_uri(self, run: str) -> str:
+        """`run_uri` where the run is on a cluster. Raises SettingsError for a path that only this machine has."""
+        where = self.run_uri(run)
+        if "://" not in where and not where.startswith("/"):
+            raise SettingsError(
+                f"--run {brief(run)}: a cluster's nodes share no such folder; give a URI (s3://, gs://), a path "
+                "from / on that all of them share, or a name where the profile has `storage`"
+            )
+        return where
 
 
 PROFILES = Path(__file__).resolve().parent.parent / "cluster" / "profiles"

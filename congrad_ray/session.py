@@ -48,6 +48,7 @@ def connect(profile: Profile, cpus_needed: float) -> None:
                 address="local",  # never a cluster that happens to run here: it may lack the CPUs or be another's
                 num_cpus=_local_cpus(profile, cpus_needed),
                 object_store_memory=int(store * 2**30) if store else None,
+                object_spilling_directory=profile.spill_directory,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.WARNING,

@@ -303,7 +303,9 @@ def _processor_config(source: ModelSource, profile: Profile) -> vLLMEngineProces
     }
     if "revision" in source.pretrained_arguments():
         engine_kwargs["revision"] = engine_kwargs["tokenizer_revision"] = settings.revision
-    bundle: dict[str, float] = {"CPU": engines.cpus / engines.tensor_parallel_size}
+    bundle: dict[str, float] = {"CPU": engines.cpus / engines.tensor_parallel_size, **engines.resources}
+    if engines.memory_bytes:
+        bundle["memory"] = engines.memory_bytes // engines.tensor_parallel_size
     environment: dict[str, str] = {}
     if on_cpu:
         environment = _cpu_environment(profile)
@@ -322,7 +324,10 @@ def _processor_config(source: ModelSource, profile: Profile) -> vLLMEngineProces
         batch_size=engines.batch_size,
         # Enough batches at once to fill the engine, and one more to be at hand when the first is done.
         max_concurrent_batches=max(2, math.ceil(engines.max_num_seqs / engines.batch_size) + 1),
-        placement_group_config={"bundles": [dict(bundle) for _ in range(engines.tensor_parallel_size)]},
+        placement_group_config={
+            "bundles": [dict(bundle) for _ in range(engines.tensor_parallel_size)],
+            "strategy": engines.placement,
+        },
         runtime_env={"env_vars": environment} if environment else None,
         should_continue_on_error=True,
         log_engine_metrics=False,

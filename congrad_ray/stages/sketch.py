@@ -64,6 +64,8 @@ def run(context: Context) -> Outcome:
             compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
+            memory=pool.memory_bytes,
+            resources=pool.resources or None,
         )
         width = len(languages) if exact else recipe.sketch.width
         write_rows(
@@ -127,7 +129,9 @@ def _sum_languages(
     if pool.gpus:
         fitting.append(int(have.get("GPU", 0) // pool.gpus))
     count = min(pool.max_actors, max(pool.min_actors, min(fitting)))
-    replica: Any = ray.remote(SummingReplica).options(num_cpus=pool.cpus, num_gpus=pool.gpus or None)
+    replica: Any = ray.remote(SummingReplica).options(
+        num_cpus=pool.cpus, num_gpus=pool.gpus or None, memory=pool.memory_bytes, resources=pool.resources or None
+    )
     actors = [replica.remote(*model, languages) for _ in range(count)]
     context.log("first of two passes: the languages' gradients")
     progress = Progress(context.log, total)

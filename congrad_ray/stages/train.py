@@ -98,9 +98,11 @@ def _fit(context: Context, job: TrainingJob) -> None:
     # ZeRO's shards fit only the number of workers that wrote them, so another number starts again from step 0.
     name = f"{workers.num_workers}-workers"
     output.filesystem.create_dir(storage.path, recursive=True)
-    resources = {"CPU": workers.cpus}
+    resources = {"CPU": workers.cpus, **workers.resources}
     if workers.gpus:
         resources["GPU"] = workers.gpus
+    if workers.memory_bytes:
+        resources["memory"] = workers.memory_bytes
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
