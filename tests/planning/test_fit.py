@@ -2,7 +2,7 @@
 
 import pytest
 
-from congrad_ray.plan import DoesNotFit, Machine, between, check_fits, most_cpus, needs
+from congrad_ray.planning.fit import DoesNotFit, Machine, between, check_fits, most_cpus, needs
 from congrad_ray.profile import load_profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.settings import validate
