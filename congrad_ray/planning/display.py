@@ -14,21 +14,16 @@ _SUFFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3
 
 
 def plan_table(plan: Plan, title: str) -> Table:
-    """One row a stage and one of totals."""
+    """What every stage works through, takes and leaves: one row a stage and one of totals."""
     table = Table(title=title)
-    for column in ("stage", "rows", "tokens", "FLOPs", "replicas", "memory: needs / has", "sequences"):
+    for column in ("stage", "rows", "tokens", "FLOPs", "time", "cost", "on disk"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
-    for column in ("time", "cost", "on disk"):
-        table.add_column(column, justify="right", no_wrap=True)
     for stage in plan.stages:
         table.add_row(
             stage.stage,
             short(stage.rows),
             short(stage.tokens),
             short(stage.flops),
-            str(stage.replicas) if stage.needed else "",
-            _memory(stage.needed and stage.needed.peak, stage.available, stage.fits),
-            "" if stage.sequences is None else str(stage.sequences),
             duration(stage.seconds),
             money(stage.dollars),
             size(stage.stored),
@@ -39,9 +34,6 @@ def plan_table(plan: Plan, title: str) -> Table:
         "",
         short(plan.total(lambda stage: stage.tokens) or 0),
         short(plan.total(lambda stage: stage.flops) or 0),
-        "",
-        "",
-        "",
         duration(plan.total(lambda stage: stage.seconds)),
         money(plan.total(lambda stage: stage.dollars)),
         size(plan.total(lambda stage: stage.stored) or 0),
@@ -50,12 +42,26 @@ def plan_table(plan: Plan, title: str) -> Table:
 
 
 def memory_table(plan: Plan) -> Table:
-    """What the memory of one replica is made of, in GiB. Parts that take turns do not add up."""
-    table = Table("stage", "GiB of one replica", title="memory by part")
+    """The replicas of every stage and the memory of one, by part; parts that take turns do not add up.
+
+    `sequences` of mean length find room in an engine's KV cache.
+    """
+    table = Table(title="one replica, GiB")
+    for column in ("stage", "replicas", "needs", "has", "sequences", "made of"):
+        table.add_column(column, justify="left" if column in ("stage", "made of") else "right")
     for stage in plan.stages:
-        if stage.needed and stage.stage not in ("judge", "evaluate"):
-            parts = (f"{name.replace('_', ' ')} {bytes_ / GIB:.2f}" for name, bytes_ in stage.needed.parts.items())
-            table.add_row(stage.stage, ", ".join(parts))
+        if stage.needed is None:
+            continue
+        parts = (f"{name.replace('_', ' ')} {_gib(part)}" for name, part in stage.needed.parts.items())
+        needs = _gib(stage.needed.peak)
+        table.add_row(
+            stage.stage,
+            str(stage.replicas),
+            needs if stage.fits else f"[red]{needs}[/red]",
+            "?" if stage.available is None else _gib(stage.available),
+            "" if stage.sequences is None else str(stage.sequences),
+            ", ".join(parts),
+        )
     return table
 
 
@@ -66,8 +72,8 @@ def told_lengths(lengths: Lengths, assumptions: Assumptions) -> str:
         f"Mean tokens ({source}): prompt {lengths.prompt:.0f}, response {lengths.response:.0f}, of a pair "
         f"{lengths.paired_response:.0f}, judgement {lengths.judgement:.0f}; pairs per prompt "
         f"{lengths.pairs_per_prompt:.2f}. Assumed share of the peak FLOP/s: prompts {assumptions.prefill_mfu:g}, "
-        f"generated tokens {assumptions.decode_mfu:g}, sketching and training {assumptions.backward_mfu:g}. This is "
-        "a prediction; override any assumption with --assume name=value."
+        f"generated tokens {assumptions.decode_mfu:g}, sketching and training {assumptions.backward_mfu:g}. This "
+        "is a prediction; override any assumption with --assume name=value."
     )
 
 
@@ -101,9 +107,6 @@ def money(dollars: float | None) -> str:
     return "" if dollars is None else f"${dollars:,.0f}" if dollars >= 10 else f"${dollars:.2f}"
 
 
-def _memory(needed: float | None, available: float | None, fits: bool) -> str:
-    if needed is None:
-        return ""
-    has = "?" if available is None else f"{available / GIB:.1f}"
-    text = f"{needed / GIB:.1f} / {has} GiB"
-    return text if fits else f"[red]{text}[/red]"
+def _gib(count: float) -> str:
+    gib = count / GIB
+    return f"{gib:.1f}" if gib >= 10 or not gib else f"{gib:.2f}"

@@ -134,15 +134,18 @@ def make_plan(
                 stored,
             )
         )
-    if fewest := min((stage.sequences for stage in stages if stage.sequences is not None), default=None):
-        if fewest < profile.engines.max_num_seqs:
-            advice.append(
-                f"engines: the KV cache holds {fewest} sequences of mean length, fewer than engines.max_num_seqs "
-                f"{profile.engines.max_num_seqs}: vLLM will preempt some and compute them again; lower it to "
-                f"{fewest}, or give an engine more GPUs (tensor_parallel_size)"
-            )
-    for short in (stage for stage in stages if not stage.fits):
-        advice.append(_mend(short, shapes.largest_of(short.stage), recipe, profile, assumptions, machine))
+    fewest = min((stage.sequences for stage in stages if stage.sequences), default=None)
+    if fewest is not None and fewest < profile.engines.max_num_seqs:
+        advice.append(
+            f"engines: the KV cache holds {fewest} sequences of mean length, fewer than engines.max_num_seqs "
+            f"{profile.engines.max_num_seqs}: vLLM will preempt some and compute them again; lower it to "
+            f"{fewest}, or give an engine more GPUs (tensor_parallel_size)"
+        )
+    advice += [
+        _mend(short, shapes.largest_of(short.stage), recipe, profile, assumptions, machine)
+        for short in stages
+        if not short.fits
+    ]
     steps = _training_steps(recipe, rounds[0])
     return Plan(stages, recipe.iterations, checkpoint_bytes(shapes.policy, recipe, steps), advice)
 

@@ -2,8 +2,8 @@
 
 Every operation is seen as it is dispatched; the bytes of the storages alive at once, at their largest, are what a
 device would need beside the model, whatever the architecture. Attention by
-torch.nn.functional.scaled_dot_product_attention is taken for a fused kernel, which keeps its inputs, its output and
-one number a query (Dao et al. 2022, arXiv 2205.14135); models that compute attention themselves (Gemma 2 with
+torch.nn.functional.scaled_dot_product_attention is taken for a fused kernel, which keeps its inputs, its output
+and one number a query (Dao et al. 2022, arXiv 2205.14135); models that compute attention themselves (Gemma 2 with
 soft-capping) keep what they keep.
 """
 
@@ -107,7 +107,7 @@ def _peak_bytes(model: PreTrainedModel, work: Callable[[], object]) -> int:
 
 
 class _Storages(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make on the meta device, from when they are made to when nothing holds them."""
+    """Counts the bytes that operations make on the meta device, for as long as something holds them."""
 
     def __init__(self, there_before: Iterable[torch.UntypedStorage]) -> None:
         super().__init__()

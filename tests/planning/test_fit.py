@@ -2,8 +2,18 @@
 
 import pytest
 
-from congrad_ray.planning.fit import DoesNotFit, Machine, between, check_fits, most_cpus, needs
-from congrad_ray.profile import load_profile
+from congrad_ray.planning.fit import (
+    DoesNotFit,
+    Machine,
+    Node,
+    StageNeed,
+    between,
+    check_fits,
+    cluster_machine,
+    most_cpus,
+    needs,
+)
+from congrad_ray.profile import Cluster, load_profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.settings import validate
 
@@ -54,3 +64,45 @@ def test_a_ray_started_here_is_given_what_the_hungriest_stage_needs() -> None:
 
 def test_ranges_are_short() -> None:
     assert [between(0, 0), between(2, 2), between(1, 8), between(0, 1)] == ["", "2", "1..8", "0..1"]
+
+
+def need_of(stage: str, overrides: list[str], profile: str = "aws-a100") -> tuple[StageNeed, Cluster]:
+    where = load_profile(profile, overrides)
+    assert where.cluster is not None
+    return next(need for need in needs(RECIPE, where) if need.stage == stage), where.cluster
+
+
+def test_an_actor_larger_than_any_node_is_refused_before_a_node_is_asked_for() -> None:
+    need, cluster = need_of("sketch", ["sketchers.gpus=16", "sketchers.max_actors=1"])
+    with pytest.raises(DoesNotFit, match=r"sketch.*2 CPUs and 16 GPUs on one node.*gpu: 96 CPUs, 8 GPUs"):
+        check_fits(need, cluster_machine(cluster))
+    need, cluster = need_of("train", ["trainers.cpus=97", "trainers.num_workers=1"])
+    with pytest.raises(DoesNotFit, match=r"97 CPUs and 1 GPUs on one node.*trainers\.cpus"):
+        check_fits(need, cluster_machine(cluster))
+
+
+def test_an_engine_may_lie_on_several_nodes_but_not_its_bundles() -> None:
+    wide = ["engines.tensor_parallel_size=16", "engines.gpus=16", "engines.cpus=16", "engines.max_actors=1"]
+    need, cluster = need_of("generate", wide)
+    check_fits(need, cluster_machine(cluster))
+    need, cluster = need_of("generate", [*wide, "engines.cpus=1600"])
+    with pytest.raises(DoesNotFit, match="100 CPUs"):
+        check_fits(need, Machine(10_000, 64, 1, "many"), cluster)
+
+
+def test_actors_that_leave_gpus_over_on_every_node_are_counted_node_by_node() -> None:
+    need, cluster = need_of("sketch", ["sketchers.gpus=5", "sketchers.min_actors=3", "sketchers.max_actors=3"])
+    machine = cluster_machine(cluster)
+    assert need.least_gpus == 15 <= machine.gpus
+    with pytest.raises(
+        DoesNotFit, match=r"needs 3 times 2 CPUs and 5 GPUs at once, and the nodes have room for 2"
+    ):
+        check_fits(need, machine)
+
+
+def test_nodes_that_the_profile_can_still_bring_up_count() -> None:
+    need, cluster = need_of("sketch", [])
+    small = Machine(8, 8, 64, "the head so far", (Node("a node", 8, 0),))
+    check_fits(need, small, cluster)
+    with pytest.raises(DoesNotFit, match="on one node, and no node has them"):
+        check_fits(need, small)
