@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pyarrow as pa
-import torch
 
-from congrad_ray.gradient.storage import to_storage
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.shape import BYTES, ModelShape
 from congrad_ray.planning.tokens import Lengths, StageCount
@@ -25,7 +22,10 @@ def stage_bytes(
     lengths: Lengths,
     assumptions: Assumptions,
 ) -> float:
-    """Bytes on disk of a stage of one iteration, when it is done; see also `checkpoint_bytes`."""
+    """Bytes on disk of a stage of one iteration, when it is done; see also `checkpoint_bytes`.
+
+    Numbers, sketches above all, are counted as they are: zstd makes them smaller by a part that depends on them.
+    """
     text = assumptions.bytes_per_token / assumptions.text_compression
     prompt, response, paired = (
         text * tokens for tokens in (lengths.prompt, lengths.response, lengths.paired_response)
@@ -35,7 +35,9 @@ def stage_bytes(
         case "prompts":
             return rows * (_fixed(PROMPTS) + prompt)
         case "generate":
-            return rows * (_fixed(RESPONSES) + prompt + response)
+            # The samples of a prompt stand close together: zstd finds its text and id again.
+            once = rows / recipe.generate.num_generations
+            return rows * (_fixed(RESPONSES) - _ID_BYTES + response) + once * (_ID_BYTES + prompt)
         case "judge":
             # What the judge wrote is there twice: a row for each judgement, and a row for each response.
             written = 2 * count.decode * text
@@ -69,16 +71,6 @@ def checkpoint_bytes(shape: ModelShape, recipe: Recipe, steps: float) -> float:
     if steps <= recipe.train.save_steps:
         return 0.0
     return 2.0 * shape.parameters * (BYTES[recipe.model.dtype] + 12)
-
-
-def stored_share(width: int, dtype: str) -> float:
-    """To what share of their bytes zstd brings `width` numbers of a dtype that are normally distributed.
-
-    Sketches of real gradients have longer tails, which a scale by the largest number makes smaller still.
-    """
-    numbers = torch.from_numpy(np.random.default_rng(0).standard_normal((4, width)).astype(np.float32))
-    data = to_storage(numbers, dtype)[0].tobytes()
-    return len(pa.compress(data, codec="zstd", asbytes=True)) / len(data)
 
 
 def _fixed(schema: pa.Schema) -> float:

@@ -94,9 +94,7 @@ def test_actors_that_leave_gpus_over_on_every_node_are_counted_node_by_node() ->
     need, cluster = need_of("sketch", ["sketchers.gpus=5", "sketchers.min_actors=3", "sketchers.max_actors=3"])
     machine = cluster_machine(cluster)
     assert need.least_gpus == 15 <= machine.gpus
-    with pytest.raises(
-        DoesNotFit, match=r"needs 3 times 2 CPUs and 5 GPUs at once, and the nodes have room for 2"
-    ):
+    with pytest.raises(DoesNotFit, match=r"needs 3 times 2 CPUs and 5 GPUs at once, .* room for 2"):
         check_fits(need, machine)
 
 

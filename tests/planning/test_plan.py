@@ -14,7 +14,7 @@ from congrad_ray.planning.memory import GIB, kv_bytes_per_token, training_memory
 from congrad_ray.planning.plan import Plan, Shapes, make_plan
 from congrad_ray.planning.rehearsal import sketch_working_bytes, training_working_bytes
 from congrad_ray.planning.shape import ModelShape, read_shape
-from congrad_ray.planning.storage import policy_bytes, stored_share
+from congrad_ray.planning.storage import policy_bytes
 from congrad_ray.planning.tokens import assumed_lengths, stage_counts, with_measured
 from congrad_ray.planning.work import forward_flops, stage_flops
 from congrad_ray.profile import load_profile
@@ -188,8 +188,7 @@ def test_an_engine_too_small_for_the_weights_is_told_to_use_more_gpus(llama: Mod
 def test_stored_bytes(llama: ModelShape, recipe: Recipe) -> None:
     assert policy_bytes(llama, recipe) == 2 * 8_030_261_248
     stages = {stage.stage: stage for stage in planned(recipe, llama, "aws-a100").stages}
-    assert 180 * 32768 * 0.8 < stages["sketch"].stored < 180 * 33500
-    assert 0.8 < stored_share(32768, "int8") < 0.95
+    assert 180 * 32768 < stages["sketch"].stored < 180 * 33500
 
 
 def test_a_wrong_assumption_is_refused_with_what_is_allowed() -> None:
