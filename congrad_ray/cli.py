@@ -16,7 +16,7 @@ from rich.table import Table
 
 from congrad_ray import recipe as recipes
 from congrad_ray.evaluation.statistics import EVERY_LANGUAGE
-from congrad_ray.plan import between, check_fits, most_cpus, needs
+from congrad_ray.planning.fit import DoesNotFit, check_fits, needs
 from congrad_ray.printable import printable
 from congrad_ray.profile import load_profile
 from congrad_ray.recipe import Recipe, load_recipe
@@ -233,33 +233,53 @@ def filter_command(
 
 
 @app.command()
-def plan(recipe: RecipePath, profile: ProfileName = "local", set_: Overrides = None) -> None:
-    """What will run where, what it needs and what there is. Runs nothing; exit code 2 if it does not fit."""
-    from congrad_ray.session import address_of, connect, machine, this_machine
+def plan(
+    recipe: RecipePath,
+    profile: ProfileName = "local",
+    set_: Overrides = None,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", metavar="DIR", help="Take mean lengths from the finished stages of this run."),
+    ] = None,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(metavar="a=b", help="Override an assumption: response_share=0.3, gpu_memory_gib=80, ..."),
+    ] = None,
+) -> None:
+    """Tokens, FLOPs, memory, time, cost and bytes of every stage, before anything runs.
+
+    Reads the model's configuration and downloads nothing. Exit code 2 if something does not fit, with the setting
+    that would mend it.
+    """
+    from congrad_ray.planning.assumptions import load_assumptions
+    from congrad_ray.planning.display import memory_table, plan_table, size, told_lengths
+    from congrad_ray.planning.inputs import known_lengths, read_shapes, where_it_runs
+    from congrad_ray.planning.plan import make_plan
 
     loaded, where = load_recipe(recipe, set_ or []), load_profile(profile)
-    cpus = most_cpus(loaded, where)
-    if address_of(where):
-        connect(where, cpus)
-        there_is = machine()
-    else:
-        there_is = this_machine(where, cpus)
-    table = Table(title=_plain(f"{loaded.name}: {loaded.iterations} iteration(s), profile {where.name}"))
-    for column in ("stage", "rows at most", "runs as", "CPUs", "GPUs"):
-        table.add_column(column, justify="left" if column in ("stage", "runs as") else "right")
+    assumptions = load_assumptions(assume or [])
+    there_is = where_it_runs(loaded, where)
+    lengths = known_lengths(loaded, assumptions, RunDirectory.open(run) if run else None)
     for need in needs(loaded, where):
-        table.add_row(
-            need.stage,
-            f"{need.rows:,}",
-            need.what,
-            between(need.least_cpus, need.most_cpus),
-            between(need.least_gpus, need.most_gpus),
-        )
-    console.print(table)
+        check_fits(need, there_is, where.cluster)
+    found = make_plan(loaded, where, read_shapes(loaded), lengths, assumptions, there_is)
+    title = f"{loaded.name} on {where.name}: {loaded.iterations} iteration(s) together, predicted"
+    console.print(plan_table(found, _plain(title)))
+    console.print(memory_table(found))
+    if found.training_checkpoints:
+        console.print(f"While training runs, its two checkpoints take {size(found.training_checkpoints)} besides.")
+    console.print(told_lengths(lengths, assumptions), highlight=False)
     console.print(f"There is: {there_is.where}, {there_is.cpus:g} CPUs and {there_is.gpus:g} GPUs for Ray")
-    for need in needs(loaded, where):
-        check_fits(need, there_is)
-    console.print("Every stage fits.")
+    for line in found.advice:
+        console.print(_plain(line), highlight=False)
+    if found.short:
+        raise DoesNotFit(f"{', '.join(stage.stage for stage in found.short)}: not enough memory for one replica")
+    unknown = any(stage.needed and stage.available is None for stage in found.stages)
+    console.print(
+        "Every stage fits the CPUs and GPUs; their memory is not known (--assume gpu_memory_gib=80)."
+        if unknown
+        else "Every stage fits."
+    )
 
 
 @app.command()

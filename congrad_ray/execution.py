@@ -10,7 +10,7 @@ from typing import Any
 
 from congrad_ray.lock import only_writer
 from congrad_ray.models import named_model
-from congrad_ray.plan import check_fits, most_cpus, needs
+from congrad_ray.planning.fit import check_fits, most_cpus, needs
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import BUILTIN_WORLD, Recipe
 from congrad_ray.rundir import Manifest, RunDirectory, RunDirectoryError, fingerprint
@@ -78,7 +78,7 @@ def _locked_stage(
     if stage.uses_ray:
         connect(profile, most_cpus(recipe, profile))
         need = next(need for need in needs(recipe, profile) if need.stage == stage.name)
-        check_fits(need, machine())
+        check_fits(need, machine(), profile.cluster)
     before = time.monotonic()
     context = Context(recipe, profile, run, iteration, output, lambda text: log(f"{label}: {text}"))
     outcome = _work(stage, context, label)

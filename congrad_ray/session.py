@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 
-from congrad_ray.plan import Machine
+from congrad_ray.planning.fit import Machine, Node
 from congrad_ray.profile import Profile
 
 _FOOTER_ACTORS = "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"
@@ -78,7 +78,27 @@ def machine() -> Machine:
         found.get("GPU", 0.0),
         found.get("memory", 0.0) / 2**30,
         "the connected Ray cluster",
+        _nodes(),
     )
+
+
+def _nodes() -> tuple[Node, ...]:
+    """The kinds of nodes of the connected cluster: those that are up, and those its autoscaler may bring up."""
+    import ray
+
+    kinds: dict[tuple[str, float, float], int] = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            resources = node["Resources"]
+            kind = ("a node", resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+            kinds[kind] = kinds.get(kind, 0) + 1
+    config = ray._private.state.state.get_cluster_config()
+    for group in config.node_group_configs if config else ():
+        # A limit below 0 is none.
+        count = group.max_count if group.max_count >= 0 else 10_000
+        kind = (group.name, float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0)))
+        kinds[kind] = kinds.get(kind, 0) + count
+    return tuple(Node(*kind, count) for kind, count in kinds.items())
 
 
 def this_machine(profile: Profile, cpus_needed: float) -> Machine:
@@ -91,7 +111,7 @@ def this_machine(profile: Profile, cpus_needed: float) -> Machine:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cpus = _local_cpus(profile, cpus_needed)
     where = f"this machine of {os.cpu_count()} cores and {memory:.0f} GiB"
-    return Machine(cpus, gpus, memory, where)
+    return Machine(cpus, gpus, memory, where, (Node("this machine", cpus, gpus),))
 
 
 def address_of(profile: Profile) -> str | None:

@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import argparse
 import time
 
-from congrad_ray.plan import most_cpus
+from congrad_ray.planning.fit import most_cpus
 from congrad_ray.profile import load_profile
 from congrad_ray.session import connect
 from congrad_ray.study.analysis import without_seeds

@@ -69,16 +69,17 @@ def run(context: Context) -> Outcome:
 
 
 def _counters(output: StageFolder) -> dict[str, Any]:
-    """Responses, mean tokens and the truncated share by language, and the share over all."""
+    """Responses, mean tokens and the truncated share by language; that share and prompts' mean tokens over all."""
     if not output.parts():
         return {}
-    table = output.read_table(["language", "response_tokens", "truncated"])
+    table = output.read_table(["language", "prompt_tokens", "response_tokens", "truncated"])
     groups = table.group_by("language").aggregate(
         [("language", "count"), ("response_tokens", "mean"), ("truncated", "mean")]
     )
     rows = sorted(groups.to_pylist(), key=lambda row: row["language"])
     return {
         "truncated_share": round(pc.mean(table["truncated"]).as_py(), 4),
+        "mean_prompt_tokens": round(pc.mean(table["prompt_tokens"]).as_py(), 1),
         "responses": {row["language"]: row["language_count"] for row in rows},
         "mean_tokens": {row["language"]: round(row["response_tokens_mean"], 1) for row in rows},
         "truncated_share_by_language": {row["language"]: round(row["truncated_mean"], 4) for row in rows},

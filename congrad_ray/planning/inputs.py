@@ -1,0 +1,61 @@
+"""What a plan is made from beside recipe and profile: models' shapes, a run's manifests, and what there is."""
+
+from __future__ import annotations
+
+from congrad_ray.planning.assumptions import Assumptions
+from congrad_ray.planning.fit import Machine, cluster_machine, most_cpus
+from congrad_ray.planning.plan import Shapes
+from congrad_ray.planning.shape import read_shape
+from congrad_ray.planning.tokens import Lengths, assumed_lengths, with_measured
+from congrad_ray.profile import Profile
+from congrad_ray.recipe import Recipe
+from congrad_ray.rundir import Manifest, RunDirectory
+from congrad_ray.session import address_of, connect, machine, this_machine
+
+
+def read_shapes(recipe: Recipe) -> Shapes:
+    """The shapes of a recipe's models. Raises ModelError as `read_shape` does."""
+    policy = read_shape(recipe.model.name, recipe.model)
+    found = {recipe.model.name: policy, "policy": policy, "start": policy}
+    other = recipe.model.model_copy(update={"revision": None})
+    for name in (recipe.judge.model, recipe.evaluate.judge):
+        if name not in found:
+            found[name] = read_shape(name, other)
+    return Shapes(policy, found[recipe.judge.model], found[recipe.evaluate.judge])
+
+
+def known_lengths(recipe: Recipe, assumptions: Assumptions, run: RunDirectory | None) -> Lengths:
+    """Mean lengths, from the newest iteration of a run that has generated, and assumed where it does not know."""
+    lengths = assumed_lengths(recipe, assumptions)
+    if run is None:
+        return lengths
+    for iteration in reversed(range(recipe.iterations)):
+        found = {
+            stage: manifest
+            for stage, folder in (("generate", "responses"), ("pair", "pairs"), ("sketch", "sketches"))
+            if (manifest := run.stage(folder, iteration).manifest())
+        }
+        if "generate" in found:
+            return with_measured(lengths, recipe, _of_one_making(found))
+    return lengths
+
+
+def _of_one_making(manifests: dict[str, Manifest]) -> dict[str, Manifest]:
+    """Without stages whose input is not the result that is there now."""
+    kept = {"generate": manifests["generate"]}
+    for stage, before in (("pair", "generate"), ("sketch", "pair")):
+        manifest = manifests.get(stage)
+        if manifest and before in kept and kept[before].fingerprint in manifest.inputs.values():
+            kept[stage] = manifest
+    return kept
+
+
+def where_it_runs(recipe: Recipe, profile: Profile) -> Machine:
+    """The profile's cluster with all its nodes, else the cluster to be connected to, else this machine."""
+    if profile.cluster is not None:
+        return cluster_machine(profile.cluster)
+    cpus = most_cpus(recipe, profile)
+    if address_of(profile):
+        connect(profile, cpus)
+        return machine()
+    return this_machine(profile, cpus)

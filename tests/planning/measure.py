@@ -1,0 +1,94 @@
+"""In a process of its own: the peak resident memory of a sketch replica or a training worker, as JSON.
+
+python measure.py sketch|train MODEL_FOLDER MAX_LENGTH SCRATCH_FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from congrad_ray.gradient.memory import PeakResidentMemory
+from congrad_ray.models import ModelSource
+from congrad_ray.recipe import Recipe
+from congrad_ray.rundir import RunDirectory
+from congrad_ray.settings import validate
+from congrad_ray.tables import PAIRS, SELECTED, table_of
+
+WORKERS = 1
+
+
+def recipe_for(max_length: int, **sections: object) -> Recipe:
+    """Micro-batches of one pair with rows of `max_length`."""
+    settings = {
+        "name": "measured",
+        "prompts": {"languages": ["en"]},
+        "model": {"name": "measured", "dtype": "float32", "max_length": max_length},
+        "generate": {"max_tokens": 1},
+        "evaluate": {"max_tokens": 1},
+        "sketch": {"max_tokens_per_batch": 2 * max_length, "audit_pairs": 0},
+        "train": {"batch_size": 2, "micro_batch_size": 1, "zero_stage": 2, "max_steps": 3},
+    }
+    return validate(Recipe, {**settings, **sections}, "measured")
+
+
+def rows(source: ModelSource, max_length: int, count: int) -> list[dict[str, object]]:
+    """Pairs whose rows have `max_length` tokens, or a few less."""
+    from congrad_ray.preference.tokenization import tokenize_pair
+
+    tokenizer = source.load_tokenizer()
+
+    def pair(words: int, number: int) -> dict[str, object]:
+        text = " ".join(str(place % 10) for place in range(words))
+        return {
+            "pair_id": f"pair-{number}",
+            "language": "en",
+            "prompt": [{"role": "user", "content": "0"}],
+            "chosen": [{"role": "assistant", "content": text}],
+            "rejected": [{"role": "assistant", "content": text[::-1]}],
+        }
+
+    words = max_length
+    while True:
+        row = pair(words, 0)
+        try:
+            tokenize_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], max_length)
+        except ValueError:
+            words -= 4
+            continue
+        return [pair(words, number) for number in range(count)]
+
+
+def sketch(source: ModelSource, max_length: int) -> None:
+    import pyarrow as pa
+
+    from congrad_ray.stages.replicas import SketchReplica
+
+    replica = SketchReplica(source, recipe_for(max_length), "cpu", 1, 2)
+    fields = [PAIRS.field(name) for name in ("pair_id", "language", "prompt", "chosen", "rejected")]
+    table = replica(table_of(rows(source, max_length, 4), pa.schema(fields)))
+    assert table["norm"].null_count == 0, table["failure"]
+
+
+def train(source: ModelSource, max_length: int, scratch: Path) -> None:
+    from congrad_ray.training.loop import TrainingJob, train_alone
+    from congrad_ray.training.schedule import make_schedule
+
+    settings = recipe_for(max_length).train
+    run = RunDirectory.open(scratch)
+    selected = [
+        {**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0, "congrad_score": 0.0}
+        for row in rows(source, max_length, 4)
+    ]
+    run.write_table("selected.parquet", table_of(selected, SELECTED))
+    train_alone(TrainingJob(settings, make_schedule(settings, 4, WORKERS), source, run, run, 2))
+
+
+if __name__ == "__main__":
+    what, folder, length, scratch_folder = sys.argv[1:]
+    model = ModelSource(folder, recipe_for(int(length)).model)
+    with PeakResidentMemory() as memory:
+        if what == "sketch":
+            sketch(model, int(length))
+        else:
+            train(model, int(length), Path(scratch_folder))
+    print(json.dumps({"peak": memory.peak, "before": memory.before}))

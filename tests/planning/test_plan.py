@@ -1,0 +1,199 @@
+"""Counts, memory, time and bytes against numbers worked out by hand; what is short is told with what mends it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from congrad_ray.models import ModelError
+from congrad_ray.planning import rehearsal
+from congrad_ray.planning.assumptions import Assumptions, load_assumptions
+from congrad_ray.planning.fit import cluster_machine
+from congrad_ray.planning.memory import GIB, kv_bytes_per_token, training_memory
+from congrad_ray.planning.plan import Plan, Shapes, make_plan
+from congrad_ray.planning.rehearsal import sketch_working_bytes, training_working_bytes
+from congrad_ray.planning.shape import ModelShape, read_shape
+from congrad_ray.planning.storage import policy_bytes
+from congrad_ray.planning.tokens import assumed_lengths, stage_counts, with_measured
+from congrad_ray.planning.work import forward_flops, stage_flops
+from congrad_ray.profile import load_profile
+from congrad_ray.recipe import Model, Recipe
+from congrad_ray.rundir import Manifest
+from congrad_ray.settings import SettingsError
+
+ASSUMED = Assumptions()
+
+
+def changed(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
+
+
+def planned(recipe: Recipe, shape: ModelShape, profile: str, overrides: Sequence[str] = ()) -> Plan:
+    where = load_profile(profile, overrides)
+    assert where.cluster is not None
+    lengths = assumed_lengths(recipe, ASSUMED)
+    return make_plan(recipe, where, Shapes(shape, shape, shape), lengths, ASSUMED, cluster_machine(where.cluster))
+
+
+def test_parameters_are_the_published_totals(llama: ModelShape, gemma: ModelShape) -> None:
+    """The totals that the models' pages on the hub give for their safetensors."""
+    assert llama.parameters == 8_030_261_248
+    assert gemma.parameters == 2_614_341_888
+    assert (llama.tied, gemma.tied) == (False, True)
+    assert llama.body == llama.parameters - 2 * 128256 * 4096
+    assert gemma.body == gemma.parameters - 256000 * 2304
+    assert sum(out * into for out, into in llama.linear) == llama.body - 65 * 4096  # norms
+    assert (gemma.layers, gemma.attention_heads, gemma.key_value_heads, gemma.head_size) == (26, 8, 4, 256)
+
+
+def test_the_built_in_world_needs_no_files() -> None:
+    assert 1_000_000 < read_shape("builtin-world", Model()).parameters < 1_200_000
+
+
+def test_a_configuration_that_cannot_be_had_is_told_with_the_way_to_give_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match=r"some/model.*hub's cache.*config\.json.*--set model\.name=FOLDER"):
+        read_shape("some/model", Model())
+    with pytest.raises(ModelError, match="in this folder"):
+        read_shape(str(tmp_path), Model())
+
+
+def test_tokens_follow_the_recipe_and_the_lengths(recipe: Recipe) -> None:
+    lengths = assumed_lengths(recipe, ASSUMED)
+    assert lengths.prompt == pytest.approx(0.1 * (2048 - 512))
+    assert lengths.response == 256
+    counts = {count.stage: count for count in stage_counts(recipe, lengths, ASSUMED)}
+    assert counts["generate"].rows == 800
+    assert counts["generate"].prefill == pytest.approx(800 * 153.6)
+    assert counts["generate"].decode == 800 * 256
+    assert counts["judge"].rows == 2400
+    assert counts["sketch"].rows == 180
+    assert counts["sketch"].trained == pytest.approx(180 * (153.6 + 512))
+    assert counts["train"].rows == 90
+    assert counts["train"].trained == pytest.approx(2 * 90 * (153.6 + 256))
+    assert counts["evaluate"].rows == 30 * 2 * 2
+    assert counts["evaluate"].requests == 120 + 60  # and both orders of 30 greedy answers
+    later = {count.stage: count for count in stage_counts(recipe, lengths, ASSUMED, iteration=1)}
+    assert later["evaluate"].rows == 60  # M_0's answers are there
+    assert later["prompts"].rows == 0
+    everything = stage_counts(changed(recipe, "select", strategy="all"), lengths, ASSUMED)
+    assert next(count.rows for count in everything if count.stage == "train") == 180
+
+
+def test_what_a_run_knows_takes_the_place_of_what_is_assumed(recipe: Recipe) -> None:
+    def manifest(stage: str, rows: int, **counters: Any) -> Manifest:
+        return Manifest(stage, 0, "", rows, 1.0, counters)
+
+    generate = manifest("generate", 400, responses={"de": 100, "en": 300}, mean_tokens={"de": 10.0, "en": 20.0})
+    found = with_measured(assumed_lengths(recipe, ASSUMED), recipe, {"generate": generate})
+    assert found.response == found.paired_response == 17.5
+    assert found.prompt == pytest.approx(153.6)
+    finished = {
+        "generate": generate,
+        "pair": manifest("pair", 80),
+        "sketch": manifest("sketch", 80, prompt_tokens=800, response_tokens=3200),
+    }
+    found = with_measured(found, recipe, finished)
+    assert (found.prompt, found.response, found.paired_response, found.pairs_per_prompt) == (10, 17.5, 20, 0.8)
+    assert found.measured == ("generate", "pair", "sketch")
+
+
+def test_flops_of_a_forward_pass(llama: ModelShape, recipe: Recipe) -> None:
+    """2 N per token; attention at a context of 2,048 adds 4 * 32 * 4096 * 2048 to it."""
+    assert forward_flops(llama, 1, 0, 0) == 2 * llama.body
+    assert forward_flops(llama, 1, 2048, 1) == 2 * (llama.body + llama.head) + 4 * 32 * 4096 * 2048
+    lengths = assumed_lengths(recipe, ASSUMED)
+    counts = {count.stage: count for count in stage_counts(recipe, lengths, ASSUMED)}
+    sketch, _ = stage_flops(counts["sketch"], llama, recipe, lengths, ASSUMED)
+    # A forward and a backward to the inputs: 4 N a token and a little more.
+    assert 4 * llama.body < sketch / counts["sketch"].trained < 4.8 * llama.body
+    train, _ = stage_flops(counts["train"], llama, recipe, lengths, ASSUMED)
+    assert 8 * llama.body < train / counts["train"].trained < 10.5 * llama.body  # checkpointing and padding
+
+
+def test_key_value_cache_of_a_token(llama: ModelShape, gemma: ModelShape, recipe: Recipe) -> None:
+    assert kv_bytes_per_token(llama, recipe) == 128 * 1024  # 2 * 32 * 8 * 128 * 2 bytes
+    assert kv_bytes_per_token(gemma, recipe) == 2 * 26 * 4 * 256 * 2
+
+
+@pytest.mark.parametrize(("stage", "bytes_"), [(0, 2 + 4 + 12 / 8), (1, 4 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)])
+def test_optimiser_states_by_zero_stage(llama: ModelShape, recipe: Recipe, stage: int, bytes_: float) -> None:
+    """The ZeRO paper's 2 + 2 + 12 bytes a parameter over 8 workers; stage 0 gathers gradients in float32."""
+    settings = changed(recipe, "train", zero_stage=stage)
+    parts = training_memory(llama, settings, load_profile("node-8gpu"), ASSUMED).parts
+    states = sum(parts[name] for name in ("weights", "master_weights", "moments", "gradients"))
+    assert states == pytest.approx(llama.parameters * bytes_)
+
+
+def test_a_few_layers_foretell_the_memory_of_all(
+    gemma: ModelShape, llama: ModelShape, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [
+        work(shape, recipe, 1)
+        for shape in (gemma, llama)
+        for work in (sketch_working_bytes, training_working_bytes)
+    ]
+    monkeypatch.setattr(rehearsal, "_LAYERS", 100)
+    whole = [
+        work(shape, recipe, 1)
+        for shape in (gemma, llama)
+        for work in (sketch_working_bytes, training_working_bytes)
+    ]
+    assert found == pytest.approx(whole, rel=0.01)
+
+
+def test_checkpointing_takes_less_memory(llama: ModelShape, recipe: Recipe) -> None:
+    without = changed(recipe, "train", gradient_checkpointing=False)
+    assert training_working_bytes(llama, recipe, 1) < training_working_bytes(llama, without, 1) / 3
+    checkpointed = changed(recipe, "sketch", gradient_checkpointing=True)
+    assert sketch_working_bytes(llama, checkpointed, 1) < sketch_working_bytes(llama, recipe, 1) / 3
+
+
+def test_replicas_time_and_cost(llama: ModelShape, recipe: Recipe) -> None:
+    plan = planned(recipe, llama, "aws-a100")
+    stages = {stage.stage: stage for stage in plan.stages}
+    assert {name: stage.replicas for name, stage in stages.items() if stage.needed} == dict.fromkeys(
+        ("generate", "judge", "sketch", "train", "evaluate"), 16
+    )
+    generate = stages["generate"]
+    assert generate.available == pytest.approx(39.5 * GIB * 0.9)
+    assert generate.seconds is not None and generate.dollars is not None
+    assert generate.dollars == pytest.approx((2 * 21.96 + 0.384) * generate.seconds / 3600)
+    assert generate.seconds > ASSUMED.engine_start_s
+    half = planned(recipe, llama, "aws-a100", ["engines.max_actors=4"])
+    assert half.stages[1].replicas == 4
+    assert half.stages[1].dollars is not None and half.stages[1].seconds is not None
+    assert half.stages[1].dollars == pytest.approx((21.96 + 0.384) * half.stages[1].seconds / 3600)
+
+
+def test_what_is_short_is_told_with_the_setting_that_mends_it(llama: ModelShape, recipe: Recipe) -> None:
+    greedy = changed(recipe, "train", zero_stage=1, gradient_checkpointing=False)
+    plan = planned(greedy, llama, "aws-a100")
+    assert [stage.stage for stage in plan.short] == ["train"]
+    told = next(line for line in plan.advice if line.startswith("train needs"))
+    assert "--set train.gradient_checkpointing=true" in told
+    assert "--set train.zero_stage=3" in told
+
+
+def test_an_engine_too_small_for_the_weights_is_told_to_use_more_gpus(llama: ModelShape, recipe: Recipe) -> None:
+    plan = planned(changed(recipe, "model", dtype="float32"), llama, "aws-a10g")
+    assert "generate" in [stage.stage for stage in plan.short]
+    told = next(line for line in plan.advice if line.startswith("generate needs"))
+    assert "engines.tensor_parallel_size: 2 and gpus: 2" in told
+
+
+def test_stored_bytes(llama: ModelShape, recipe: Recipe) -> None:
+    assert policy_bytes(llama, recipe) == 2 * 8_030_261_248
+    stages = {stage.stage: stage for stage in planned(recipe, llama, "aws-a100").stages}
+    assert 180 * 32768 < stages["sketch"].stored < 180 * 33500
+
+
+def test_a_wrong_assumption_is_refused_with_what_is_allowed() -> None:
+    assert load_assumptions(["response_share=0.2"]).response_share == 0.2
+    with pytest.raises(SettingsError, match="response_shares: no such setting; allowed here: prompt_share"):
+        load_assumptions(["response_shares=0.2"])
+    with pytest.raises(SettingsError, match="prefill_mfu"):
+        load_assumptions(["prefill_mfu=2"])

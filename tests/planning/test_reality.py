@@ -1,0 +1,206 @@
+"""The plan against what a run took: tokens, bytes on disk, peak memory. Prints the ratios measured / predicted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from congrad_ray.judging.rubric import load_rubric
+from congrad_ray.planning.assumptions import Assumptions
+from congrad_ray.planning.inputs import known_lengths, read_shapes
+from congrad_ray.planning.memory import sketch_memory, training_memory
+from congrad_ray.planning.storage import stage_bytes
+from congrad_ray.planning.tokens import StageCount, rubric_bytes, stage_counts
+from congrad_ray.preference.tokenization import chat_prompt_ids, load_tokenizer
+from congrad_ray.profile import load_profile
+from congrad_ray.recipe import Recipe, load_recipe
+from congrad_ray.rundir import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {
+    "generate": "responses",
+    "pair": "pairs",
+    "sketch": "sketches",
+    "select": "selection",
+    "train": "policy",
+}
+
+TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+
+
+def measured_tokens(run: RunDirectory, recipe: Recipe) -> dict[str, float]:
+    """Tokens that the stages of the first iteration saw, from their tables; the judge's by tokenising again."""
+    tokenizer = load_tokenizer(recipe.model.name)
+    responses = run.stage("responses", 0).read_table()
+    sketches = run.stage("sketches", 0).read_table(
+        ["pair_id", "prompt_tokens", "chosen_tokens", "rejected_tokens"]
+    )
+    kept = run.stage("selection", 0).read_table(["pair_id"], "selected.parquet")
+    trained = sketches.join(kept, "pair_id", join_type="inner")
+    answers = run.stage("evaluation", 0).read_table()
+    rubric = load_rubric(recipe.judge.rubric)
+    judged = answered = 0
+    for row in responses.to_pylist():
+        text = rubric.fill(row["language"], recipe.judge.method, row["prompt"], row["response"])
+        judged += len(chat_prompt_ids(tokenizer, [{"role": "user", "content": text}])) + 1  # and one token back
+    for row in answers.to_pylist():
+        answered += len(chat_prompt_ids(tokenizer, row["prompt"])) + row["response_tokens"]
+
+    def total(table: object, *names: str) -> float:
+        return float(sum(pc.sum(table[name]).as_py() for name in names))  # type: ignore[index]
+
+    return {
+        "generate": total(responses, "prompt_tokens", "response_tokens"),
+        "judge": float(judged),
+        "sketch": total(sketches, *TOKENS),
+        "train": total(trained, "prompt_tokens", *TOKENS),
+        "evaluate": float(answered),
+    }
+
+
+def measured_bytes(run: RunDirectory) -> dict[str, int]:
+    """Bytes of the files that a stage's result is made of."""
+    found = {}
+    for stage, folder in FOLDERS.items():
+        manifest = run.stage(folder, 0).manifest()
+        assert manifest is not None
+        names = ("model.safetensors",) if stage == "train" else (".parquet", "direction.safetensors")
+        found[stage] = sum(size for name, size in manifest.files.items() if name.endswith(names))
+    return found
+
+
+def bytes_per_token_of(run: RunDirectory, recipe: Recipe) -> tuple[float, float]:
+    """Bytes of text a token in the judge's instructions and in responses, as this tokenizer cuts them."""
+    tokenizer = load_tokenizer(recipe.model.name)
+    rubric = load_rubric(recipe.judge.rubric)
+    blank = [{"role": "user", "content": ""}]
+    texts = [rubric.fill(language, recipe.judge.method, blank, "") for language in recipe.prompts.languages]
+    instruction = rubric_bytes(recipe) / (sum(len(tokenizer(text)["input_ids"]) for text in texts) / len(texts))
+    responses = run.stage("responses", 0).read_table(["response", "response_tokens"])
+    written = sum(len(text.encode()) for text in responses["response"].to_pylist())
+    return instruction, written / pc.sum(responses["response_tokens"]).as_py()
+
+
+def predicted(run: RunDirectory, recipe: Recipe) -> tuple[dict[str, StageCount], dict[str, float]]:
+    """Counts and bytes by stage with the mean lengths that the run measured, and its tokenizer's bytes a token."""
+    instruction, text = bytes_per_token_of(run, recipe)
+    lengths = known_lengths(recipe, Assumptions(), run)
+    assert lengths.measured == ("generate", "pair", "sketch")
+    counts = {c.stage: c for c in stage_counts(recipe, lengths, Assumptions(bytes_per_token=instruction))}
+    shape = read_shapes(recipe).policy
+    assumptions = Assumptions(bytes_per_token=text)
+    stored = {stage: stage_bytes(counts[stage], counts, shape, recipe, lengths, assumptions) for stage in FOLDERS}
+    return counts, stored
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Recipe]:
+    from congrad_ray.world.model import world_model
+
+    folder = tmp_path_factory.mktemp("plan")
+    settings = [
+        f"model.name={world_model(cache_dir=folder, training_tokens=150_000)}",
+        "prompts.languages=[en, de]",
+        "prompts.unseen_languages=[it]",
+        "prompts.train_per_language=40",
+        "prompts.evaluation_per_language=10",
+        "judge.min_probability_mass=0.0",
+        "pair.truncated=keep",
+    ]
+    demo = ROOT / "jobs" / "recipes" / "demo.yaml"
+    arguments = [sys.executable, "-m", "congrad_ray.cli", "run", str(demo), "--run", str(folder / "run")]
+    subprocess.run([*arguments, *(f"--set={setting}" for setting in settings)], check=True, timeout=2500)
+    return RunDirectory.open(folder / "run"), load_recipe(demo, settings)
+
+
+def test_tokens_of_every_stage_with_the_lengths_a_run_measured(finished: tuple[RunDirectory, Recipe]) -> None:
+    run, recipe = finished
+    counts, _ = predicted(run, recipe)
+    ratios = {stage: tokens / counts[stage].tokens for stage, tokens in measured_tokens(run, recipe).items()}
+    print("tokens, measured / predicted:", {stage: round(ratio, 3) for stage, ratio in ratios.items()})
+    assert all(0.85 < ratio < 1.15 for ratio in ratios.values()), ratios
+
+
+def test_bytes_on_disk(finished: tuple[RunDirectory, Recipe]) -> None:
+    """The policy's, and the sketches' before zstd makes them smaller; of texts, compression is assumed."""
+    run, recipe = finished
+    _, stored = predicted(run, recipe)
+    ratios = {stage: size / stored[stage] for stage, size in measured_bytes(run).items()}
+    print("bytes, measured / predicted:", {stage: round(ratio, 3) for stage, ratio in ratios.items()})
+    files = [pq.ParquetFile(path).metadata for path in run.stage("sketches", 0).files(".parquet")]
+    columns = [
+        m.row_group(g).column(c) for m in files for g in range(m.num_row_groups) for c in range(m.num_columns)
+    ]
+    sketches = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "sketch")
+    print("sketches before compression, measured / predicted:", round(sketches / stored["sketch"], 4))
+    assert 0.95 < sketches / stored["sketch"] < 1.05
+    assert 0.85 < ratios["train"] < 1.15
+    assert 0.5 < ratios["sketch"] < 1.05
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 125M parameters, so large that Python's own memory does not hide it."""
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model") / "llama-125m"
+    shutil.copytree(tiny_model, folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32000,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("what", ["sketch", "train"])
+def test_peak_memory_of_a_replica_on_the_cpu(what: str, model: Path, tmp_path: Path) -> None:
+    """glibc keeps what was freed in blocks of up to 32 MiB for itself; told to give back all above 1 MiB, the
+    process holds what its tensors need, which is what the plan foretells."""
+    length = 1024
+    sys.path.insert(0, str(Path(__file__).parent))
+    from measure import WORKERS, recipe_for
+
+    recipe = recipe_for(length, model={"name": str(model), "dtype": "float32", "max_length": length})
+    shape = read_shapes(recipe).policy
+    profile = load_profile("local", [f"trainers.num_workers={WORKERS}"])
+    if what == "sketch":
+        needed = sketch_memory(shape, recipe, profile, Assumptions(), None)
+    else:
+        needed = training_memory(shape, recipe, profile, Assumptions())
+    arguments = [
+        sys.executable,
+        str(Path(__file__).parent / "measure.py"),
+        what,
+        str(model),
+        str(length),
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False, timeout=1500)
+    assert result.returncode == 0, result.stderr
+    peak = json.loads(result.stdout.splitlines()[-1])["peak"]
+    print(
+        f"{what}: peak {peak / 2**20:.0f} MiB, predicted {needed.peak / 2**20:.0f}, ratio {peak / needed.peak:.3f}"
+    )
+    assert 0.85 < peak / needed.peak < 1.15
