@@ -37,7 +37,7 @@ def test_help_names_every_verb() -> None:
 def test_plan_shows_the_stages_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
     result = congrad("plan", DEMO)
     assert result.returncode == 0, result.stderr
-    assert "Every stage fits" in result.stdout and "DeepSpeed workers" in result.stdout
+    assert "Every stage fits" in result.stdout and "sketch tables" in result.stdout
     profile = tmp_path / "small.yaml"
     profile.write_text("name: small\nlocal_cpus: 2\nengines: {cpus: 2}\n")
     result = congrad("plan", DEMO, "--profile", profile)
