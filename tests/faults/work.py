@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ COMPUTING = {
     "sketch": ("SketchReplica", SKETCH_BATCH),
     "evaluate": ("vLLMEngineStage", ENGINE_BATCH),
 }
+_ENGINE_START = 10.0  # seconds; batches follow each other within less, and no engine starts so fast
 _RUNNING = 8  # Ray's TaskStatus.RUNNING
 _SUBMITTED = "submit"  # the method of Ray Data's actors that computes a batch
 
@@ -33,7 +35,7 @@ class Computed:
     """What the actors of a stage did within a span of time."""
 
     batches: int  # begun
-    seconds: float  # from the first one's beginning to the last one's
+    seconds: float  # from the first one's beginning to the last one's, less the start of a second engine
 
 
 def computed(stage: str, events: Iterable[Any], since: float, until: float) -> Computed:
@@ -48,7 +50,8 @@ def computed(stage: str, events: Iterable[Any], since: float, until: float) -> C
         if since <= started <= until:
             begun.add((event.task_id, event.attempt_number))
             times.append(started)
-    return Computed(len(begun), max(times) - min(times) if times else 0.0)
+    pauses = [later - earlier for earlier, later in pairwise(sorted(times))]
+    return Computed(len(begun), sum(pause for pause in pauses if pause < _ENGINE_START))
 
 
 @dataclass(frozen=True)
