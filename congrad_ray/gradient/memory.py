@@ -79,6 +79,11 @@ def _peak_bytes(
     return torch.cuda.max_memory_allocated() - before
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that its device, a GPU or the CPU, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes free on a CUDA device; for a CPU, of the machine or the container (Linux; elsewhere no limit)."""
     if device.type == "cuda":

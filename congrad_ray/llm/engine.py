@@ -7,10 +7,11 @@ are the same ids, with the beginning-of-sequence token exactly once.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from congrad_ray.models import ModelSource, named_model
 from congrad_ray.preference.tokenization import MissingChatTemplate, chat_prompt_ids, load_tokenizer
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
+from congrad_ray.stages.attempts import attempts, killed_worker
 from congrad_ray.stages.rows import FAILURE, FAILURE_FIELD, failure
 from congrad_ray.tables import Message, row_id, table_of
 
@@ -43,10 +45,11 @@ _REQUESTS = pa.schema(
 )
 # ray.data.llm: a row with this set bypasses the engine and the postprocess function.
 _ERROR = "__inference_error__"
+_KILLED = "killed_worker"  # its value in a row that must not be asked any more
 _CPU_BATCHED_TOKENS = 4096
 # Ray Data fuses maps that ask for the same resources, and would merge the blocks of the repartitioning again.
 _PREPARE: dict[str, Any] = {"num_cpus": 0.5}
-_ENGINE_RESTARTS = 3
+_ENGINE_RESTARTS = 20
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,8 @@ def complete(
     `request` and `answer` run in Ray tasks. `answer` gets the row and its completion and returns a row of
     `schema`. A row that fails keeps the columns of `schema` that it already has, the others are null, and its
     FAILURE is one of 'bad_request' (its messages cannot be rendered), 'prompt_too_long' (prompt tokens +
-    max_tokens exceed `model.max_length`; it is not sent to an engine) and 'inference_error'.
+    max_tokens exceed `model.max_length`; it is not sent to an engine), 'inference_error' and 'killed_worker' (its
+    engines died, again and again).
     `scored_tokens`: ids whose log-probabilities as the first generated token are wanted.
 
     Raises MissingChatTemplate or ModelError before any engine starts.
@@ -182,11 +186,10 @@ def complete(
     )
     name = "vLLMEngineStage"
     stage = processor.get_stage_by_name(name)
-    # Ray would restart for ever an engine that the same requests end again and again.
+    # Ray would restart for ever an engine that ends whatever it is asked.
     stage.map_batches_kwargs["max_restarts"] = _ENGINE_RESTARTS
-    if source.folder is not None and not source.folder.is_local:
-        # A copy: assigning to the stage's field works its resources out again, without the placement group.
-        processor.stages[name] = stage.model_copy(update={"fn": _fetching(stage.fn, source)})
+    # A copy: assigning to the stage's field works its resources out again, without the placement group.
+    processor.stages[name] = stage.model_copy(update={"fn": _engine_class(stage.fn, source, attempts())})
     # Blocks of one engine batch: otherwise a small table is one block, and all of it goes to one engine as one
     # task whose rows come back together at the end.
     requests = dataset.repartition(target_num_rows_per_block=profile.engines.batch_size).map_batches(
@@ -259,7 +262,7 @@ def _finish(rows: Sequence[Row], answer: Callable[[Row, Completion], Row], schem
         if result.get("failure"):
             failed = json.loads(result["failure"])
         elif result.get(_ERROR):
-            failed = failure("inference_error", result[_ERROR])
+            failed = killed_worker() if result[_ERROR] == _KILLED else failure("inference_error", result[_ERROR])
         if failed:
             results.append({name: row.get(name) for name in schema.names} | {FAILURE: failed})
             continue
@@ -343,11 +346,38 @@ def _cpu_environment(profile: Profile) -> dict[str, str]:
     }
 
 
-def _fetching(engine: type[Any], source: ModelSource) -> type[Any]:
-    """The engine stage's class, loading its node's copy of a checkpoint that is on an object store."""
+def _engine_class(engine: type[Any], source: ModelSource, of_driver: Any) -> type[Any]:
+    """The engine stage's class, for a model that may be on an object store and rows that may kill the engine.
 
-    class FetchingEngine(engine):
+    It loads its node's copy of the model. `of_driver` is the actor of `stages.attempts`: rows that ended engines
+    again and again are asked one at a time, and then not any more.
+    """
+
+    class Engine(engine):
         def __init__(self, *arguments: Any, **named: Any) -> None:
-            super().__init__(*arguments, **{**named, "model": source.local_path()})
+            if source.folder is not None and not source.folder.is_local:
+                named["model"] = source.local_path()
+            super().__init__(*arguments, **named)
+            self._one_at_a_time = asyncio.Lock()
 
-    return FetchingEngine
+        async def udf(self, batch: list[Row]) -> AsyncIterator[Row]:
+            keys = [row_id("request", row["row"]) for row in batch]
+            verdicts = await of_driver.begin.remote(keys)
+            asked = list(zip(keys, batch, verdicts, strict=True))
+            together = [row for _, row, verdict in asked if verdict == "together"]
+            if together:
+                async for output in super().udf(together):
+                    yield output
+                await of_driver.end.remote([key for key, _, verdict in asked if verdict == "together"])
+            for key, row, verdict in asked:
+                if verdict == "alone":
+                    async with self._one_at_a_time:
+                        await of_driver.begin_alone.remote(key)
+                        async for output in super().udf([row]):
+                            yield output
+                        await of_driver.end.remote([key])
+                elif verdict == "never":
+                    yield {self.IDX_IN_BATCH_COLUMN: row[self.IDX_IN_BATCH_COLUMN], _ERROR: _KILLED}
+
+    Engine.__name__ = engine.__name__  # after which Ray names operator and actors
+    return Engine

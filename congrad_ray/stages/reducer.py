@@ -115,21 +115,28 @@ def language_gradients(
     """The gradient of every language, (languages, blocks, width / blocks): the sum of shares * c * sketch(u).
 
     u points where the loss goes down, so these are descent directions; sketches are linear, so the sum of
-    sketches is the sketch of the sum. Sums are taken in float64 and rounded at the end, so that the order in which
-    parts come in, which changes the last bits of a sum, hardly ever shows.
+    sketches is the sketch of the sum. Sums are taken in float64 and in the order of the files' names, so that the
+    same files give the same numbers to the last bit.
     """
 
     def reduce(files: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
         pieces = _pieces(files["path"], sketches.filesystem, SUM_COLUMNS)
         total: Any = sum(sums_of(piece, layout, shares(piece)) for piece in pieces)
         if np.ndim(total):  # not where all files are empty
-            yield {"sums": total[None]}
+            yield {"first": files["number"][:1], "next": files["number"][-1:] + 1, "sums": total[None]}
 
     partial = _files(sketches).map_batches(reduce, batch_format="numpy", batch_size=None)
     sums: Any = 0.0
+    turn, early = 0, {}
     for batch in partial.iter_batches(batch_format="numpy", batch_size=None):
-        sums = sums + batch["sums"].sum(axis=0)
+        for first, following, part in zip(batch["first"], batch["next"], batch["sums"], strict=True):
+            early[int(first)] = (int(following), part)
+        while turn in early:
+            turn, part = early.pop(turn)
+            sums = sums + part
         progressed()
+    for _, part in (early[first] for first in sorted(early)):  # behind a task whose files were all empty
+        sums = sums + part
     return np.asarray(sums, dtype=np.float32)
 
 
@@ -174,7 +181,7 @@ def _files(sketches: Folder) -> Dataset:
     """The paths of the sketches' files, as a dataset of as many blocks as there shall be tasks."""
     import ray
 
-    paths = [{"path": path} for path in sketches.files(".parquet")]
+    paths = [{"path": path, "number": number} for number, path in enumerate(sketches.files(".parquet"))]
     return ray.data.from_items(paths, override_num_blocks=min(len(paths), _MOST_TASKS))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from congrad_ray.preference.tokenization import (
 )
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Folder
+from congrad_ray.stages.attempts import attempt, killed_worker
 from congrad_ray.stages.rows import FAILURE, FAILURE_FIELD, failure
 from congrad_ray.tables import sketch_bytes, sketches_schema
 
@@ -118,7 +119,8 @@ class SketchReplica(Replica):
     """Turns rows of pairs into rows of the sketches table.
 
     Micro-batches with a pair of `audited` are checked against exact gradients. With `exact`, the folder that holds
-    the languages' gradients, a "sketch" is the coordinates of u in an orthonormal basis of their span.
+    the languages' gradients, a "sketch" is the coordinates of u in an orthonormal basis of their span. With
+    `attempts`, the actor of `stages.attempts`, pairs that kill their replica again and again are put aside.
     """
 
     def __init__(
@@ -130,9 +132,11 @@ class SketchReplica(Replica):
         threads: int,
         audited: frozenset[str] = frozenset(),
         exact: Folder | None = None,
+        attempts: Any = None,
     ) -> None:
         super().__init__(source, recipe, device, devices, threads)
         self._audited = audited
+        self._attempts = attempts
         settings = recipe.sketch
         if exact is None:
             self._sketch = _count_sketch(recipe, list(self.capture.layers))
@@ -150,21 +154,52 @@ class SketchReplica(Replica):
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.select(_READ).to_pylist()
         results: list[dict[str, Any]] = [{"pair_id": row["pair_id"], "language": row["language"]} for row in rows]
-        failures: dict[int, dict[str, str]] = {}
-        for members in self.micro_batches(rows, failures):
-            audited = not self._audited.isdisjoint(rows[row]["pair_id"] for row in members.rows)
+
+        def work(places: list[int]) -> None:
+            failures: dict[int, dict[str, str]] = {}
+            for members in self.micro_batches([rows[place] for place in places], failures):
+                self._work(rows, results, replace(members, rows=[places[row] for row in members.rows]))
+            for row, reason in failures.items():
+                results[places[row]][FAILURE] = reason
+
+        if self._attempts is None:
+            work(list(range(len(rows))))
+        else:
+            for place in attempt(self._attempts, batch["pair_id"].to_pylist(), work):
+                results[place][FAILURE] = killed_worker()
+        return pa.Table.from_pylist(results, schema=self._schema)
+
+    def _work(self, rows: list[dict[str, Any]], results: list[dict[str, Any]], members: MicroBatch) -> None:
+        """Enters what is found for a micro-batch, in halves where the device has not the memory for the whole."""
+        from congrad_ray.gradient.memory import is_out_of_memory
+
+        audited = not self._audited.isdisjoint(rows[row]["pair_id"] for row in members.rows)
+        try:
             found = self._project(members.tokens) if self._exact else self._sketched(members.tokens, audited)
-            self._enter(results, failures, members, found)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            found, said = None, str(error)
+        if found is not None:
+            self._enter(results, members, found)
             self._count(sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in members.pairs))
             self._count_padding(sum(members.tokens.attention_padding))
-        for index, reason in failures.items():
-            results[index][FAILURE] = reason
-        return pa.Table.from_pylist(results, schema=self._schema)
+            return
+        # Outside of the except clause: the error is gone, and with it the tensors that its frames held.
+        tokens = sum(pair.padded_tokens for pair in members.pairs)
+        if len(members.pairs) == 1:
+            results[members.rows[0]][FAILURE] = failure("out_of_memory", f"a pair of {tokens} tokens: {said}")
+            return
+        self.max_tokens = max(1, tokens // 2)
+        print(f"a micro-batch of {tokens} tokens did not fit the memory; from now on {self.max_tokens} tokens")
+        middle = len(members.pairs) // 2
+        for part in (slice(middle), slice(middle, None)):
+            pairs = members.pairs[part]
+            self._work(rows, results, MicroBatch(members.rows[part], pairs, self.capture.layout(pairs)))
 
     def _enter(
         self,
         results: list[dict[str, Any]],
-        failures: dict[int, dict[str, str]],
         members: MicroBatch,
         found: Found,
     ) -> None:
@@ -174,7 +209,7 @@ class SketchReplica(Replica):
         for place, (row, pair) in enumerate(zip(members.rows, members.pairs, strict=True)):
             norm = float(found.norms[place])
             if not math.isfinite(norm):
-                failures[row] = failure("gradient_not_finite", f"norm of u is {norm}")
+                results[row][FAILURE] = failure("gradient_not_finite", f"norm of u is {norm}")
                 continue
             results[row].update(
                 sketch=sketches[place],

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from congrad_ray.rundir import Folder, RunDirectoryError, StageFolder
 from congrad_ray.stages.base import Context, Log, Outcome
-from congrad_ray.tables import quarantined, table_of
+from congrad_ray.tables import quarantined, row_id, table_of
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -30,22 +29,49 @@ def failure(reason: str, detail: object) -> dict[str, str]:
     return {"reason": reason, "detail": str(detail)}
 
 
-def read_missing(folder: Folder, output: StageFolder, id_column: str) -> tuple[Dataset, int]:
-    """A Ray dataset over the rows of `folder` whose id is not in `output` yet, and their number."""
+def read_missing_batches(
+    folder: Folder, output: StageFolder, id_column: str, batch_size: int
+) -> tuple[Dataset, int]:
+    """A Ray dataset of the rows of `folder`, in which a block is a batch, and how many rows are to be done.
+
+    Batches are consecutive rows of one file, and those of which all rows are in `output` are left out. Which rows
+    go together does not depend on what is done already, so that results whose last bits depend on their company
+    are the same after a kill: a batch is the unit of work.
+    """
     import ray
 
     done = output.ids(id_column)
-    ids = folder.read_table([id_column])[id_column].to_pylist()
-    missing = sum(identifier not in done for identifier in ids)
-    dataset = ray.data.read_parquet(folder.files(".parquet"), filesystem=folder.filesystem)
-    if done:
-        skip = ray.put(pa.array(sorted(done)))
+    batches, missing = [], 0
+    for path in folder.files(".parquet"):
+        ids = folder.read_parquet(path, [id_column])[0].to_pylist()
+        for start in range(0, len(ids), batch_size):
+            new = sum(identifier not in done for identifier in ids[start : start + batch_size])
+            missing += new
+            if new:
+                batches.append({"path": path, "start": start})
 
-        def keep(batch: pa.Table) -> pa.Table:
-            return batch.filter(pc.invert(pc.is_in(batch[id_column], value_set=ray.get(skip))))
+    def read(batch: dict[str, Any]) -> pa.Table:
+        start = int(batch["start"][0])
+        return read_slice(folder, str(batch["path"][0]), start, start + batch_size)
 
-        dataset = dataset.map_batches(keep, batch_format="pyarrow", batch_size=None)
-    return dataset, missing
+    dataset = ray.data.from_items(batches, override_num_blocks=max(1, len(batches)))
+    return dataset.map_batches(read, batch_format="numpy", batch_size=None), missing
+
+
+def read_slice(folder: Folder, path: str, start: int, stop: int) -> pa.Table:
+    """Rows `start` to `stop` of a Parquet file; of its row groups only those that hold them are read."""
+    with folder.filesystem.open_input_file(path) as stream:
+        file = pq.ParquetFile(stream, page_checksum_verification=True)
+        first = 0
+        groups, skipped = [], 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if first + rows <= start:
+                skipped += rows
+            elif first < stop:
+                groups.append(group)
+            first += rows
+        return file.read_row_groups(groups).slice(start - skipped, stop - start)
 
 
 def write_rows(
@@ -54,10 +80,9 @@ def write_rows(
     schema: pa.Schema,
     id_column: str,
     total: int,
-    rows_per_part: int = 256,
     tokens: Sequence[str] = (),
 ) -> None:
-    """Runs `dataset` and writes its rows as Parquet parts of the stage, with progress on the log.
+    """Runs `dataset` and writes each of its blocks as a Parquet part of the stage, with progress on the log.
 
     Where columns that count tokens are named, progress is told in tokens as well.
 
@@ -73,7 +98,9 @@ def write_rows(
         rows = batch.to_pylist()
         failed = [row for row in rows if row.get(FAILURE)]
         good = [row for row in rows if not row.get(FAILURE)]
-        name = f"part-{uuid.uuid4().hex}.parquet"
+        # By its rows: a write that is tried again replaces its first try, and files have the same order in every
+        # run, which fixes the last bits of sums over them.
+        name = f"part-{row_id(*(row[id_column] for row in rows))}.parquet"
         output.write_quarantine(
             (
                 quarantined(row[id_column], row.get("language"), row[FAILURE]["reason"], row[FAILURE]["detail"])
@@ -87,7 +114,7 @@ def write_rows(
         return pa.table({"written": [len(good)], "failed": [len(failed)], "tokens": [counted]})
 
     progress = Progress(context.log, total)
-    parts = dataset.map_batches(write, batch_format="pyarrow", batch_size=rows_per_part)
+    parts = dataset.map_batches(write, batch_format="pyarrow", batch_size=None)
     for part in parts.iter_rows():
         progress.add(part["written"], part["failed"], part["tokens"])
         context.progressed()

@@ -14,9 +14,10 @@ from congrad_ray.models import policy, policy_input
 from congrad_ray.preference.tokenization import chat_prompt_ids
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Folder, RunDirectoryError
+from congrad_ray.stages.attempts import attempts
 from congrad_ray.stages.base import Context, Outcome, Stage
 from congrad_ray.stages.replicas import LANGUAGE_GRADIENTS, SketchReplica, SummingReplica
-from congrad_ray.stages.rows import Progress, outcome_of, read_missing, write_rows
+from congrad_ray.stages.rows import Progress, outcome_of, read_missing_batches, write_rows
 from congrad_ray.tables import MESSAGES, sketches_schema
 
 if TYPE_CHECKING:
@@ -43,9 +44,8 @@ def run(context: Context) -> Outcome:
         chat_prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
     threads = context.profile.threads or max(1, int(pool.cpus))
     model = (source, recipe, context.profile.device, max(1, int(pool.gpus)), threads)
-    dataset, missing = read_missing(pairs, context.output, "pair_id")
+    dataset, missing = read_missing_batches(pairs, context.output, "pair_id", _PAIRS_PER_TASK)
     if missing:
-        dataset = dataset.repartition(target_num_rows_per_block=_PAIRS_PER_TASK)
         ids = pairs.read_table(["pair_id", "language"])
         languages = sorted(set(ids["language"].to_pylist()))
         exact = recipe.sketch.method == "exact"
@@ -57,9 +57,10 @@ def run(context: Context) -> Outcome:
                 *model,
                 frozenset() if exact else _drawn_for_audit(recipe, ids["pair_id"].to_pylist()),
                 context.output if exact else None,
+                attempts(),
             ),
             batch_format="pyarrow",
-            batch_size=_PAIRS_PER_TASK,
+            batch_size=None,
             compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
@@ -71,7 +72,6 @@ def run(context: Context) -> Outcome:
             sketches_schema(width, recipe.sketch.stored_dtype),
             "pair_id",
             missing,
-            _PAIRS_PER_TASK,
             ("prompt_tokens", "chosen_tokens", "rejected_tokens"),
         )
     if not context.output.parts():

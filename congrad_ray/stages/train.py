@@ -125,8 +125,8 @@ def _fit(context: Context, job: TrainingJob) -> None:
         raise KeyboardInterrupt from end
     except TrainingFailedError as error:
         raise TrainingError(
-            f"training failed after {workers.max_failures} restarts: {error}\nThe same command goes on from the "
-            "last checkpoint."
+            f"training failed after {workers.max_failures} restarts: {error}\n"
+            f"{_out_of_memory(context, str(error))}The same command goes on from the last checkpoint."
         ) from error
     finally:
         # Ray Train leaves its handler behind, which would swallow a Ctrl-C in the stages after this one.
@@ -135,6 +135,18 @@ def _fit(context: Context, job: TrainingJob) -> None:
     found = output.read_json(FAILURE)
     if found:
         raise TrainingError(found["message"])
+
+
+def _out_of_memory(context: Context, said: str) -> str:
+    """What to do where that was the reason; nothing for other reasons."""
+    if "out of memory" not in said.lower() and "can't allocate memory" not in said:
+        return ""
+    train, length = context.recipe.train, context.recipe.model.max_length
+    return (
+        f"A worker lacked memory for {train.micro_batch_size} pairs of up to twice {length} tokens with ZeRO "
+        f"{train.zero_stage}: lower train.micro_batch_size or model.max_length, set train.gradient_checkpointing: "
+        "true or a higher train.zero_stage, or use more or larger workers in the profile. "
+    )
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from faults.work import COMPUTING, computed, rows_written, training_state
 
 UNDISTURBED = "undisturbed"
 REPEATED = "repeated"  # a second undisturbed run: how much two runs without kills differ
+# So that a batch that is hit again and again is not taken for one that kills its workers (stages/attempts.py).
 _MOST_KILLS_PER_STAGE = 3
-# A vLLM engine is started again three times in one run of a stage, so more kills would test the limit only.
 _LOOK_EVERY = 0.03
 # The kinds whose moment is within the work itself, three times of four, and not within the actors' start.
 _SHARE_AT_WORK = 0.75

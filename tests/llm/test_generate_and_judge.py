@@ -1,5 +1,6 @@
 """Real engines under Ray: generate and judge, and what a judge's distribution is checked against."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -188,3 +189,39 @@ def test_a_checkpoint_that_is_not_on_a_local_filesystem_is_fetched(
     assert sorted(row["id"] for row in found) == ["0", "1", "2", "3"]
     assert len({row["text"] for row in found}) == 1  # greedy: the same question has the same answer
     assert (tmp_path / "cache" / "checkpoints" / ("f" * 16) / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_prompt_that_kills_its_engine_is_set_apart_and_no_other_is_lost(
+    tiny_model: Path, rubric: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real engines in real processes, which end when they are asked a certain prompt."""
+    import ray
+
+    from congrad_ray.llm import engine
+
+    ray.shutdown()
+    engine_class = engine._engine_class
+
+    def deadly(stage: type[Any], *arguments: Any) -> type[Any]:
+        class Deadly(stage):
+            async def udf(self, batch: list[dict[str, Any]]) -> Any:
+                if any("zorro" in row["row"] for row in batch):
+                    os._exit(1)
+                async for output in super().udf(batch):
+                    yield output
+
+        return engine_class(Deadly, *arguments)
+
+    monkeypatch.setattr(engine, "_engine_class", deadly)
+    run = RunDirectory.open(tmp_path / "run")
+    prompts = _prompts(run, WORDS)
+    profile = Profile.model_validate({"name": "local", "engines": {"batch_size": 4}})
+    manifest = run_stage(GENERATE, _recipe(tiny_model, rubric), profile, run)
+    assert manifest.counters["quarantined"] == {"killed_worker": 2}
+    wanted = {response_id(row["prompt_id"], 0, sample) for row in prompts for sample in (0, 1)}
+    bad = {response_id(prompts[WORDS.index("zorro")]["prompt_id"], 0, sample) for sample in (0, 1)}
+    output = run.stage("responses", 0)
+    assert set(output.read_table(["response_id"])["response_id"].to_pylist()) == wanted - bad
+    assert set((output / "quarantine").read_table(["row_id"])["row_id"].to_pylist()) == bad

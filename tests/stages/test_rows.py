@@ -38,11 +38,11 @@ def test_too_many_failed_rows_stop_a_stage_with_their_reasons(tmp_path: Path, fa
     ]
     table = pa.Table.from_pylist(rows, schema=pa.schema([*SCHEMA, FAILURE_FIELD]))
     if failed_share == 0.5:
-        write_rows(ray.data.from_arrow(table), context, SCHEMA, "id", 100, 10)
+        write_rows(ray.data.from_arrow(table).repartition(10), context, SCHEMA, "id", 100)
         assert outcome_of(context.output, "id").rows == 80
         return
     with pytest.raises(RunDirectoryError) as error:
-        write_rows(ray.data.from_arrow(table), context, SCHEMA, "id", 100, 10)
+        write_rows(ray.data.from_arrow(table).repartition(10), context, SCHEMA, "id", 100)
     assert "limits.failed_share (0.1)" in str(error.value)
     assert re.search(r"too_odd: 20 rows, such as: \d+ is odd", str(error.value))
 

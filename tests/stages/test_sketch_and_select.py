@@ -114,6 +114,44 @@ def test_a_replica_writes_the_sketch_of_autograds_gradient(tiny_model: Path, dty
             assert result[column] == pytest.approx(cosine, abs=1e-5)
 
 
+@pytest.mark.parametrize("most_positions", [60, 30, 1])
+def test_a_micro_batch_that_does_not_fit_the_memory_is_done_in_halves(
+    tiny_model: Path, most_positions: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A backward pass that runs out of memory when more positions than these reach it."""
+    import torch
+
+    recipe = recipe_for(tiny_model)
+    source = ModelSource(str(tiny_model), recipe.model)
+    table = table_of([pair(n, f"Count to {n}", "1 2 3 4 5 6", "fox", "en") for n in range(6)], PAIRS)
+    whole = SketchReplica(source, recipe, "cpu", 1, 1)(table)
+    replica = SketchReplica(source, recipe, "cpu", 1, 1)
+    positions: list[int] = []
+
+    def fill_memory(gradient: torch.Tensor) -> None:
+        positions.append(gradient.shape[-2])
+        if gradient.shape[-2] > most_positions:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def after(module: object, inputs: object, output: Any) -> None:
+        (output[0] if isinstance(output, tuple) else output).register_hook(fill_memory)
+
+    replica.capture.model.get_submodule("model.layers.0").register_forward_hook(after)
+    found = replica(table)
+    if most_positions == 1:
+        failures = [row[FAILURE] for row in found.to_pylist()]
+        assert {failure["reason"] for failure in failures} == {"out_of_memory"}
+        assert "Tried to allocate 2.00 GiB" in failures[0]["detail"]
+        return
+    assert max(positions) > most_positions >= positions[-1]
+    assert "did not fit the memory; from now on" in capsys.readouterr().out
+    columns = [table_of(rows.to_pylist(), sketches_schema(WIDTH, "float32")) for rows in (whole, found)]
+    np.testing.assert_allclose(*(sketch_numbers(rows, "float32") for rows in columns), rtol=1e-4, atol=1e-5)
+    calls = len(positions)
+    replica(table)
+    assert max(positions[calls:]) <= most_positions, "later micro-batches are smaller from the start"
+
+
 def sketch_table(rows: list[dict[str, Any]]) -> pa.Table:
     stored = [{**row, "sketch": sketch_bytes(row["sketch"][None])[0]} for row in rows]
     return table_of(stored, sketches_schema(WIDTH, "float32"))

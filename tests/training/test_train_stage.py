@@ -267,6 +267,22 @@ def kill_a_worker_after(run: RunDirectory, step: int) -> threading.Thread:
 
 
 @pytest.mark.slow
+def test_a_worker_without_memory_says_what_would_need_less(
+    tmp_path: Path, tiny_model: Path, make_selection: Any, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from congrad_ray.stages import train
+
+    def full(config: dict[str, Any]) -> None:
+        torch.empty(2**50)
+
+    monkeypatch.setattr(train, "train_worker", full)
+    run = RunDirectory.open(tmp_path)
+    make_selection(run, 4)
+    with pytest.raises(TrainingError, match=r"can't allocate memory(.|\n)*lower train\.micro_batch_size"):
+        train_in(run, recipe_of(tiny_model), max_failures=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_killed_workers_go_on_from_the_checkpoint(
     tmp_path: Path,
