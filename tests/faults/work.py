@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -71,8 +72,9 @@ def training_state(run: Path) -> TrainingState:
     policy = run / POLICY
     checkpoints = [0]
     for snapshot in policy.glob("ray_train/*/checkpoint_manager_snapshot.json"):
-        latest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
-        checkpoints.append(latest["metrics"]["step"] if latest else 0)
+        with suppress(ValueError):  # being written
+            latest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
+            checkpoints.append(latest["metrics"]["step"] if latest else 0)
     metrics = policy / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     return TrainingState(int(json.loads(lines[-1])["step"]) if lines else 0, max(checkpoints))
