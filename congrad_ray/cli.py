@@ -258,10 +258,8 @@ def plan(
 
     loaded, where = load_recipe(recipe, set_ or []), load_profile(profile)
     assumptions = load_assumptions(assume or [])
-    there_is = where_it_runs(loaded, where)
+    there_is = where_it_runs(loaded, where, assumptions)
     lengths = known_lengths(loaded, assumptions, RunDirectory.open(run) if run else None)
-    for need in needs(loaded, where):
-        check_fits(need, there_is, where.cluster)
     found = make_plan(loaded, where, read_shapes(loaded), lengths, assumptions, there_is)
     title = f"{loaded.name} on {where.name}: {loaded.iterations} iteration(s) together, predicted"
     console.print(plan_table(found, _plain(title)))
@@ -272,6 +270,8 @@ def plan(
     console.print(f"There is: {there_is.where}, {there_is.cpus:g} CPUs and {there_is.gpus:g} GPUs for Ray")
     for line in found.advice:
         console.print(_plain(line), highlight=False)
+    for need in needs(loaded, where):
+        check_fits(need, there_is, where.cluster)
     if found.short:
         raise DoesNotFit(f"{', '.join(stage.stage for stage in found.short)}: not enough memory for one replica")
     unknown = any(stage.needed and stage.available is None for stage in found.stages)

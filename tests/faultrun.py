@@ -43,9 +43,9 @@ def main() -> int:
     folder = given.run.resolve()
     results = Results(given.results.resolve() if given.results else folder / "results.jsonl")
     _set_environment()
+    _end_in_order()
     failed = False
     with local_cluster() as cluster:
-        _end_in_order()
         recipe = Recipe.make(folder, cluster.address)
         run = FaultRun(folder, cluster, recipe, results, given.seed)
         try:
@@ -110,7 +110,7 @@ def _set_environment() -> None:
 
 
 def _end_in_order() -> None:
-    """Ctrl-C and SIGTERM unwind all that was begun; to be called when Ray has put handlers of its own there."""
+    """Ctrl-C and SIGTERM unwind all that was begun."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

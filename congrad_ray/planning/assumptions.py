@@ -38,6 +38,13 @@ class Assumptions(Settings):
     engine_start_s: float = Field(90.0, ge=0, description="seconds until a vLLM engine answers")
     replica_start_s: float = Field(60.0, ge=0, description="seconds until a sketch replica or training works")
 
+    machine_cpus: float | None = Field(
+        None,
+        gt=0,
+        description="CPUs of a machine to plan for that is not this one; no cluster section",
+    )
+    machine_gpus: int | None = Field(None, ge=1, description="its GPUs")
+    machine_memory_gib: float | None = Field(None, gt=0, description="GiB of its memory")
     gpu_memory_gib: float | None = Field(
         None, gt=0, description="GiB of one GPU where the profile has no cluster section that says it"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from congrad_ray.planning.assumptions import Assumptions
-from congrad_ray.planning.fit import Machine, cluster_machine, most_cpus
+from congrad_ray.planning.fit import Machine, Node, cluster_machine, most_cpus
 from congrad_ray.planning.plan import Shapes
 from congrad_ray.planning.shape import read_shape
 from congrad_ray.planning.tokens import Lengths, assumed_lengths, with_measured
@@ -50,12 +50,19 @@ def _of_one_making(manifests: dict[str, Manifest]) -> dict[str, Manifest]:
     return kept
 
 
-def where_it_runs(recipe: Recipe, profile: Profile) -> Machine:
-    """The profile's cluster with all its nodes, else the cluster to be connected to, else this machine."""
+def where_it_runs(recipe: Recipe, profile: Profile, assumptions: Assumptions) -> Machine:
+    """The profile's cluster with all its nodes, else a machine assumed, the cluster to connect to, or this one."""
     if profile.cluster is not None:
         return cluster_machine(profile.cluster)
+    here = assumptions.machine_cpus is None and assumptions.machine_gpus is None
     cpus = most_cpus(recipe, profile)
-    if address_of(profile):
+    if here and address_of(profile):
         connect(profile, cpus)
         return machine()
-    return this_machine(profile, cpus)
+    found = this_machine(profile, cpus)
+    if here:
+        return found
+    cpus = found.cpus if assumptions.machine_cpus is None else assumptions.machine_cpus
+    gpus = found.gpus if assumptions.machine_gpus is None else float(assumptions.machine_gpus)
+    memory = assumptions.machine_memory_gib or found.memory_gib
+    return Machine(cpus, gpus, memory, "the machine assumed", (Node("the machine", cpus, gpus),))

@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ WORKER_NODES = 2
 HEAD_CPUS = 1
 NODE_CPUS = 2
 _OBJECT_STORE = 150 * 2**20
+_NODE = {"num_cpus": NODE_CPUS, "object_store_memory": _OBJECT_STORE}
 _STARTED_AFTER = 180.0  # seconds; a busy machine is slow
 
 
@@ -36,7 +37,7 @@ class LocalCluster:
             },
         )
         for _ in range(WORKER_NODES):
-            self.add_node()
+            self._cluster.add_node(wait=False, **_NODE)
         self._cluster.wait_for_nodes(timeout=_STARTED_AFTER)
 
     @property
@@ -45,14 +46,18 @@ class LocalCluster:
 
     def add_node(self) -> None:
         """Starts a worker node; it joins in its own time, as the replacement of a lost machine does."""
-        self._cluster.add_node(wait=False, num_cpus=NODE_CPUS, object_store_memory=_OBJECT_STORE)
+        with _same_handlers():
+            self._cluster.add_node(wait=False, **_NODE)
 
     def worker_nodes(self) -> list[Any]:
         return sorted(self._cluster.worker_nodes, key=_raylet)
 
     def kill_node(self, node: Any) -> None:
         """As a machine that loses its power: the raylet and all its workers at once, no goodbye to anybody."""
-        for process in [psutil.Process(_raylet(node)), *workers(node)]:
+        running = workers(node)
+        with suppress(ProcessLookupError):
+            os.kill(_raylet(node), signal.SIGKILL)
+        for process in running:
             kill(process)
         self._cluster.remove_node(node, allow_graceful=False)
 
@@ -84,7 +89,8 @@ def local_cluster() -> Iterator[LocalCluster]:
     os.environ["RAY_TMPDIR"] = folder
     cluster = None
     try:
-        cluster = LocalCluster()
+        with _same_handlers():
+            cluster = LocalCluster()
         yield cluster
     finally:
         try:
@@ -98,6 +104,16 @@ def local_cluster() -> Iterator[LocalCluster]:
             else:
                 os.environ["RAY_TMPDIR"] = before
             shutil.rmtree(Path(folder), ignore_errors=True)
+
+
+@contextmanager
+def _same_handlers() -> Iterator[None]:
+    """Every node that Ray starts puts a handler of its own there, after which SIGTERM unwinds nothing of ours."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def left_over(folder: str) -> list[psutil.Process]:

@@ -220,6 +220,7 @@ class _Followed:
         rows, training = rows_written(self._run, stage), training_state(self._run)
         if self._command.stage != stage:
             return
+        seconds = time.monotonic() - since  # a node takes seconds to replace
         if plan.kind == "driver":
             self._command.kill()
         elif not strike(victim, self._of.cluster):
@@ -231,7 +232,7 @@ class _Followed:
             stage=stage,
             kind=plan.kind,
             victim=victim.title,
-            seconds=round(time.monotonic() - since, 2),
+            seconds=round(seconds, 2),
             at_work=plan.from_work,
             rows_written=rows,
             steps_lost_at_most=training.steps_lost_at_most if stage == "train" else None,

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ COMPUTING = {
     "sketch": ("SketchReplica", SKETCH_BATCH),
     "evaluate": ("vLLMEngineStage", ENGINE_BATCH),
 }
+_ENGINE_START = 10.0  # seconds; batches follow each other within less, and no engine starts so fast
 _RUNNING = 8  # Ray's TaskStatus.RUNNING
 _SUBMITTED = "submit"  # the method of Ray Data's actors that computes a batch
 
@@ -33,7 +36,7 @@ class Computed:
     """What the actors of a stage did within a span of time."""
 
     batches: int  # begun
-    seconds: float  # from the first one's beginning to the last one's
+    seconds: float  # from the first one's beginning to the last one's, less the start of a second engine
 
 
 def computed(stage: str, events: Iterable[Any], since: float, until: float) -> Computed:
@@ -48,7 +51,8 @@ def computed(stage: str, events: Iterable[Any], since: float, until: float) -> C
         if since <= started <= until:
             begun.add((event.task_id, event.attempt_number))
             times.append(started)
-    return Computed(len(begun), max(times) - min(times) if times else 0.0)
+    pauses = [later - earlier for earlier, later in pairwise(sorted(times))]
+    return Computed(len(begun), sum(pause for pause in pauses if pause < _ENGINE_START))
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,9 @@ def training_state(run: Path) -> TrainingState:
     policy = run / POLICY
     checkpoints = [0]
     for snapshot in policy.glob("ray_train/*/checkpoint_manager_snapshot.json"):
-        latest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
-        checkpoints.append(latest["metrics"]["step"] if latest else 0)
+        with suppress(ValueError):  # being written
+            latest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
+            checkpoints.append(latest["metrics"]["step"] if latest else 0)
     metrics = policy / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     return TrainingState(int(json.loads(lines[-1])["step"]) if lines else 0, max(checkpoints))
