@@ -103,7 +103,8 @@ def _set_environment() -> None:
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     # Ray's workers step back behind everything else on the machine, which on a busy one starves them.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
-    # A node ends itself when its agent has not come up after half a minute, which a busy machine may need.
+    # A node is given up, or ends itself, when it is not up after half a minute, which a busy machine may need.
+    os.environ["RAY_raylet_start_wait_time_s"] = "300"  # noqa: SIM112
     os.environ["RAY_agent_register_timeout_ms"] = "300000"  # noqa: SIM112 - Ray's own spelling
     # Of a killed process nothing is known that it had not told yet.
     os.environ["RAY_task_events_report_interval_ms"] = "100"  # noqa: SIM112 - Ray's own spelling

@@ -88,10 +88,9 @@ def find_victim(kind: Kind, cluster: LocalCluster, chance: random.Random) -> Vic
 
 
 def strike(victim: Victim, cluster: LocalCluster) -> bool:
-    """SIGKILL, and a new node for a killed one; False where it had ended by itself. Not for the driver."""
+    """SIGKILL; False where it had ended by itself. Not for the driver."""
     if victim.node is not None:
         cluster.kill_node(victim.node)
-        cluster.add_node()
         return True
     assert victim.process is not None
     return kill(victim.process)

@@ -241,6 +241,8 @@ class _Followed:
         self._exits = 0
         self._stages[stage].kills_left -= 1
         self._stages[stage].kills.append(plan.kind)
+        if plan.kind == "node":
+            self._of.cluster.add_node()
         self._make_plan(stage)
         if plan.kind == "driver":
             self._leave(stage)
