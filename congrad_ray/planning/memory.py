@@ -86,10 +86,11 @@ def sketch_memory(
     if available is None or found.peak <= available or wanted == 1:
         return found
     one = memory(1)
-    fitting = int((available - one.peak + one.parts["activations"]) // one.parts["activations"])
-    if fitting <= 1:
+    if one.peak > available:
         return one
-    return memory(fitting, f"micro-batches of {fitting * longest:,} tokens, not {settings.max_tokens_per_batch:,}")
+    fitting = max(1, int((available - one.peak) // one.parts["activations"]) + 1)
+    note = f"micro-batches of {fitting * longest:,} tokens fit, not sketch.max_tokens_per_batch"
+    return memory(fitting, f"{note} = {settings.max_tokens_per_batch:,}")
 
 
 def training_memory(shape: ModelShape, recipe: Recipe, profile: Profile, assumptions: Assumptions) -> Memory:

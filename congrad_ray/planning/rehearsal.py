@@ -10,6 +10,7 @@ soft-capping) keep what they keep.
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -62,7 +63,9 @@ def training_working_bytes(shape: ModelShape, recipe: Recipe, pairs: int) -> int
     def peak(config: PretrainedConfig) -> int:
         model = meta_model(config, recipe.model.dtype).train()
         if recipe.train.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with warnings.catch_warnings():  # of a new name for this, which training itself tells of
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
         ids = torch.zeros((rows, length), dtype=torch.int64, device="meta")
