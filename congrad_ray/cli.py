@@ -408,8 +408,8 @@ def submit(
     command = submission.entrypoint(stage, recipe, run, profile, number, set_ or [], redo)
     client = submission.connect(address)
     job = submission.send(client, command)
-    _log(f"job {job} on {address}: {without_keys(command)}")
     try:
+        _log(f"job {job} on {address}: {without_keys(command)}")
         code = submission.follow(client, job, lambda text: typer.echo(printable(text, lines=True), nl=False))
     except KeyboardInterrupt:
         raise submission.StillRunning(f"\nThe job goes on. {submission.again(client, job)}") from None
