@@ -87,6 +87,18 @@ def find_victim(kind: Kind, cluster: LocalCluster, chance: random.Random) -> Vic
     return Victim(kind, title, process)
 
 
+def actors_hit(victim: Victim, cluster: LocalCluster) -> int:
+    """How many engines, gradient actors or training ranks end with the victim."""
+    if victim.kind in (*_ACTORS, "engine core"):
+        return 1
+    if victim.kind == "data worker":
+        return 0
+    nodes = [victim.node] if victim.node is not None else cluster.nodes()
+    return sum(
+        node in nodes and any(_TITLES[kind].match(title) for kind in _ACTORS) for node, _, title in titled(cluster)
+    )
+
+
 def strike(victim: Victim, cluster: LocalCluster) -> bool:
     """SIGKILL; False where it had ended by itself. Not for the driver."""
     if victim.node is not None:

@@ -19,7 +19,7 @@ from faults.compare import (
     compare_report,
     compare_table,
 )
-from faults.kills import KINDS, Kind, at_work, find_victim, strike
+from faults.kills import KINDS, Kind, actors_hit, at_work, find_victim, strike
 from faults.results import Results
 from faults.work import COMPUTING, computed, rows_written, training_state
 
@@ -96,12 +96,13 @@ class FaultRun:
     def run_phase(self, phase: Phase, round_: str, kills: int) -> None:
         """Runs the phase to its end under at most so many kills; what was done in it before is gone on with."""
         run = self.undisturbed if round_ == UNDISTURBED else self.folder / f"{round_}-{phase.name}"
+        gone_on_with = run.exists()
         for name in phase.copied:
             if not (run / name).exists():
                 shutil.copytree(self.undisturbed / name, run / name)
         followed = _Followed(self, phase, round_, run, kills)
         followed.to_the_end()
-        followed.record_work()
+        followed.record_work(whole=not gone_on_with)
         if round_ != UNDISTURBED:
             self.compare(phase, round_, run)
         self.results.add("done", round=round_, phase=phase.name)
@@ -155,8 +156,11 @@ class _Followed:
         finally:
             self._command.kill()
 
-    def record_work(self) -> None:
-        """For every stage that was seen: how many batches were begun, and how long the work took."""
+    def record_work(self, whole: bool) -> None:
+        """For every stage that was seen: how many batches were begun, and how long the work took.
+
+        Not `whole` where a part of the phase was done before this fault run was interrupted.
+        """
         time.sleep(2.0)  # until the cluster has heard of the last tasks
         events = self._of.cluster.task_events()
         for name, stage in self._stages.items():
@@ -166,6 +170,7 @@ class _Followed:
                 round=self._round,
                 phase=self._phase.name,
                 stage=name,
+                whole=whole,
                 kills=stage.kills,
                 seconds=round(stage.left - stage.entered, 2),
                 batches=done.batches if done else None,
@@ -218,6 +223,7 @@ class _Followed:
                 self._make_plan(stage, excluded=plan.kind)
             return
         rows, training = rows_written(self._run, stage), training_state(self._run)
+        actors = actors_hit(victim, self._of.cluster)
         if self._command.stage != stage:
             return
         seconds = time.monotonic() - since  # a node takes seconds to replace
@@ -235,6 +241,7 @@ class _Followed:
             seconds=round(seconds, 2),
             at_work=plan.from_work,
             rows_written=rows,
+            actors=actors,
             steps_lost_at_most=training.steps_lost_at_most if stage == "train" else None,
         )
         self._kills -= 1

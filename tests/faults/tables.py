@@ -74,16 +74,20 @@ def _work(results: Results) -> Screen:
         "kills",
         "batches needed",
         "done again",
-        "per kill",
+        "actors killed",
+        "per actor",
         "most in one visit",
         "rows a batch",
         title="Work done more than once, at most",
     )
     for stage, (_, rows) in COMPUTING.items():
         [needed] = [record["batches"] for record in results.of("work", round=UNDISTURBED, stage=stage)][-1:] or [0]
-        visits = [record for record in results.of("work", stage=stage) if record["kills"]]
+        visits = [record for record in results.of("work", stage=stage, whole=True) if record["kills"]]
         again = [visit["batches"] - needed for visit in visits]
         kills = sum(len(visit["kills"]) for visit in visits)
+        rounds = {visit["round"] for visit in visits}
+        hit = [record for record in results.of("kill", stage=stage) if record["round"] in rounds]
+        actors = sum(record["actors"] for record in hit)
         most = max(again, default=0)
         whose = ", ".join(visits[again.index(most)]["kills"]) if visits else ""
         table.add_row(
@@ -92,16 +96,17 @@ def _work(results: Results) -> Screen:
             str(kills),
             str(needed),
             str(sum(again)),
-            f"{sum(again) / kills:.2f}" if kills else "",
+            str(actors),
+            f"{sum(again) / actors:.2f}" if actors else "",
             f"{most} ({whose})" if visits else "",
             str(rows),
         )
-    steps = [record["steps_lost_at_most"] for record in results.of("kill", stage="train")]
-    if steps:
-        mean = f"{sum(steps) / len(steps):.2f}"
-        table.add_row(
-            "train (steps)", "", str(len(steps)), "", str(sum(steps)), mean, f"{max(steps)} (one kill)", ""
-        )
+    trained = results.of("kill", stage="train")
+    if trained:
+        steps = [record["steps_lost_at_most"] for record in trained]
+        ranks = sum(record["actors"] for record in trained)
+        most = f"{max(steps)} (one kill)"
+        table.add_row("train (steps)", "", str(len(steps)), "", str(sum(steps)), str(ranks), "", most, "")
     return table
 
 
