@@ -44,11 +44,11 @@ def plan_table(plan: Plan, title: str) -> Table:
 def memory_table(plan: Plan) -> Table:
     """The replicas of every stage and the memory of one, by part; parts that take turns do not add up.
 
-    `sequences` of mean length find room in an engine's KV cache.
+    So many of them as `fit` run at once; `sequences` of mean length find room in an engine's KV cache.
     """
     table = Table(title="one replica, GiB")
-    for column in ("stage", "replicas", "needs", "has", "sequences", "made of"):
-        table.add_column(column, justify="left" if column in ("stage", "made of") else "right")
+    for column in ("stage", "runs as", "fit", "needs", "has", "sequences", "made of"):
+        table.add_column(column, justify="left" if column in ("stage", "runs as", "made of") else "right")
     for stage in plan.stages:
         if stage.needed is None:
             continue
@@ -56,6 +56,7 @@ def memory_table(plan: Plan) -> Table:
         needs = _gib(stage.needed.peak)
         table.add_row(
             stage.stage,
+            stage.what,
             str(stage.replicas),
             needs if stage.fits else f"[red]{needs}[/red]",
             "?" if stage.available is None else _gib(stage.available),

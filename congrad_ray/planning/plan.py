@@ -47,6 +47,7 @@ class StagePlan:
     """A stage over all iterations. None: the profile and the assumptions do not say enough to know it."""
 
     stage: str
+    what: str  # it runs as, with how many of them the profile asks for
     rows: float
     tokens: float
     flops: float
@@ -122,6 +123,7 @@ def make_plan(
         stages.append(
             StagePlan(
                 stage,
+                asked[stage].what,
                 sum(count.rows for count in counts),
                 sum(count.tokens for count in counts),
                 sum(sum(flops) for flops in work),
