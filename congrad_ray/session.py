@@ -11,6 +11,8 @@ import threading
 from congrad_ray.planning.fit import Machine, Node
 from congrad_ray.profile import Profile
 
+# In a row, of a stage's actors; one more ends the stage.
+_FAILED_STARTS = 2
 _FOOTER_ACTORS = "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"
 
 
@@ -62,6 +64,9 @@ def connect(profile: Profile, cpus_needed: float) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # An engine whose core process is killed while it starts fails in its constructor, which Ray Core does not try
+    # again; by default Ray Data then gives up the whole stage.
+    context.max_consecutive_actor_init_deaths = _FAILED_STARTS
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
