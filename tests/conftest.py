@@ -12,7 +12,12 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Whether an example is slow says something of the machine, not of the code.
+hypothesis.settings.register_profile("congrad_ray", deadline=None)
+hypothesis.settings.load_profile("congrad_ray")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
