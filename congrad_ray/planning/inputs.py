@@ -12,6 +12,8 @@ from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Manifest, RunDirectory
 from congrad_ray.session import address_of, connect, machine, this_machine
 
+_FOLDERS = (("generate", "responses"), ("pair", "pairs"), ("sketch", "sketches"), ("evaluate", "evaluation"))
+
 
 def read_shapes(recipe: Recipe) -> Shapes:
     """The shapes of a recipe's models. Raises ModelError as `read_shape` does."""
@@ -31,9 +33,7 @@ def known_lengths(recipe: Recipe, assumptions: Assumptions, run: RunDirectory | 
         return lengths
     for iteration in reversed(range(recipe.iterations)):
         found = {
-            stage: manifest
-            for stage, folder in (("generate", "responses"), ("pair", "pairs"), ("sketch", "sketches"))
-            if (manifest := run.stage(folder, iteration).manifest())
+            stage: manifest for stage, folder in _FOLDERS if (manifest := run.stage(folder, iteration).manifest())
         }
         if "generate" in found:
             return with_measured(lengths, recipe, _of_one_making(found))
@@ -47,6 +47,9 @@ def _of_one_making(manifests: dict[str, Manifest]) -> dict[str, Manifest]:
         manifest = manifests.get(stage)
         if manifest and before in kept and kept[before].fingerprint in manifest.inputs.values():
             kept[stage] = manifest
+    evaluate = manifests.get("evaluate")
+    if evaluate and evaluate.inputs.get("prompts") == kept["generate"].inputs.get("prompts"):
+        kept["evaluate"] = evaluate
     return kept
 
 

@@ -57,7 +57,7 @@ def stage_bytes(
         case "train":
             return float(policy_bytes(shape, recipe))
         case "evaluate":
-            return rows * (_fixed(ANSWERS) + prompt + response)
+            return rows * (_fixed(ANSWERS) + prompt + text * lengths.answer)
     raise ValueError(f"no stage {count.stage}")
 
 

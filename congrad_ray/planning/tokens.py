@@ -20,6 +20,7 @@ class Lengths:
     response: float
     paired_response: float  # of chosen and rejected: the longest of several are rejected more often
     judgement: float
+    answer: float  # in evaluation
     verdict: float  # what the judge of two answers writes
     pairs_per_prompt: float
     measured: tuple[str, ...] = ()  # the stages of a run that some of these were taken from
@@ -57,6 +58,7 @@ def assumed_lengths(recipe: Recipe, assumptions: Assumptions) -> Lengths:
         prompt=assumptions.prompt_share * room,
         response=response,
         paired_response=response,
+        answer=assumptions.response_share * recipe.evaluate.max_tokens,
         judgement=1.0 if by_distribution else assumptions.judgement_share * recipe.judge.max_tokens,
         verdict=assumptions.judgement_share * recipe.evaluate.judge_max_tokens,
         pairs_per_prompt=assumptions.pairs_per_prompt,
@@ -71,7 +73,7 @@ def with_measured(lengths: Lengths, recipe: Recipe, manifests: Mapping[str, Mani
         counts, means = generate.counters.get("responses", {}), generate.counters.get("mean_tokens", {})
         if counts and counts.keys() == means.keys():
             known["response"] = sum(counts[tag] * means[tag] for tag in counts) / sum(counts.values())
-            known["paired_response"] = known["response"]
+            known["paired_response"] = known["answer"] = known["response"]
             measured.append("generate")
         if "mean_prompt_tokens" in generate.counters:
             known["prompt"] = generate.counters["mean_prompt_tokens"]
@@ -82,6 +84,9 @@ def with_measured(lengths: Lengths, recipe: Recipe, manifests: Mapping[str, Mani
         known["prompt"] = sketch.counters["prompt_tokens"] / sketch.rows
         known["paired_response"] = sketch.counters["response_tokens"] / (2 * sketch.rows)
         measured.append("sketch")
+    if (evaluate := manifests.get("evaluate")) and "mean_answer_tokens" in evaluate.counters:
+        known["answer"] = evaluate.counters["mean_answer_tokens"]
+        measured.append("evaluate")
     return Lengths(**{**vars(lengths), **known, "measured": tuple(measured)})
 
 
@@ -141,8 +146,8 @@ def stage_counts(
             "evaluate",
             answers,
             answers + compared,
-            answers * lengths.prompt + compared * (question + 2 * lengths.response),
-            answers * lengths.response + compared * lengths.verdict,
+            answers * lengths.prompt + compared * (question + 2 * lengths.answer),
+            answers * lengths.answer + compared * lengths.verdict,
         ),
     ]
 

@@ -60,7 +60,9 @@ def run(context: Context) -> Outcome:
             "win_rates": [asdict(rate) for rate in rates],
         },
     )
-    return outcome_of(output, "answer_id", _counters(changes, rates))
+    tokens = pc.mean(output.read_table(["response_tokens"])["response_tokens"]).as_py()
+    counters = {**_counters(changes, rates), "mean_answer_tokens": round(tokens, 1)}
+    return outcome_of(output, "answer_id", counters)
 
 
 def _answer(context: Context, source: ModelSource, model: str) -> None:

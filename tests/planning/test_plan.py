@@ -89,16 +89,18 @@ def test_what_a_run_knows_takes_the_place_of_what_is_assumed(recipe: Recipe) -> 
 
     generate = manifest("generate", 400, responses={"de": 100, "en": 300}, mean_tokens={"de": 10.0, "en": 20.0})
     found = with_measured(assumed_lengths(recipe, ASSUMED), recipe, {"generate": generate})
-    assert found.response == found.paired_response == 17.5
+    assert found.response == found.paired_response == found.answer == 17.5
     assert found.prompt == pytest.approx(153.6)
     finished = {
         "generate": generate,
         "pair": manifest("pair", 80),
         "sketch": manifest("sketch", 80, prompt_tokens=800, response_tokens=3200),
+        "evaluate": manifest("evaluate", 120, mean_answer_tokens=33.0),
     }
     found = with_measured(found, recipe, finished)
     assert (found.prompt, found.response, found.paired_response, found.pairs_per_prompt) == (10, 17.5, 20, 0.8)
-    assert found.measured == ("generate", "pair", "sketch")
+    assert found.answer == 33.0
+    assert found.measured == ("generate", "pair", "sketch", "evaluate")
 
 
 def test_flops_of_a_forward_pass(llama: ModelShape, recipe: Recipe) -> None:

@@ -92,7 +92,7 @@ def predicted(run: RunDirectory, recipe: Recipe) -> tuple[dict[str, StageCount],
     """Counts and bytes by stage with the mean lengths that the run measured, and its tokenizer's bytes a token."""
     instruction, text = bytes_per_token_of(run, recipe)
     lengths = known_lengths(recipe, Assumptions(), run)
-    assert lengths.measured == ("generate", "pair", "sketch")
+    assert lengths.measured == ("generate", "pair", "sketch", "evaluate")
     counts = {c.stage: c for c in stage_counts(recipe, lengths, Assumptions(bytes_per_token=instruction))}
     shape = read_shapes(recipe).policy
     assumptions = Assumptions(bytes_per_token=text)
