@@ -50,7 +50,7 @@ class Attempts:
         return "alone" if self._together[key] >= _DEATHS_TOGETHER else "together"
 
 
-_actors: dict[str, Any] = {}
+_actors: dict[tuple[str, str], Any] = {}
 
 
 def attempts() -> Any:
@@ -59,13 +59,14 @@ def attempts() -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     context = ray.get_runtime_context()
-    job = context.get_job_id()
-    if job not in _actors:
+    # Every Ray counts its jobs from 1, and a handle of another Ray ends this process; a node's id is its own.
+    here = (context.get_node_id(), context.get_job_id())
+    if here not in _actors:
         _actors.clear()  # of a Ray that this process was connected to before
-        here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True)
-        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-        _actors[job] = ray.remote(Attempts).options(**options).remote()
-    return _actors[job]
+        with_driver = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True)
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": with_driver}
+        _actors[here] = ray.remote(Attempts).options(**options).remote()
+    return _actors[here]
 
 
 def attempt(actor: Any, keys: Sequence[str], work: Callable[[list[int]], None]) -> list[int]:

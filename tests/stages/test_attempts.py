@@ -85,6 +85,17 @@ def test_rows_that_kill_their_workers_are_set_apart_and_no_other_is_lost(tmp_pat
     assert tries["03"] == 5 and tries["39"] == 1
 
 
+def test_another_ray_in_the_same_process_has_an_actor_of_its_own() -> None:
+    import ray
+
+    for _ in range(2):
+        connect(Profile(name="test"), 2)
+        assert ray.get(attempts().begin.remote(["row"])) == ["together"]
+        assert ray.get(attempts().begin.remote(["row"])) == ["together"]
+        assert ray.get_runtime_context().get_job_id() == "01000000"
+        ray.shutdown()
+
+
 def test_batches_do_not_depend_on_what_is_done(tmp_path: Path) -> None:
     import ray
 
