@@ -112,23 +112,44 @@ def _pool(stage: str, rows: int, what: str, pool: Pool, profile: Profile) -> Sta
     )
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What a recipe asks for in one iteration."""
+
+    training: int  # prompts
+    evaluation: int  # prompts
+    responses: int
+    judgements: int
+    answers: int  # of one model to the evaluation prompts
+
+
+def rows_of(recipe: Recipe) -> Rows:
+    """The numbers of rows that follow from the recipe alone."""
+    prompts = recipe.prompts
+    training = len(prompts.languages) * prompts.train_per_language
+    evaluation = (len(prompts.languages) + len(prompts.unseen_languages)) * prompts.evaluation_per_language
+    responses = training * recipe.generate.num_generations
+    return Rows(
+        training,
+        evaluation,
+        responses,
+        responses * (recipe.judge.samples if recipe.judge.method == "sampled" else 1),
+        evaluation * (2 if recipe.evaluate.sampled else 1),
+    )
+
+
 def needs(recipe: Recipe, profile: Profile) -> list[StageNeed]:
     """The needs of every stage of one iteration, in order. Rows are upper bounds: pairs may be fewer."""
-    prompts = recipe.prompts
-    train = len(prompts.languages) * prompts.train_per_language
-    evaluation = (len(prompts.languages) + len(prompts.unseen_languages)) * prompts.evaluation_per_language
-    responses = train * recipe.generate.num_generations
-    judged = responses * (recipe.judge.samples if recipe.judge.method == "sampled" else 1)
-    answers = evaluation * (2 if recipe.evaluate.sampled else 1)
-    kept = round(train * recipe.select.keep)
+    rows = rows_of(recipe)
+    kept = round(rows.training * recipe.select.keep)
     workers = profile.trainers
     return [
-        StageNeed("prompts", train + evaluation, "this process"),
-        _pool("generate", responses, "vLLM engines", profile.engines, profile),
-        _pool("judge", judged, "vLLM engines", profile.engines, profile),
-        StageNeed("pair", train, "this process"),
-        _pool("sketch", train, "model replicas", profile.sketchers, profile),
-        StageNeed("select", train, "Ray Data tasks", profile.data_cpus, 0.0, profile.data_cpus, 0.0),
+        StageNeed("prompts", rows.training + rows.evaluation, "this process"),
+        _pool("generate", rows.responses, "vLLM engines", profile.engines, profile),
+        _pool("judge", rows.judgements, "vLLM engines", profile.engines, profile),
+        StageNeed("pair", rows.training, "this process"),
+        _pool("sketch", rows.training, "model replicas", profile.sketchers, profile),
+        StageNeed("select", rows.training, "Ray Data tasks", profile.data_cpus, 0.0, profile.data_cpus, 0.0),
         StageNeed(
             "train",
             kept * recipe.train.num_train_epochs,
@@ -139,8 +160,8 @@ def needs(recipe: Recipe, profile: Profile) -> list[StageNeed]:
             workers.num_workers,
             "trainers",
         ),
-        _pool("evaluate", 2 * answers, "vLLM engines", profile.engines, profile),
-        StageNeed("report", evaluation, "this process"),
+        _pool("evaluate", 2 * rows.answers, "vLLM engines", profile.engines, profile),
+        StageNeed("report", rows.evaluation, "this process"),
     ]
 
 

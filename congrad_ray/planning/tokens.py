@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from congrad_ray.evaluation.pairwise import pairwise_template
 from congrad_ray.judging.rubric import load_rubric
 from congrad_ray.planning.assumptions import Assumptions
+from congrad_ray.planning.fit import rows_of
 from congrad_ray.recipe import BUILTIN_WORLD, Recipe
 from congrad_ray.rundir import Manifest
 
@@ -107,23 +108,20 @@ def stage_counts(
     recipe: Recipe, lengths: Lengths, assumptions: Assumptions, iteration: int = 0
 ) -> list[StageCount]:
     """The stages of one iteration in order, expected numbers. M_0 is evaluated in the first iteration only."""
-    prompts, generate, train = recipe.prompts, recipe.generate, recipe.train
-    training = len(prompts.languages) * prompts.train_per_language
-    held_out = (len(prompts.languages) + len(prompts.unseen_languages)) * prompts.evaluation_per_language
-    responses = training * generate.num_generations
-    judgements = responses * (recipe.judge.samples if recipe.judge.method == "sampled" else 1)
+    train, asked_for = recipe.train, rows_of(recipe)
+    training, responses, judgements = asked_for.training, asked_for.responses, asked_for.judgements
     asked = rubric_bytes(recipe) / assumptions.bytes_per_token + lengths.prompt + lengths.response
     pairs = training * lengths.pairs_per_prompt
     kept = kept_pairs(recipe, lengths, assumptions, pairs)
     seen = kept * train.num_train_epochs
     if train.max_steps is not None:
         seen = train.max_steps * min(train.batch_size, kept)
-    answers = held_out * (2 if recipe.evaluate.sampled else 1) * (2 if iteration == 0 else 1)
+    answers = asked_for.answers * (2 if iteration == 0 else 1)
     # Both orders of every greedy answer and its baseline; the built-in world knows true scores instead.
-    compared = 0 if prompts.evaluation.name == BUILTIN_WORLD else 2 * held_out
+    compared = 0 if recipe.prompts.evaluation.name == BUILTIN_WORLD else 2 * asked_for.evaluation
     question = len(pairwise_template().encode()) / assumptions.bytes_per_token + lengths.prompt
     return [
-        StageCount("prompts", training + held_out if iteration == 0 else 0),
+        StageCount("prompts", training + asked_for.evaluation if iteration == 0 else 0),
         StageCount("generate", responses, responses, responses * lengths.prompt, responses * lengths.response),
         StageCount("judge", judgements, judgements, judgements * asked, judgements * lengths.judgement),
         StageCount("pair", pairs),
