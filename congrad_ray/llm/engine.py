@@ -341,8 +341,6 @@ def _processor_config(source: ModelSource, profile: Profile) -> vLLMEngineProces
 def _cpu_environment(profile: Profile) -> dict[str, str]:
     """Variables of an engine's process on a CPU; each saves seconds at the start or time while running."""
     return {
-        # The model then runs in the engine's own process: one Python start and one import of vLLM less.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # vLLM would pin every engine of a node to the same cores; threads that wait for a busy core spin.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(profile.threads or max(1, math.floor(profile.engines.cpus))),
