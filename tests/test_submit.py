@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,45 +17,34 @@ import pytest
 
 from congrad_ray.submit import ROOT, SubmitError, entrypoint, follow
 
-RAY = Path(sys.executable).with_name("ray")
-ENVIRONMENT = {**os.environ, "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-ENVIRONMENT |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-ENVIRONMENT.pop("RAY_ADDRESS", None)
 DEMO = ROOT / "jobs" / "recipes" / "demo.yaml"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+Done = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Ray head of no CPUs, as a cluster's head is, on ports and in a process group of its own."""
-    log_file = tmp_path_factory.mktemp("head") / "head.log"
-    port = free_port()
-    start = [
-        *(str(RAY), "start", "--head", "--block", "--num-cpus=0", f"--port={free_port()}"),
-        *(f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}"),
-        *(f"--ray-client-server-port={free_port()}", "--object-store-memory=200000000"),
-    ]
-    with log_file.open("w") as log:
-        head = subprocess.Popen(start, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
-    try:
-        end = time.monotonic() + 180
-        while "Ray runtime started" not in log_file.read_text():
-            assert head.poll() is None and time.monotonic() < end, log_file.read_text()
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        head.terminate()  # with --block the head ends its own processes, and only those
-        try:
-            head.wait(60)
-        finally:
-            if head.poll() is None:
-                os.killpg(head.pid, signal.SIGKILL)
+def environment(ray_environment: dict[str, str]) -> dict[str, str]:
+    return ray_environment | {"PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def dashboard(
+    ray_head: Callable[[Path, int], AbstractContextManager[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """The address of a head of no CPUs, as a cluster's head is."""
+    with ray_head(tmp_path_factory.mktemp("head"), 0) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def done(environment: dict[str, str]) -> Done:
+    """Runs a command to its end, with changes to the environment."""
+
+    def run(command: list[str], **changed: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, env=environment | changed, timeout=400, capture_output=True, text=True, check=False
+        )
+
+    return run
 
 
 def submit(address: str, run: Path, *more: str) -> list[str]:
@@ -67,13 +54,9 @@ def submit(address: str, run: Path, *more: str) -> list[str]:
     ]
 
 
-def done(command: list[str], **changed: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, env=ENVIRONMENT | changed, timeout=400, capture_output=True, text=True, check=False
-    )
-
-
-def test_a_stage_runs_on_the_head_and_its_log_and_exit_code_come_back(dashboard: str, tmp_path: Path) -> None:
+def test_a_stage_runs_on_the_head_and_its_log_and_exit_code_come_back(
+    dashboard: str, tmp_path: Path, done: Done
+) -> None:
     # Another cluster's address in the environment is not the one that was asked for.
     job = done(submit(dashboard, tmp_path / "run"), RAY_ADDRESS="http://127.0.0.1:9")
     assert job.returncode == 0, job.stdout + job.stderr
@@ -85,10 +68,12 @@ def test_a_stage_runs_on_the_head_and_its_log_and_exit_code_come_back(dashboard:
     assert "--redo" in refused.stdout
 
 
-def test_ctrl_c_leaves_the_job_alone_and_says_how_to_find_it(dashboard: str, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_the_job_alone_and_says_how_to_find_it(
+    dashboard: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
     following = subprocess.Popen(
         submit(dashboard, tmp_path / "run"),
-        env=ENVIRONMENT,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -106,7 +91,7 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_find_it(dashboard: str, tmp
         time.sleep(0.5)
 
 
-def test_a_wrong_token_and_a_wrong_address_are_told(dashboard: str, tmp_path: Path) -> None:
+def test_a_wrong_token_and_a_wrong_address_are_told(dashboard: str, tmp_path: Path, done: Done) -> None:
     wrong = done(submit(dashboard, tmp_path / "run"), RAY_AUTH_TOKEN="0" * 32)
     assert wrong.returncode == 2 and "RAY_AUTH_TOKEN" in wrong.stderr
     nowhere = done(submit("http://127.0.0.1:9", tmp_path / "run"))

@@ -262,7 +262,7 @@ class _Followed:
             self._of.results.add("nodes died", round=self._round, phase=self._phase.name, stage=stage, nodes=died)
         self._exits += 1
         lines = self._command.lines[-15:]
-        kills = self._stages[stage].kills if stage else []
+        kills = list(self._stages[stage].kills) if stage else []  # more may follow
         self._of.results.add(
             "exit", round=self._round, phase=self._phase.name, stage=stage, code=code, kills=kills, lines=lines
         )
