@@ -22,8 +22,12 @@ from congrad_ray.watchdog import watched
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_is_there() -> None:
+def ray_is_there() -> Iterator[None]:
+    import ray
+
     connect(Profile(name="test"), 2)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture

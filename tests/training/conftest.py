@@ -127,6 +127,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray with enough logical CPUs for two workers."""
     import ray
 
+    ray.shutdown()  # of a test before, which may have fewer CPUs
     ray.init(
         address="local", num_cpus=4, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False
     )
