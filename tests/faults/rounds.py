@@ -26,11 +26,13 @@ from faults.work import COMPUTING, computed, rows_written, training_state
 UNDISTURBED = "undisturbed"
 REPEATED = "repeated"  # a second undisturbed run: how much two runs without kills differ
 # So that a batch that is hit again and again is not taken for one that kills its workers (stages/attempts.py).
-_MOST_KILLS_PER_STAGE = 3
+_MOST_KILLS_PER_STAGE = 4
 _LOOK_EVERY = 0.03
 # The kinds whose moment is within the work itself, three times of four, and not within the actors' start.
 _SHARE_AT_WORK = 0.75
 _PATIENCE = 10.0
+# A stage of seconds: its kills come in its first half, and what is not there soon is not waited for.
+_SHORT_STAGE = 5.0
 _LONGEST_STAGE = 1200.0
 _MOST_EXITS = 3
 
@@ -66,6 +68,7 @@ class _Plan:
     kind: Kind
     after: float
     from_work: bool
+    patience: float
     due: float | None = None
 
 
@@ -204,7 +207,9 @@ class _Followed:
         [usual] = self._of.results.of("work", round=UNDISTURBED, stage=name)[-1:] or [{"seconds": 0.0}]
         from_work = bool(usual.get("working_seconds")) and self._chance.random() < _SHARE_AT_WORK
         span = usual["working_seconds"] if from_work else usual["seconds"]
-        self._plan = _Plan(kind, self._chance.uniform(0.0, span), from_work)
+        if span < _SHORT_STAGE:
+            span /= 2
+        self._plan = _Plan(kind, self._chance.uniform(0.0, span), from_work, patience=min(_PATIENCE, span))
 
     def _is_due(self, since: float) -> bool:
         assert self._plan is not None
@@ -219,7 +224,7 @@ class _Followed:
         assert plan is not None and plan.due is not None
         victim = find_victim(plan.kind, self._of.cluster, self._chance)
         if victim is None:
-            if time.monotonic() - plan.due > _PATIENCE:
+            if time.monotonic() - plan.due > plan.patience:
                 self._make_plan(stage, excluded=plan.kind)
             return
         rows, training = rows_written(self._run, stage), training_state(self._run)
