@@ -16,6 +16,7 @@ from rich.table import Table
 
 from congrad_ray import recipe as recipes
 from congrad_ray.evaluation.statistics import EVERY_LANGUAGE
+from congrad_ray.logs import StreamLog
 from congrad_ray.planning.fit import DoesNotFit, check_fits, needs
 from congrad_ray.printable import printable
 from congrad_ray.profile import load_profile
@@ -36,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
 )
 console = Console()
+_log = StreamLog()
 
 WHOLE_RUN = "run"  # in place of a stage's name
 
@@ -55,11 +57,6 @@ Redo = Annotated[
     bool, typer.Option("--redo", help="Throw away and redo stages made with other settings or inputs.")
 ]
 Iteration = Annotated[int, typer.Option("--iteration", min=0, metavar="N", help="Which iteration, from 0.")]
-
-
-def _log(text: str) -> None:
-    typer.echo(f"{time.strftime('%H:%M:%S')}  {printable(text, lines=True)}")
-    sys.stdout.flush()
 
 
 def _plain(text: str) -> str:
@@ -85,9 +82,11 @@ def run(
     directory = RunDirectory.open(where.run_uri(run))
     loaded = load_recipe(recipe, set_ or [])
     before = time.monotonic()
-    run_all(loaded, where, directory, until, redo, _log)
-    _show_run(directory, loaded)
-    _log(f"all done in {time.monotonic() - before:.0f} s: {directory.path}")
+    log = StreamLog(where.log_format, directory.path)
+    run_all(loaded, where, directory, until, redo, log)
+    if where.log_format == "text":
+        _show_run(directory, loaded)
+    log(f"all done in {time.monotonic() - before:.0f} s: {directory.path}")
 
 
 def _perform(
@@ -102,8 +101,10 @@ def _perform(
     loaded = load_recipe(recipe, set_ or [])
     if iteration >= loaded.iterations:
         raise RunDirectoryError(f"--iteration {iteration}: the recipe has iterations 0..{loaded.iterations - 1}")
-    run_stage(STAGES[name], loaded, where, directory, iteration, redo, _log)
-    _show_stage(directory, name, iteration)
+    log = StreamLog(where.log_format, directory.path)
+    run_stage(STAGES[name], loaded, where, directory, iteration, redo, log)
+    if where.log_format == "text":
+        _show_stage(directory, name, iteration)
 
 
 def _stage_command(name: str, summary: str, each_iteration: bool) -> Callable[..., None]:
@@ -204,6 +205,8 @@ def filter_command(
     """
     from congrad_ray.filtering import filter_preferences
 
+    where = load_profile(profile)
+    log = StreamLog(where.log_format, without_keys(out))
     summary = filter_preferences(
         preferences,
         validate(
@@ -212,7 +215,7 @@ def filter_command(
             "--model",
         ),
         out,
-        load_profile(profile),
+        where,
         validate(recipes.Select, apply_overrides({"keep": keep}, select or []), "--keep, --select"),
         validate(recipes.Train, {"beta": beta, "length_penalty": length_penalty}, "--beta, --length-penalty"),
         validate(
@@ -226,10 +229,11 @@ def filter_command(
         ),
         chat,
         redo,
-        _log,
+        log,
     )
-    _show_selection(summary)
-    _log(f"kept pairs: {without_keys(out).rstrip('/')}/selected.parquet")
+    if where.log_format == "text":
+        _show_selection(summary)
+    log(f"kept pairs: {without_keys(out).rstrip('/')}/selected.parquet")
 
 
 @app.command()

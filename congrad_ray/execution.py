@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from congrad_ray.lock import only_writer
+from congrad_ray.logs import Log, about_stage, stage_label
+from congrad_ray.metrics import Meter
 from congrad_ray.models import named_model
 from congrad_ray.planning.fit import check_fits, most_cpus, needs
 from congrad_ray.profile import Profile
@@ -16,7 +18,7 @@ from congrad_ray.recipe import BUILTIN_WORLD, Recipe
 from congrad_ray.rundir import Manifest, RunDirectory, RunDirectoryError, fingerprint
 from congrad_ray.session import connect, machine
 from congrad_ray.settings import to_yaml
-from congrad_ray.stages.base import Context, Log, Outcome, Stage
+from congrad_ray.stages.base import Context, Outcome, Stage
 from congrad_ray.watchdog import free_disk, watched
 
 
@@ -57,7 +59,7 @@ def _locked_stage(
     stage: Stage, recipe: Recipe, profile: Profile, run: RunDirectory, iteration: int, redo: bool, log: Log
 ) -> Manifest:
     number = iteration if stage.each_iteration else None
-    label = stage.name if number is None else f"{stage.name} (iteration {iteration})"
+    label, said = stage_label(stage.name, number), about_stage(log, run.path, stage.name, number)
     inputs = input_fingerprints(stage, run, iteration)
     settings = stage.settings(recipe, iteration)
     identity = fingerprint(stage.name, settings, inputs)
@@ -68,25 +70,30 @@ def _locked_stage(
     if state == "done":
         manifest = output.manifest()
         assert manifest is not None
-        log(f"{label}: done already ({manifest.rows} rows)")
+        said(f"done already ({manifest.rows} rows)")
         return manifest
     if recipe.model.name == BUILTIN_WORLD and stage.uses_ray:
         # Built here, before the clock runs and Ray takes memory; every later stage finds it in the cache.
         named_model(recipe.model.name, recipe.model, recipe.seed, log)
-    log(f"{label}: {'going on' if state == 'continue' else 'starting'}: {stage.summary}")
+    said(f"{'going on' if state == 'continue' else 'starting'}: {stage.summary}")
     run.write_bytes("recipe.yaml", to_yaml(recipe).encode())
     if stage.uses_ray:
         connect(profile, most_cpus(recipe, profile))
         need = next(need for need in needs(recipe, profile) if need.stage == stage.name)
         check_fits(need, machine(), profile.cluster)
     before = time.monotonic()
-    context = Context(recipe, profile, run, iteration, output, lambda text: log(f"{label}: {text}"))
-    outcome = _work(stage, context, label)
+    meter = Meter(run.path, stage.name, number)
+    context = Context(recipe, profile, run, iteration, output, said, meter)
+    meter.set("congrad_stage_running", 1)
+    try:
+        outcome = _work(stage, context, label)
+    finally:
+        meter.set("congrad_stage_running", 0)
     counters = {key: value for key, value in outcome.counters.items() if value not in ({}, None)}
     manifest = output.commit(
         stage.name, number, identity, settings, inputs, outcome.rows, time.monotonic() - before, counters
     )
-    log(f"{label}: {manifest.rows} rows in {manifest.seconds:.0f} s {_brief(counters)}".rstrip())
+    said(f"{manifest.rows} rows in {manifest.seconds:.0f} s {_brief(counters)}".rstrip())
     return manifest
 
 
@@ -96,7 +103,8 @@ def _work(stage: Stage, context: Context, label: str) -> Outcome:
     try:
         if not stage.uses_ray:
             return stage.run(context)
-        with watched(label, timeout, context.output, context.log) as watchdog:
+        grows = context.profile.cluster is not None
+        with watched(label, timeout, context.output, context.log, grows) as watchdog:
             return stage.run(replace(context, progressed=watchdog.progressed))
     except Exception as error:
         # Out of a Ray task it comes as an error of Ray with the text in it.

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from congrad_ray.execution import run_stage
 from congrad_ray.lock import only_writer
+from congrad_ray.logs import Log
 from congrad_ray.printable import brief
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Evaluate, Generate, Model, Prompts, Recipe, Select, Sketch, Source, Train
@@ -28,7 +29,7 @@ from congrad_ray.records import (
 from congrad_ray.rundir import RunDirectory
 from congrad_ray.settings import local_path, validate
 from congrad_ray.stages import select, sketch
-from congrad_ray.stages.base import Context, Log, Outcome, Stage
+from congrad_ray.stages.base import Context, Outcome, Stage
 from congrad_ray.tables import MESSAGES, PAIR_ID, PAIRS, quarantined, row_id, table_of
 
 _TEXTS = ("prompt", "chosen", "rejected")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from congrad_ray.logs import Log
 from congrad_ray.rundir import RunDirectory, RunDirectoryError
-from congrad_ray.stages.base import Log
 from congrad_ray.stopping import Stop, stoppable
 
 LOCK = "_lock.json"

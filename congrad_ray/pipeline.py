@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 from congrad_ray.execution import run_stage
 from congrad_ray.lock import only_writer
+from congrad_ray.logs import Log
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Manifest, RunDirectory
 from congrad_ray.stages import evaluate, generate, judge, pair, prompts, report, select, sketch, train
-from congrad_ray.stages.base import Log, Stage
+from congrad_ray.stages.base import Stage
 
 FIRST: Sequence[Stage] = (prompts.STAGE,)
 ITERATED: Sequence[Stage] = (

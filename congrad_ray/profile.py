@@ -130,10 +130,12 @@ class Retries(Settings):
 class Cluster(Settings):
     """The cluster that launcher files and manifests are rendered from, and that a plan reckons with."""
 
-    provider: Literal["aws", "gcp", "kubernetes"]
+    provider: Literal["aws", "gcp", "kubernetes", "other"] = Field(
+        description="other: an autoscaling cluster that somebody else starts; `congrad render` has no file for it"
+    )
     region: str | None = Field(None, description="aws: us-west-2; gcp: us-central1")
     zones: list[str] = Field(default_factory=list, description="availability zones that may be used")
-    image: str = Field(min_length=1, description="the container image, built from cluster/Dockerfile")
+    image: str = Field("", description="the container image, built from cluster/Dockerfile; other: none needed")
     idle_timeout_minutes: float = Field(5.0, gt=0, description="an idle node is given back after this")
     project: str | None = Field(None, description="gcp: the project id")
     host_image: str | None = Field(
@@ -156,6 +158,12 @@ class Cluster(Settings):
     head: NodeType
     workers: list[NodeType] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _has_image(self) -> Self:
+        if self.provider != "other" and not self.image:
+            raise ValueError(f"provider {self.provider} needs an image")
+        return self
+
 
 class Profile(Settings):
     """Where a whole run runs."""
@@ -176,6 +184,9 @@ class Profile(Settings):
     )
     spill_directory: str | None = Field(
         None, description="a node's folder for objects that do not fit in memory; null: Ray's, below /tmp/ray"
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="json: a line of JSON for each line of the log, with run, stage and iteration"
     )
     data_cpus: float = Field(1.0, gt=0, description="CPUs kept for Ray Data's reading and writing tasks")
     threads: Positive | None = Field(None, description="torch threads of an actor; null: its CPUs")

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+from collections import Counter
 
 from congrad_ray.planning.fit import Machine, Node
 from congrad_ray.profile import Profile
@@ -71,39 +72,22 @@ def connect(profile: Profile, cpus_needed: float) -> None:
 
 
 def machine() -> Machine:
-    """What the connected cluster has, or what its autoscaler may bring up where that is more."""
+    """What the connected cluster has now. What its autoscaler may bring up, Ray does not tell."""
     import ray
 
-    found = dict(ray.cluster_resources())
-    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    for name, most in limits.items():
-        found[name] = max(found.get(name, 0.0), most)
+    found = ray.cluster_resources()
+    kinds = Counter(
+        ("a node", node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    )
     return Machine(
         found.get("CPU", 0.0),
         found.get("GPU", 0.0),
         found.get("memory", 0.0) / 2**30,
         "the connected Ray cluster",
-        _nodes(),
+        tuple(Node(*kind, count) for kind, count in kinds.items()),
     )
-
-
-def _nodes() -> tuple[Node, ...]:
-    """The kinds of nodes of the connected cluster: those that are up, and those its autoscaler may bring up."""
-    import ray
-
-    kinds: dict[tuple[str, float, float], int] = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            resources = node["Resources"]
-            kind = ("a node", resources.get("CPU", 0.0), resources.get("GPU", 0.0))
-            kinds[kind] = kinds.get(kind, 0) + 1
-    config = ray._private.state.state.get_cluster_config()
-    for group in config.node_group_configs if config else ():
-        # A limit below 0 is none.
-        count = group.max_count if group.max_count >= 0 else 10_000
-        kind = (group.name, float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0)))
-        kinds[kind] = kinds.get(kind, 0) + count
-    return tuple(Node(*kind, count) for kind, count in kinds.items())
 
 
 def this_machine(profile: Profile, cpus_needed: float) -> Machine:

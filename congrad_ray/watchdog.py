@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from congrad_ray.logs import Log
 from congrad_ray.rundir import Folder, nearest_folder
-from congrad_ray.stages.base import Log
 from congrad_ray.stopping import Stop, stoppable
 
 _LOOK_EVERY = 5.0
@@ -40,18 +40,18 @@ class Watchdog:
 
 
 @contextmanager
-def watched(label: str, timeout: float, output: Folder, log: Log) -> Iterator[Watchdog]:
+def watched(label: str, timeout: float, output: Folder, log: Log, grows: bool = False) -> Iterator[Watchdog]:
     """Watches the body, a stage on a connected Ray, from a thread; what it gives is to be told of every progress.
 
     The body raises StageStopped
     - after `timeout` seconds without progress, with what waits for what;
-    - sooner, where an actor or task asks for more than any node has and there is no autoscaler to bring one;
+    - sooner, where an actor or task asks for more than any node has, unless the cluster `grows`;
     - where the disk of a local `output` is about to be full: Ray and the run directory both need some.
     """
     watchdog, ended = Watchdog(), threading.Event()
     with stoppable() as stop:
         thread = threading.Thread(
-            target=_watch, args=(watchdog, ended, label, timeout, output, log, stop), daemon=True
+            target=_watch, args=(watchdog, ended, label, timeout, output, log, grows, stop), daemon=True
         )
         thread.start()
         try:
@@ -62,12 +62,19 @@ def watched(label: str, timeout: float, output: Folder, log: Log) -> Iterator[Wa
 
 
 def _watch(
-    watchdog: Watchdog, ended: threading.Event, label: str, timeout: float, output: Folder, log: Log, stop: Stop
+    watchdog: Watchdog,
+    ended: threading.Event,
+    label: str,
+    timeout: float,
+    output: Folder,
+    log: Log,
+    grows: bool,
+    stop: Stop,
 ) -> None:
     told = 0.0
     while not ended.wait(min(_LOOK_EVERY, timeout / 4)):
         idle = watchdog.idle_seconds
-        reason = _why_to_stop(idle, timeout, output)
+        reason = _why_to_stop(idle, timeout, output, grows)
         if reason:
             stop(f"{label} was stopped, for {reason}")
             return
@@ -78,14 +85,14 @@ def _watch(
             log(f"nothing for {idle:.0f} s; the stage is stopped after {timeout:.0f} s{_waits()}")
 
 
-def _why_to_stop(idle: float, timeout: float, output: Folder) -> str | None:
+def _why_to_stop(idle: float, timeout: float, output: Folder, grows: bool) -> str | None:
     free = free_disk(output)
     if free is not None and free < LEAST_DISK:
         return (
             f"only {free / _GIB:.2f} GiB are free on the disk of {output.path}: make room; the same command goes "
             "on with what is missing"
         )
-    impossible = _known(never_met) if idle >= _IMPOSSIBLE_AFTER else None
+    impossible = _known(never_met) if idle >= _IMPOSSIBLE_AFTER and not grows else None
     if impossible:
         return (
             f"it waits for what no node of the cluster has: {'; '.join(impossible)}. Lower cpus or gpus of an "
@@ -121,14 +128,7 @@ def free_disk(folder: Folder) -> int | None:
 
 
 def never_met() -> list[str]:
-    """What actors and tasks ask for that no node of the connected cluster could give even if it were idle.
-
-    Nothing on a cluster with an autoscaler, which may bring larger nodes.
-    """
-    import ray
-
-    if ray._private.state.state.get_max_resources_from_cluster_config():
-        return []
+    """What actors and tasks ask for that no node of the connected cluster could give even if it were idle."""
     status = _cluster_status()
     nodes = [
         {usage.resource_name: usage.total for usage in node.resource_usage.usage}

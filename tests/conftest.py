@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import secrets
-import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import hypothesis
 import pytest
+from heads import RAY, free_port, head_environment
 
 # Whether an example is slow says something of the machine, not of the code.
 hypothesis.settings.register_profile("congrad_ray", deadline=None)
@@ -153,60 +151,16 @@ def s3_server() -> Iterator[str]:
         server.wait()
 
 
-RAY = Path(sys.executable).with_name("ray")
-
-
 @pytest.fixture(scope="session")
 def ray_command() -> str:
-    """Ray's command line, which `ray_head`'s jobs find too."""
+    """Ray's command line, which a head's jobs find too."""
     return str(RAY)
 
 
 @pytest.fixture(scope="session")
 def ray_environment() -> dict[str, str]:
     """The environment of a head and its submitters: they share a token, which Ray 2.60 asks for by default."""
-    environment = {**os.environ, "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}"}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    environment.pop("RAY_ADDRESS", None)
-    return environment
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-@pytest.fixture(scope="session")
-def ray_head(ray_environment: dict[str, str]) -> Callable[[Path, int], AbstractContextManager[str]]:
-    """A Ray head of so many CPUs, its log in a folder, on ports and in a process group of its own; its address."""
-
-    @contextmanager
-    def head(folder: Path, cpus: int) -> Iterator[str]:
-        log_file, port = folder / "head.log", free_port()
-        start = [
-            *(str(RAY), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={free_port()}"),
-            *(f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}"),
-            *(f"--ray-client-server-port={free_port()}", "--object-store-memory=500000000"),
-        ]
-        with log_file.open("w") as log:
-            process = subprocess.Popen(start, env=ray_environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            end = time.monotonic() + 180
-            while "Ray runtime started" not in log_file.read_text():
-                assert process.poll() is None and time.monotonic() < end, log_file.read_text()
-                time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()  # with --block the head ends its own processes, and only those
-            try:
-                process.wait(60)
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-
-    return head
+    return head_environment()
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from heads import ray_head
 
 from congrad_ray.submit import ROOT, SubmitError, entrypoint, follow
 
@@ -27,12 +27,10 @@ def environment(ray_environment: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def dashboard(
-    ray_head: Callable[[Path, int], AbstractContextManager[str]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
+def dashboard(ray_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a head of no CPUs, as a cluster's head is."""
-    with ray_head(tmp_path_factory.mktemp("head"), 0) as address:
-        yield address
+    with ray_head(tmp_path_factory.mktemp("head"), 0, ray_environment) as head:
+        yield head.dashboard
 
 
 @pytest.fixture(scope="module")

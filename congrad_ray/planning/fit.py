@@ -172,15 +172,19 @@ def check_fits(need: StageNeed, machine: Machine, cluster: Cluster | None = None
     an autoscaler looks for ever for a node as large as an actor that asks for more than any has. `cluster`: the
     profile's, whose nodes may still be brought up.
     """
+    # Ray does not tell a driver how far its autoscaler may go (nor that there is one): the profile does.
+    whole = cluster_machine(cluster) if cluster else machine
+    cpus, gpus = max(machine.cpus, whole.cpus), max(machine.gpus, whole.gpus)
     short = []
-    if need.least_cpus > machine.cpus:
-        short.append(f"{need.least_cpus:g} CPUs, there are {machine.cpus:g}")
-    if need.least_gpus > machine.gpus:
-        short.append(f"{need.least_gpus:g} GPUs, there are {machine.gpus:g}")
+    if need.least_cpus > cpus:
+        short.append(f"{need.least_cpus:g} CPUs, there are {cpus:g}")
+    if need.least_gpus > gpus:
+        short.append(f"{need.least_gpus:g} GPUs, there are {gpus:g}")
     if short:
+        grows = "" if cluster else " (what an autoscaler may bring is told in the profile's section cluster)"
         raise DoesNotFit(
-            f"{need.stage} ({need.what}) needs at least {' and '.join(short)} ({machine.where}): lower "
-            "min_actors, cpus or gpus in the profile, or use a larger cluster"
+            f"{need.stage} ({need.what}) needs at least {' and '.join(short)} ({whole.where}): lower "
+            f"min_actors, cpus or gpus in the profile, or use a larger cluster{grows}"
         )
     nodes = dict.fromkeys((*machine.nodes, *nodes_of(cluster)))
     if not nodes or not need.setting:

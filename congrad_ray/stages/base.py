@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from congrad_ray.logs import Log
+from congrad_ray.metrics import Meter
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import RunDirectory, StageFolder
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Context:
     iteration: int
     output: StageFolder
     log: Log = print
+    meter: Meter = field(default_factory=Meter)
     progressed: Callable[[], None] = lambda: None
     """To be called whenever something has come of the work; a stage where nothing does for long is stopped."""
 

@@ -116,7 +116,11 @@ def _answer(context: Context, source: ModelSource, model: str) -> None:
         requests = read_requests(context.prompts, questions_of, pa.schema([*fields, PROMPTS.field("task")]), done)
         answers = complete(requests, source, context.profile, request, answer, ANSWERS)
         with engine_failures():
-            write_rows(answers, context, ANSWERS, "answer_id", len(expected) - len(done))
+            write_rows(answers, context, ANSWERS, "answer_id", len(expected) - len(done), _counted)
+
+
+def _counted(row: Row) -> dict[str, int]:
+    return {"congrad_tokens": row["response_tokens"]}
 
 
 def _answer_ids(prompts: StageFolder, model: str, decodings: tuple[str, ...]) -> set[str]:

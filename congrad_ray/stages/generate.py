@@ -64,8 +64,12 @@ def run(context: Context) -> Outcome:
         model = policy(recipe, context.run, iteration)
         answers = complete(requests, model, context.profile, request, answer, RESPONSES)
         with engine_failures():
-            write_rows(answers, context, RESPONSES, "response_id", total - len(done))
+            write_rows(answers, context, RESPONSES, "response_id", total - len(done), _counted)
     return outcome_of(output, "response_id", _counters(output))
+
+
+def _counted(row: Row) -> dict[str, int]:
+    return {"congrad_tokens": row["prompt_tokens"] + row["response_tokens"]}
 
 
 def _counters(output: StageFolder) -> dict[str, Any]:

@@ -121,7 +121,11 @@ def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], m
     answers = complete(requests, source, context.profile, request, answer, SAMPLES, scored)
     answers = answers.map_batches(keep_failed, batch_format="pyarrow", batch_size=None)
     with engine_failures():
-        write_rows(answers, context, SAMPLES, "judgement_id", missing)
+        write_rows(answers, context, SAMPLES, "judgement_id", missing, _counted)
+
+
+def _counted(row: Row) -> dict[str, int]:
+    return {"congrad_unreadable_judgements": int(row["score"] is None)}
 
 
 def _combine(samples: StageFolder, output: StageFolder, asked: int) -> None:

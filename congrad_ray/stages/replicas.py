@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -148,8 +148,6 @@ class SketchReplica(Replica):
         self._exact = exact is not None
         schema = sketches_schema(width, recipe.sketch.stored_dtype)
         self._schema = pa.schema([field.with_nullable(True) for field in schema] + [FAILURE_FIELD])
-        self._count = _counter("congrad_sketch_tokens", "tokens of prompts and responses sketched")
-        self._count_padding = _counter("congrad_sketch_attention_padding", "padding positions in attention")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.select(_READ).to_pylist()
@@ -182,8 +180,6 @@ class SketchReplica(Replica):
             found, said = None, str(error)
         if found is not None:
             self._enter(results, members, found)
-            self._count(sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in members.pairs))
-            self._count_padding(sum(members.tokens.attention_padding))
             return
         # Outside of the except clause: the error is gone, and with it the tensors that its frames held.
         tokens = sum(pair.padded_tokens for pair in members.pairs)
@@ -322,22 +318,6 @@ class SummingReplica(Replica):
     def sums(self) -> tuple[LayerVectors, list[int]]:
         """Sums by layer, (languages, out, in) on the CPU, and how many pairs each language has."""
         return {name: values.cpu() for name, values in self._sums.items()}, self._counts
-
-
-def _counter(name: str, description: str) -> Callable[[float], None]:
-    """Adds to a metric of Ray's, where there is a Ray. Its rate is tokens per second."""
-    import ray
-    from ray.util.metrics import Counter
-
-    if not ray.is_initialized():
-        return lambda value: None
-    counter = Counter(name, description)
-
-    def add(value: float) -> None:
-        if value > 0:  # Ray refuses 0
-            counter.inc(value)
-
-    return add
 
 
 def _count_sketch(recipe: Recipe, layers: list[str]) -> CountSketch:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from congrad_ray.logs import Log
+from congrad_ray.metrics import COUNTERS, Meter
 from congrad_ray.rundir import Folder, RunDirectoryError, StageFolder
-from congrad_ray.stages.base import Context, Log, Outcome
+from congrad_ray.stages.base import Context, Outcome
 from congrad_ray.tables import quarantined, row_id, table_of
 
 if TYPE_CHECKING:
@@ -80,11 +83,11 @@ def write_rows(
     schema: pa.Schema,
     id_column: str,
     total: int,
-    tokens: Sequence[str] = (),
+    counted: Callable[[dict[str, Any]], Mapping[str, int]] = lambda row: {},
 ) -> None:
     """Runs `dataset` and writes each of its blocks as a Parquet part of the stage, with progress on the log.
 
-    Where columns that count tokens are named, progress is told in tokens as well.
+    `counted`: what a good row adds to which of `metrics.COUNTERS`; congrad_tokens are told on the log as well.
 
     A row whose FAILURE column is set goes to the stage's `quarantine/`. Each part is whole or not there: what a
     kill can cost is the batches in flight. Raises RunDirectoryError when more rows fail than the recipe's
@@ -110,16 +113,42 @@ def write_rows(
         )
         if good:
             output.write_table(name, table_of(good, schema))
-        counted = sum(row[column] for row in good for column in tokens)
-        return pa.table({"written": [len(good)], "failed": [len(failed)], "tokens": [counted]})
+        return pa.table(
+            {"written": [len(good)], "failed": [len(failed)], "counts": [json.dumps(_counts(good, counted))]}
+        )
 
+    write.__name__ = f"write_{context.output.path.rsplit('/', 1)[1]}"  # Ray names the operator after it
     progress = Progress(context.log, total)
     parts = dataset.map_batches(write, batch_format="pyarrow", batch_size=None)
+    parts.set_name(f"{context.meter.stage}_{context.iteration}")
     for part in parts.iter_rows():
-        progress.add(part["written"], part["failed"], part["tokens"])
+        counts = json.loads(part["counts"])
+        tokens = sum(number for name, _, number in counts if name == "congrad_tokens")
+        progress.add(part["written"], part["failed"], tokens)
         context.progressed()
+        _measure(context.meter, part["written"], part["failed"], counts, progress.left)
         if failed_before + progress.failed > limit:
             raise RunDirectoryError(_too_many_failed(output, context.recipe.limits.failed_share))
+
+
+def _counts(
+    rows: Sequence[Mapping[str, Any]], counted: Callable[[dict[str, Any]], Mapping[str, int]]
+) -> list[tuple[str, str, int]]:
+    """What rows add to metrics, as (metric, language, number)."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        for name, number in counted(dict(row)).items():
+            sums[name, str(row.get("language") or "")] += number
+    return [(name, language, number) for (name, language), number in sums.items()]
+
+
+def _measure(meter: Meter, written: int, failed: int, counts: Sequence[tuple[str, str, int]], left: int) -> None:
+    meter.count("congrad_rows", written, outcome="written")
+    meter.count("congrad_rows", failed, outcome="failed")
+    meter.set("congrad_rows_left", left)
+    for name, language, number in counts:
+        by_language = "language" in COUNTERS[name][1]
+        meter.count(name, number, **({"language": language} if by_language else {}))
 
 
 def _too_many_failed(output: StageFolder, share: float) -> str:
@@ -169,6 +198,11 @@ class Progress:
         self._log, self._total, self._every = log, total, every_seconds
         self._written = self.failed = self._tokens = 0
         self._start = self._last = time.monotonic()
+
+    @property
+    def left(self) -> int:
+        """Rows that are still to be done."""
+        return max(0, self._total - self._written - self.failed)
 
     def add(self, written: int, failed: int = 0, tokens: int = 0) -> None:
         self._written += written

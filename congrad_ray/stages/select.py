@@ -8,9 +8,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from congrad_ray.logs import Log
 from congrad_ray.recipe import Select
 from congrad_ray.rundir import Folder, RunDirectoryError
-from congrad_ray.stages.base import Context, Log, Outcome, Stage
+from congrad_ray.stages.base import Context, Outcome, Stage
 from congrad_ray.stages.reducer import Layout, Rows, Shares, gram_matrices, language_gradients, score_pairs
 from congrad_ray.surgery.directions import Float64Array
 from congrad_ray.surgery.keep import keep_above, keep_top_fraction, keep_within_tokens
@@ -72,6 +73,10 @@ def run(context: Context) -> Outcome:
         }
         for i, (language, cosine) in enumerate(zip(languages, cosines_with_direction(direction), strict=True))
     }
+    for language, row in per_language.items():
+        context.meter.set("congrad_pairs", row["pairs"], language=language)
+        context.meter.set("congrad_conflicting_share", row["conflicting"], language=language)
+        context.meter.set("congrad_kept_share", row["kept"] / row["pairs"], language=language)
     context.output.write_json(
         "summary.json",
         {

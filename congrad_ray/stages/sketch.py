@@ -74,7 +74,7 @@ def run(context: Context) -> Outcome:
             sketches_schema(width, recipe.sketch.stored_dtype),
             "pair_id",
             missing,
-            ("prompt_tokens", "chosen_tokens", "rejected_tokens"),
+            _counted,
         )
     if not context.output.parts():
         raise RunDirectoryError(f"not one pair could be sketched: {context.output.quarantine_counts()}")
@@ -86,6 +86,15 @@ def run(context: Context) -> Outcome:
             "correlation {rank_correlation:.4f}".format(**summary["audit"])
         )
     return outcome_of(context.output, "pair_id", summary)
+
+
+def _counted(row: dict[str, Any]) -> dict[str, int]:
+    prompt, responses = row["prompt_tokens"], row["chosen_tokens"] + row["rejected_tokens"]
+    return {
+        "congrad_tokens": prompt + responses,
+        "congrad_attention_tokens": 2 * prompt + responses,
+        "congrad_attention_padding": row["attention_padding"],
+    }
 
 
 def _drawn_for_audit(recipe: Recipe, ids: list[str]) -> frozenset[str]:

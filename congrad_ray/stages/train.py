@@ -25,6 +25,15 @@ _RAY_TRAIN = "ray_train"
 # nats per token by which the policy's first log-probabilities may differ from the table's
 _REFERENCE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
+_GAUGES = {
+    "congrad_training_step": "step",
+    "congrad_training_loss": "loss",
+    "congrad_training_accuracy": "rewards/accuracies",
+    "congrad_training_margin": "rewards/margins",
+    "congrad_training_gradient_norm": "grad_norm",
+    "congrad_training_tokens_per_second": "tokens_per_second",
+}
+
 
 def settings(recipe: Recipe, iteration: int) -> dict[str, Any]:
     """What decides the policy; how often a run saves and logs does not."""
@@ -168,6 +177,9 @@ def _progress(context: Context, total_steps: int, every_seconds: float = 5.0) ->
         seen = rows[-1]["step"]
         context.progressed()
         context.log(_line(rows[-1], total_steps))
+        context.meter.set("congrad_training_steps", total_steps)
+        for name, column in _GAUGES.items():
+            context.meter.set(name, rows[-1][column])
 
     def watch() -> None:
         while not stop.wait(every_seconds):

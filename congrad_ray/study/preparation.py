@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 from congrad_ray.execution import run_stage
+from congrad_ray.logs import Log
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import RunDirectory
 from congrad_ray.stages import generate, judge, pair, prompts, select, sketch, train
-from congrad_ray.stages.base import Log
 from congrad_ray.study.protocol import Cell, Protocol
 from congrad_ray.world.model import biased_judge
 from congrad_ray.world.tasks import KINDS

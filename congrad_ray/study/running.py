@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from congrad_ray.logs import Log
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe, Select
 from congrad_ray.rundir import RunDirectory
-from congrad_ray.stages.base import Log
 from congrad_ray.study.analysis import cut_torn_line, read_results, result_key
 from congrad_ray.study.preparation import iterate, prepare, prepare_exact, recipe_of
 from congrad_ray.study.protocol import EVERYTHING, START, Cell, Protocol
