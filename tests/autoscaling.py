@@ -55,7 +55,7 @@ PROFILE = {
 # Micro-batches of a pair or two make the sketch stage slow enough to see nodes come and go.
 LARGER = {
     **SETTINGS,
-    "prompts.train_per_language": 600,
+    "prompts.train_per_language": 300,
     "sketch.max_tokens_per_batch": 64,
     "train.save_steps": 100,
 }

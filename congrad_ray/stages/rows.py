@@ -180,9 +180,9 @@ def outcome_of(output: StageFolder, id_column: str, counters: dict[str, Any] | N
 
 def _remove_seen(folder: Folder, paths: Sequence[str], id_column: str, seen: set[str]) -> None:
     """Removes the rows of Parquet files whose id is in `seen`, and adds the other ids to it."""
-    for path in paths:
+    for path, ids in zip(paths, folder.ids_by_part(paths, id_column), strict=True):
         fresh = []
-        for identifier in folder.read_parquet(path, [id_column])[id_column].to_pylist():
+        for identifier in ids:
             fresh.append(identifier not in seen)
             seen.add(identifier)
         if not any(fresh):

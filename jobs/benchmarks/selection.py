@@ -155,7 +155,7 @@ def held_memory() -> int:
     return total
 
 
-def timed(work: Callable[[], None]) -> tuple[float, int]:
+def timed(work: Callable[[], object]) -> tuple[float, int]:
     """Seconds that `work` takes, and the most memory held while it runs."""
     peak, stop = held_memory(), threading.Event()
 

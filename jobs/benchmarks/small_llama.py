@@ -136,6 +136,13 @@ def random_llama(shape: Shape) -> LlamaForCausalLM:
     )
 
 
+def save_random(folder: Path, shape: Shape, texts: list[str]) -> None:
+    """Saves a Llama with random weights and a tokenizer trained on `texts`."""
+    tokenizer = _train_tokenizer(texts, shape)
+    random_llama(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def _train_model(pairs: list[TokenizedPair], shape: Shape) -> LlamaForCausalLM:
     model = random_llama(shape)
     # Chosen and rejected texts as one stream, cut into rows of 512 tokens.
