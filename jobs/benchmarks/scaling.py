@@ -1,6 +1,7 @@
 """What grows with the number of pairs and of workers, measured on one machine (see cluster/SCALING.md).
 
     python jobs/benchmarks/scaling.py rows --pairs 1000000          pair, the resume filter, select
+    python jobs/benchmarks/scaling.py store --pairs 64000           the resume filter where every file comes late
     python jobs/benchmarks/scaling.py scheduling --pairs 200000     the sketch stage with replicas that do nothing
     python jobs/benchmarks/scaling.py workers                       pairs/s of two sketching workers and of one
 
@@ -22,10 +23,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from selection import LANGUAGES, held_memory, recipe_for, timed, write_tables
 
 from congrad_ray.profile import Profile
-from congrad_ray.rundir import RunDirectory
+from congrad_ray.rundir import RunDirectory, StageFolder
 from congrad_ray.session import connect
 from congrad_ray.settings import validate
 from congrad_ray.stages import pair, select, sketch
@@ -36,21 +39,21 @@ from congrad_ray.tables import JUDGEMENTS, PAIRS, RESPONSES, sketch_bytes, sketc
 _WIDTH, _DTYPE = 256, "float16"
 _RESPONSES_PER_PROMPT = 4
 _ROWS_PER_PART = 4096
+_LATE = 0.03  # seconds
 _PAIRS_PER_BATCH = 64  # as the sketch stage writes them
 _TEXT = "so many words as a short answer has, and then some more of them to the end of a line. "
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("rows", "scheduling", "workers"))
+    parser.add_argument("what", choices=("rows", "store", "scheduling", "workers"))
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=2, help="measurements are taken so often")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "scaling-benchmark")
     parser.add_argument("--out", type=Path, help="add the figures to this file as a line of JSON")
     arguments = parser.parse_args()
-    figures = {"rows": rows, "scheduling": scheduling, "workers": workers}[arguments.what](
-        arguments.folder, arguments.pairs, arguments.rounds
-    )
+    measurements = {"rows": rows, "store": store, "scheduling": scheduling, "workers": workers}
+    figures = measurements[arguments.what](arguments.folder, arguments.pairs, arguments.rounds)
     line = json.dumps({"what": arguments.what, "pairs": arguments.pairs, **figures})
     print(line)
     if arguments.out:
@@ -99,6 +102,30 @@ def rows(folder: Path, pairs: int, rounds: int) -> dict[str, Any]:
         )
         measure(f"{name}: doubled rows", lambda done=sketches: outcome_of(done, "pair_id"))  # type: ignore[misc]
         measure(f"{name}: select", lambda run=parts: run_select(run))  # type: ignore[misc]
+    return figures
+
+
+class LateFiles(FSSpecHandler):
+    """A local disk that opens every file after a while, as an object store answers a request."""
+
+    def open_input_file(self, path: str) -> Any:
+        time.sleep(_LATE)
+        return super().open_input_file(path)
+
+
+def store(folder: Path, pairs: int, rounds: int) -> dict[str, Any]:
+    """Seconds of the resume filter, and of reading the same files one after the other, on late files."""
+    where = folder / f"small-parts-{pairs}"
+    write_parts(RunDirectory.open(where), pairs, _PAIRS_PER_BATCH)
+    local = RunDirectory.open(where).stage("sketches", 0)
+    late = StageFolder(PyFileSystem(LateFiles(LocalFileSystem())), local.path)
+    files = late.files(".parquet")
+    figures: dict[str, Any] = {"files": len(files), "late_seconds": _LATE, "resume filter": [], "one by one": []}
+    for _ in range(rounds):
+        figures["resume filter"].append(round(timed(lambda: late.ids("pair_id"))[0], 2))
+        one_by_one = timed(lambda: [late.read_parquet(path, ["pair_id"]) for path in files])
+        figures["one by one"].append(round(one_by_one[0], 2))
+        print(figures, flush=True)
     return figures
 
 
