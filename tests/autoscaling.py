@@ -2,10 +2,10 @@
 
     python tests/autoscaling.py --run DIR
 
-starts a head without CPUs whose real autoscaler brings up local worker nodes with an address each,
-submits every stage of the demo in small by `congrad submit`, waits until the last node is gone, submits the whole
-loop, and then `sketch` and `select` of the same pairs once more, while a third of the nodes is killed twice.
-Nodes, CPUs in use and jobs are recorded over time.
+starts a head without CPUs whose real autoscaler brings up local worker nodes with an address each, submits every
+stage of the demo in small by `congrad submit`, waits until the last node is gone, and submits the whole loop. Then
+it submits `sketch` of the same pairs twice for a model that takes minutes, and in the second kills a third of the
+nodes twice. Nodes, CPUs in use and jobs are recorded over time.
 
 The exit code is 1 where a job failed, where the sketch stage did not grow to all nodes or nodes stayed, or where
 the selection is not the same to the last bit.
@@ -33,7 +33,8 @@ from faults.cluster import kill, left_over
 from faults.command import ROOT, SETTINGS
 from faults.compare import DETERMINED, compare_table
 from faults.results import Results
-from heads import Head, Workers, head_environment, ray_head
+from heads import Head, Workers, end_in_order, head_environment, ray_head
+from tiny_models import TEXTS, make_tiny_model
 
 WORKERS = Workers(most=3, cpus=2, idle_seconds=8.0)
 STAGES = ("prompts", "generate", "judge", "pair", "sketch", "select", "train", "evaluate", "report")
@@ -52,13 +53,7 @@ PROFILE = {
         "workers": [{"name": "worker", "cpus": WORKERS.cpus, "memory_gib": 1, "max_nodes": WORKERS.most}],
     },
 }
-# Micro-batches of a pair or two make the sketch stage slow enough to see nodes come and go.
-LARGER = {
-    **SETTINGS,
-    "prompts.train_per_language": 300,
-    "sketch.max_tokens_per_batch": 64,
-    "train.save_steps": 100,
-}
+SETTINGS_HERE = {**SETTINGS, "prompts.train_per_language": 500, "train.save_steps": 100}
 _GONE_WITHIN = 180.0
 _LOOK_EVERY = 0.5
 # What is compared is what both runs computed from the same pairs.
@@ -70,6 +65,7 @@ def main() -> int:
     options.add_argument("--run", type=Path, required=True, metavar="DIR", help="where all runs go")
     options.add_argument("--results", type=Path, metavar="FILE.jsonl", help="default: DIR/results.jsonl")
     given = options.parse_args()
+    end_in_order()
     folder = given.run.resolve()
     results = Results(given.results.resolve() if given.results else folder / "results.jsonl")
     with local_cluster(folder) as cluster, cluster.watched(results) as watch:
@@ -79,22 +75,27 @@ def main() -> int:
         gone = watch.wait_until_none() and gone
         if not (stages and loop):
             return 1
-        for name in ("prompts", "iteration-0/pairs"):
-            shutil.copytree(folder / "stages" / name, folder / "killed" / name)
+        for run in ("undisturbed", "killed"):
+            for name in ("prompts", "iteration-0/pairs"):
+                shutil.copytree(folder / "stages" / name, folder / run / name)
+        model = _larger_model(folder / "larger-model")
+        grown = watch.job("sketch", folder / "undisturbed", model) == 0
+        gone = watch.wait_until_none() and gone
         with watch.killing(kills=2) as killed:
-            same_pairs = watch.job("sketch", folder / "killed") == 0
-        same_pairs = watch.job("select", folder / "killed") == 0 and same_pairs
-    grown = {job: max(watch.nodes_during(job), default=0) for job in ("stages/sketch", "killed/sketch")}
-    differences = [compare_table(table, folder / "killed", folder / "stages") for table in _TABLES]
+            survived = watch.job("sketch", folder / "killed", model) == 0
+        selected = all(watch.job("select", folder / run, model) == 0 for run in ("undisturbed", "killed"))
+        gone = watch.wait_until_none() and gone
+    most = min(max(watch.nodes_during(f"{run}/sketch"), default=0) for run in ("undisturbed", "killed"))
+    differences = [compare_table(table, folder / "killed", folder / "undisturbed") for table in _TABLES]
     for difference in differences:
         results.add("compare", **difference.record(), broken=difference.broken)
     verdict = {
         "every stage as a job": stages,
         "the whole loop as a job": loop,
         "no nodes between jobs": gone,
-        f"sketch grew to {WORKERS.most} nodes": all(most == WORKERS.most for most in grown.values()),
-        "nodes killed": len(killed) == 2 and same_pairs,
-        "same selection": not any(difference.broken for difference in differences),
+        f"sketch grew to {WORKERS.most} nodes": grown and most == WORKERS.most,
+        "two nodes killed": len(killed) == 2 and survived,
+        "same selection": selected and not any(difference.broken for difference in differences),
     }
     results.add("verdict", **verdict)
     for what, holds in verdict.items():
@@ -112,13 +113,14 @@ class Cluster:
     temporary: str
     settings: Mapping[str, Any]
 
-    def submit(self, command: str, run: Path) -> list[str]:
+    def submit(self, command: str, run: Path, model: Path | None) -> list[str]:
+        settings = {**self.settings, **({"model.name": model} if model else {})}
         return [
             *(sys.executable, "-m", "congrad_ray.cli", "submit", command),
             *(str(self.source / "jobs" / "recipes" / "demo.yaml"), "--run", str(run)),
             *("--profile", str(self.source / "cluster" / "profiles" / "autoscaling.yaml")),
             *("--address", self.head.dashboard),
-            *(f"--set={name}={value}" for name, value in self.settings.items()),
+            *(f"--set={name}={value}" for name, value in settings.items()),
         ]
 
     def worker_nodes(self) -> dict[str, psutil.Process]:
@@ -168,7 +170,7 @@ def local_cluster(folder: Path) -> Iterator[Cluster]:
     }
     try:
         with ray_head(folder, 0, environment, WORKERS) as head:
-            yield Cluster(head, source, environment, temporary, {"model.name": model, **LARGER})
+            yield Cluster(head, source, environment, temporary, {"model.name": model, **SETTINGS_HERE})
     finally:
         for process in left_over(temporary):
             kill(process)
@@ -200,14 +202,14 @@ class Watch:
                 self.results.add("nodes", seconds=round(time.monotonic() - self._since, 1), **now)
                 before = now
 
-    def job(self, command: str, run: Path) -> int:
-        """Submits and follows it; its log goes beside the run."""
+    def job(self, command: str, run: Path, model: Path | None = None) -> int:
+        """Submits and follows it, for another model if one is given; its log goes beside the run."""
         self.current = f"{run.name}/{command}"
         began = time.monotonic()
         log = run.parent / f"{run.name}-{command}.log"
         with log.open("w") as file:
             code = subprocess.run(
-                self.cluster.submit(command, run),
+                self.cluster.submit(command, run, model),
                 env=dict(self.cluster.environment),
                 cwd=self.cluster.source,  # where `python -m` looks first
                 stdout=file,
@@ -260,6 +262,11 @@ class Watch:
         finally:
             over.set()
             thread.join()
+
+
+def _larger_model(folder: Path) -> Path:
+    """A model for whose sketches one worker takes minutes, so that there is time for nodes to come and go."""
+    return make_tiny_model(folder, TEXTS, hidden=512, layers=8)
 
 
 def _below(raylet: psutil.Process) -> list[psutil.Process]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from heads import RAY, free_port, head_environment
+from tiny_models import TEXTS, make_tiny_model
 
 # Whether an example is slow says something of the machine, not of the code.
 hypothesis.settings.register_profile("congrad_ray", deadline=None)
@@ -24,61 +25,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Some virtual machines announce AMX and then trap on it, in any bfloat16 product.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-
-TEXTS = [
-    "The quick brown fox jumps over the lazy dog. 0 1 2 3 4 5 6 7 8 9",
-    "Der schnelle braune Fuchs springt über den faulen Hund. Wie geht es dir heute?",
-    "El veloz zorro marrón salta sobre el perro perezoso. ¿Cómo estás hoy?",
-    "Быстрая коричневая лиса прыгает через ленивую собаку. Как дела сегодня?",
-    "Le rapide renard brun saute par-dessus le chien paresseux. Comment ça va?",
-]
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
-    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def make_tiny_model(folder: Path, texts: list[str], vocabulary: int = 512, positions: int = 512) -> Path:
-    """Saves a random Llama (hidden 64, 2 layers, head size 32) with its tokenizer to `folder`."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=positions,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=2,
-        )
-    )
-    model.save_pretrained(folder)
-    fast.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -21,16 +21,15 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
 from faults.cluster import local_cluster
 from faults.command import Recipe
 from faults.results import Results
 from faults.rounds import REPEATED, REST, SAMPLING, UNDISTURBED, WHOLE, FaultRun, GaveUp
 from faults.tables import show
+from heads import end_in_order
 
 
 def main() -> int:
@@ -43,7 +42,7 @@ def main() -> int:
     folder = given.run.resolve()
     results = Results(given.results.resolve() if given.results else folder / "results.jsonl")
     _set_environment()
-    _end_in_order()
+    end_in_order()
     failed = False
     with local_cluster() as cluster:
         recipe = Recipe.make(folder, cluster.address)
@@ -108,16 +107,6 @@ def _set_environment() -> None:
     os.environ["RAY_agent_register_timeout_ms"] = "300000"  # noqa: SIM112 - Ray's own spelling
     # Of a killed process nothing is known that it had not told yet.
     os.environ["RAY_task_events_report_interval_ms"] = "100"  # noqa: SIM112 - Ray's own spelling
-
-
-def _end_in_order() -> None:
-    """Ctrl-C and SIGTERM unwind all that was begun."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, end)  # which a shell's background processes would ignore
-    signal.signal(signal.SIGTERM, end)
 
 
 if __name__ == "__main__":

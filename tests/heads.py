@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 RAY = Path(sys.executable).with_name("ray")
 TESTS = str(Path(__file__).parent)
@@ -54,6 +55,16 @@ def head_environment() -> dict[str, str]:
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     environment.pop("RAY_ADDRESS", None)
     return environment
+
+
+def end_in_order() -> None:
+    """From now on Ctrl-C and SIGTERM unwind all that was begun."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, end)  # which a shell's background processes would ignore
+    signal.signal(signal.SIGTERM, end)
 
 
 def free_port() -> int:

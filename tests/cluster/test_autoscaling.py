@@ -25,7 +25,7 @@ def test_every_stage_and_the_loop_as_jobs_from_no_nodes_to_all_and_back(tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     records: list[dict[str, Any]] = [json.loads(line) for line in results.read_text().splitlines()]
     jobs = [record["job"] for record in records if record["event"] == "job"]
-    assert len(jobs) == 9 + 1 + 2 and all(record.get("code", 0) == 0 for record in records)
+    assert len(jobs) == 9 + 1 + 4 and all(record.get("code", 0) == 0 for record in records)
     nodes = [record["nodes"] for record in records if record["event"] == "nodes"]
     assert nodes[0] == 0 and max(nodes) == 3 and 0 in nodes[nodes.index(3) :]
     assert sum(record["event"] == "kill" for record in records) == 2
