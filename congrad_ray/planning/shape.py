@@ -104,9 +104,9 @@ def _configuration(name: str, settings: Model) -> PretrainedConfig:
     if name == BUILTIN_WORLD:
         # Its own function, called here so that the world's source, whose hash names every model in the cache,
         # stays as it is; the ids of special tokens, which this tokenizer lacks, do not change the shape.
-        from congrad_ray.world.model import _config
+        from congrad_ray.world.model import world_config
 
-        return _config(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, ""))))
+        return world_config(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, ""))))
     try:
         path = local_path(name)
     except SettingsError as error:

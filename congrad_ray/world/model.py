@@ -152,7 +152,7 @@ def _build(folder: Path, seed: int, training_tokens: int, progress: Callable[[st
     tokenizer = train_tokenizer(text for dialogue in dialogues for text in dialogue)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(_config(tokenizer))
+        model = LlamaForCausalLM(world_config(tokenizer))
         _train(model, tokenizer, training_dialogues(seed), seed, training_tokens, LEARNING_RATE, progress)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -163,7 +163,8 @@ def _build(folder: Path, seed: int, training_tokens: int, progress: Callable[[st
     tokenizer.save_pretrained(folder)
 
 
-def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+def world_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The shape of the built-in model, for a tokenizer of its own."""
     return LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=128,
