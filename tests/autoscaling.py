@@ -38,14 +38,14 @@ from tiny_models import TEXTS, make_tiny_model
 
 WORKERS = Workers(most=3, cpus=2, idle_seconds=8.0)
 STAGES = ("prompts", "generate", "judge", "pair", "sketch", "select", "train", "evaluate", "report")
-# One worker node has the CPUs for every stage; the pool of `sketch` wants all.
+# One worker node has the CPUs for every stage; the pool of `sketch` takes all but one, which is for data.
 PROFILE = {
     "name": "autoscaling",
     "device": "cpu",
     "data_cpus": 1,
     "threads": 1,
     "engines": {"cpus": 1, "batch_size": 64, "max_num_seqs": 64, "enforce_eager": True},
-    "sketchers": {"min_actors": 1, "max_actors": WORKERS.most, "cpus": 1},
+    "sketchers": {"min_actors": 1, "max_actors": WORKERS.most * WORKERS.cpus, "cpus": 1},
     "trainers": {"num_workers": 2, "cpus": 1},
     "cluster": {
         "provider": "other",
@@ -53,7 +53,7 @@ PROFILE = {
         "workers": [{"name": "worker", "cpus": WORKERS.cpus, "memory_gib": 1, "max_nodes": WORKERS.most}],
     },
 }
-SETTINGS_HERE = {**SETTINGS, "prompts.train_per_language": 500, "train.save_steps": 100}
+SETTINGS_HERE = {**SETTINGS, "prompts.train_per_language": 320, "train.save_steps": 100}
 _GONE_WITHIN = 180.0
 _LOOK_EVERY = 0.5
 # What is compared is what both runs computed from the same pairs.
@@ -77,7 +77,7 @@ def main() -> int:
             return 1
         for run in ("undisturbed", "killed"):
             for name in ("prompts", "iteration-0/pairs"):
-                shutil.copytree(folder / "stages" / name, folder / run / name)
+                shutil.copytree(folder / "stages" / name, folder / run / name, dirs_exist_ok=True)
         model = _larger_model(folder / "larger-model")
         grown = watch.job("sketch", folder / "undisturbed", model) == 0
         gone = watch.wait_until_none() and gone
@@ -203,7 +203,12 @@ class Watch:
                 before = now
 
     def job(self, command: str, run: Path, model: Path | None = None) -> int:
-        """Submits and follows it, for another model if one is given; its log goes beside the run."""
+        """Submits and follows it, for another model if one is given; its log goes beside the run.
+
+        Not again where an earlier start of this script has done it.
+        """
+        if self.results.of("job", job=f"{run.name}/{command}", code=0):
+            return 0
         self.current = f"{run.name}/{command}"
         began = time.monotonic()
         log = run.parent / f"{run.name}-{command}.log"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from congrad_ray.models import ModelSource, named_model
+from congrad_ray.planning.fit import pool_sizes
 from congrad_ray.preference.tokenization import MissingChatTemplate, chat_prompt_ids, load_tokenizer
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
@@ -138,6 +139,7 @@ def end_of_turn_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> 
 
 def complete(
     dataset: Dataset,
+    rows: int,
     source: ModelSource,
     profile: Profile,
     request: Callable[[Row], Request],
@@ -145,7 +147,7 @@ def complete(
     schema: pa.Schema,
     scored_tokens: Sequence[int] = (),
 ) -> Dataset:
-    """Asks the model for every row; the result has the columns of `schema` and FAILURE, in any order.
+    """Asks the model for all `rows`; the result has the columns of `schema` and FAILURE, in any order.
 
     `request` and `answer` run in Ray tasks. `answer` gets the row and its completion and returns a row of
     `schema`. A row that fails keeps the columns of `schema` that it already has, the others are null, and its
@@ -175,7 +177,7 @@ def complete(
         return _finish(batch.to_pylist(), answer, schema)
 
     processor = build_processor(
-        _processor_config(source, profile),
+        _processor_config(source, profile, rows),
         preprocess=lambda row: {"sampling_params": json.loads(row["sampling"]), _ERROR: row["failure"]},
         preprocess_map_kwargs=_PREPARE,
         postprocess=lambda row: {
@@ -285,7 +287,7 @@ def _cached_tokenizer(source: ModelSource, template: str) -> PreTrainedTokenizer
     return _tokenizers[key]
 
 
-def _processor_config(source: ModelSource, profile: Profile) -> vLLMEngineProcessorConfig:
+def _processor_config(source: ModelSource, profile: Profile, rows: int) -> vLLMEngineProcessorConfig:
     from ray.data.llm import vLLMEngineProcessorConfig
 
     engines, settings = profile.engines, source.settings
@@ -320,7 +322,7 @@ def _processor_config(source: ModelSource, profile: Profile) -> vLLMEngineProces
     return vLLMEngineProcessorConfig(
         model_source=source.local_path(),
         engine_kwargs=engine_kwargs,
-        concurrency=(engines.min_actors, engines.max_actors),
+        concurrency=pool_sizes(engines, profile, math.ceil(rows / max(engines.batch_size, engines.max_num_seqs))),
         batch_size=engines.batch_size,
         # Enough batches at once to fill the engine, and one more to be at hand when the first is done.
         max_concurrent_batches=max(2, math.ceil(engines.max_num_seqs / engines.batch_size) + 1),

@@ -55,6 +55,24 @@ def cluster_machine(cluster: Cluster) -> Machine:
     )
 
 
+def pool_sizes(pool: Pool, profile: Profile, batches: int) -> tuple[int, int]:
+    """The least and the most actors of a pool for so many batches of work.
+
+    On a cluster that grows (it has a section `cluster`) all that it has room for are asked for at once: an actor
+    that waits brings a node. Left to Ray Data, the next node comes when those that are there are busy, and never
+    where it keeps their CPUs for its other tasks.
+    """
+    most = max(pool.min_actors, min(pool.max_actors, batches))
+    if profile.cluster is None:
+        return pool.min_actors, most
+    whole = cluster_machine(profile.cluster)
+    room = math.floor((whole.cpus - profile.data_cpus) / pool.cpus)
+    if pool.gpus:
+        room = min(room, math.floor(whole.gpus / pool.gpus))
+    all_at_once = max(pool.min_actors, min(most, room))
+    return all_at_once, all_at_once
+
+
 def nodes_of(cluster: Cluster | None) -> tuple[Node, ...]:
     """The kinds of nodes of a profile's cluster; none where it has no such section."""
     if cluster is None:

@@ -114,7 +114,7 @@ def _answer(context: Context, source: ModelSource, model: str) -> None:
     if len(done) < len(expected):
         context.log(f"answers of {model}")
         requests = read_requests(context.prompts, questions_of, pa.schema([*fields, PROMPTS.field("task")]), done)
-        answers = complete(requests, source, context.profile, request, answer, ANSWERS)
+        answers = complete(requests, len(expected) - len(done), source, context.profile, request, answer, ANSWERS)
         with engine_failures():
             write_rows(answers, context, ANSWERS, "answer_id", len(expected) - len(done), _counted)
 
@@ -172,7 +172,7 @@ def _compare(context: Context, answers: list[Row], model: str) -> list[Row]:
         source = policy(recipe, context.run, 0) if judge == "start" else judge_source(judge, recipe)
         context.log(f"{len(missing)} comparisons by {source.name}")
         dataset = ray.data.from_arrow(pa.Table.from_pylist(missing))
-        compared = complete(dataset, source, context.profile, request, answer, COMPARISONS)
+        compared = complete(dataset, len(missing), source, context.profile, request, answer, COMPARISONS)
         with engine_failures():
             write_rows(compared, replace(context, output=output), COMPARISONS, "comparison_id", len(missing))
     return output.read_table().to_pylist() if output.parts() else []

@@ -118,7 +118,7 @@ def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], m
     schema = pa.schema([SAMPLES.field("judgement_id"), *(RESPONSES.field(name) for name in columns)])
     requests = read_requests(responses, judgements_of, schema, done)
     scored = [token for spellings in tokens for token in spellings]
-    answers = complete(requests, source, context.profile, request, answer, SAMPLES, scored)
+    answers = complete(requests, missing, source, context.profile, request, answer, SAMPLES, scored)
     answers = answers.map_batches(keep_failed, batch_format="pyarrow", batch_size=None)
     with engine_failures():
         write_rows(answers, context, SAMPLES, "judgement_id", missing, _counted)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from congrad_ray.models import policy, policy_input
+from congrad_ray.planning.fit import pool_sizes
 from congrad_ray.preference.tokenization import chat_prompt_ids
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Folder, RunDirectoryError
@@ -51,6 +52,7 @@ def run(context: Context) -> Outcome:
         exact = recipe.sketch.method == "exact"
         if exact and not context.output.exists(LANGUAGE_GRADIENTS):
             _sum_languages(context, dataset, missing, languages, model)
+        least, most = pool_sizes(pool, context.profile, math.ceil(missing / _PAIRS_PER_TASK))
         sketched = dataset.map_batches(
             SketchReplica,
             fn_constructor_args=(
@@ -61,7 +63,7 @@ def run(context: Context) -> Outcome:
             ),
             batch_format="pyarrow",
             batch_size=None,
-            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+            compute=ActorPoolStrategy(min_size=least, max_size=most),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
             memory=pool.memory_bytes,
@@ -133,11 +135,12 @@ def _sum_languages(
 
     profile = context.profile
     pool = profile.sketchers
+    least, most = pool_sizes(pool, profile, math.ceil(total / _PAIRS_PER_TASK))
     have = ray.cluster_resources()
     fitting = [int((have.get("CPU", 0) - profile.data_cpus) // pool.cpus)]
     if pool.gpus:
         fitting.append(int(have.get("GPU", 0) // pool.gpus))
-    count = min(pool.max_actors, max(pool.min_actors, min(fitting)))
+    count = max(least, min(most, *fitting))
     replica: Any = ray.remote(SummingReplica).options(
         num_cpus=pool.cpus, num_gpus=pool.gpus or None, memory=pool.memory_bytes, resources=pool.resources or None
     )

@@ -185,7 +185,7 @@ def test_a_checkpoint_that_is_not_on_a_local_filesystem_is_fetched(
     def answer(row: dict[str, Any], completion: Completion) -> dict[str, Any]:
         return {**row, "text": completion.text}
 
-    found = complete(rows, source, profile, request, answer, schema).take_all()
+    found = complete(rows, rows.count(), source, profile, request, answer, schema).take_all()
     assert sorted(row["id"] for row in found) == ["0", "1", "2", "3"]
     assert len({row["text"] for row in found}) == 1  # greedy: the same question has the same answer
     assert (tmp_path / "cache" / "checkpoints" / ("f" * 16) / "config.json").exists()

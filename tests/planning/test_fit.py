@@ -12,8 +12,9 @@ from congrad_ray.planning.fit import (
     cluster_machine,
     most_cpus,
     needs,
+    pool_sizes,
 )
-from congrad_ray.profile import Cluster, load_profile
+from congrad_ray.profile import Cluster, Profile, load_profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.settings import validate
 
@@ -104,3 +105,25 @@ def test_nodes_that_the_profile_can_still_bring_up_count() -> None:
     check_fits(need, small, cluster)
     with pytest.raises(DoesNotFit, match="on one node, and no node has them"):
         check_fits(need, small)
+
+
+def test_a_pool_asks_for_all_at_once_where_nodes_can_come_and_for_no_more_than_there_is_work() -> None:
+    pool = {"min_actors": 2, "max_actors": 8, "cpus": 2.0}
+    fixed = Profile.model_validate({"name": "x", "sketchers": pool})
+    assert [pool_sizes(fixed.sketchers, fixed, batches) for batches in (1, 5, 100)] == [(2, 2), (2, 5), (2, 8)]
+    nodes = [{"name": "worker", "cpus": 4, "memory_gib": 1, "max_nodes": 3}]
+    cluster = {"provider": "other", "head": {"name": "head", "cpus": 0, "memory_gib": 1}, "workers": nodes}
+    grows = Profile.model_validate({"name": "x", "sketchers": pool, "cluster": cluster})
+    # 12 CPUs, one of them for reading and writing: five actors.
+    assert [pool_sizes(grows.sketchers, grows, batches) for batches in (1, 3, 100)] == [(2, 2), (3, 3), (5, 5)]
+
+
+def test_a_cluster_that_grows_from_nothing_is_no_small_one() -> None:
+    nodes = [{"name": "worker", "cpus": 4, "memory_gib": 1, "max_nodes": 3}]
+    cluster = {"provider": "other", "head": {"name": "head", "cpus": 0, "memory_gib": 1}, "workers": nodes}
+    profile = Profile.model_validate({"name": "x", "cluster": cluster})
+    empty = Machine(0, 0, 0, "the connected Ray cluster", (Node("a node", 0, 0),))
+    for need in needs(RECIPE, profile):
+        check_fits(need, empty, profile.cluster)
+    with pytest.raises(DoesNotFit, match="what an autoscaler may bring is told in the profile's section cluster"):
+        check_fits(needs(RECIPE, profile)[1], empty)
