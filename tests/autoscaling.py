@@ -81,7 +81,7 @@ def main() -> int:
         model = _larger_model(folder / "larger-model")
         grown = watch.job("sketch", folder / "undisturbed", model) == 0
         gone = watch.wait_until_none() and gone
-        with watch.killing(kills=2) as killed:
+        with watch.killing(kills=2):
             survived = watch.job("sketch", folder / "killed", model) == 0
         selected = all(watch.job("select", folder / run, model) == 0 for run in ("undisturbed", "killed"))
         gone = watch.wait_until_none() and gone
@@ -94,7 +94,7 @@ def main() -> int:
         "the whole loop as a job": loop,
         "no nodes between jobs": gone,
         f"sketch grew to {WORKERS.most} nodes": grown and most == WORKERS.most,
-        "two nodes killed": len(killed) == 2 and survived,
+        "two nodes killed": len(results.of("kill")) == 2 and survived,
         "same selection": selected and not any(difference.broken for difference in differences),
     }
     results.add("verdict", **verdict)
@@ -237,25 +237,23 @@ class Watch:
         return [record["nodes"] for record in self.results.of("nodes", job=job)]
 
     @contextmanager
-    def killing(self, kills: int) -> Iterator[list[str]]:
+    def killing(self, kills: int) -> Iterator[None]:
         """Kills one of the nodes, with all its processes, each time that all are there and at work."""
-        killed: list[str] = []
         over = threading.Event()
 
         def work() -> None:
-            while len(killed) < kills and not over.wait(_LOOK_EVERY):
+            while (killed := len(self.results.of("kill"))) < kills and not over.wait(_LOOK_EVERY):
                 nodes = self.cluster.worker_nodes()
                 working = {
                     name: raylet for name, raylet in nodes.items() if any(_sketches(p) for p in _below(raylet))
                 }
                 if len(working) < WORKERS.most:
                     continue
-                name = sorted(working)[len(killed) % len(working)]
+                name = sorted(working)[killed % len(working)]
                 below = _below(working[name])
                 kill(working[name])
                 for process in below:
                     kill(process)
-                killed.append(name)
                 self.results.add(
                     "kill", job=self.current, node=name, seconds=round(time.monotonic() - self._since, 1)
                 )
@@ -263,7 +261,7 @@ class Watch:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
-            yield killed
+            yield
         finally:
             over.set()
             thread.join()
