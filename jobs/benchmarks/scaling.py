@@ -68,11 +68,11 @@ def rows(folder: Path, pairs: int, rounds: int) -> dict[str, Any]:
     recipe = recipe_for(_WIDTH, _DTYPE)
     recipe = recipe.model_copy(update={"pair": recipe.pair.model_copy(update={"language_check": False})})
     run = RunDirectory.open(folder / f"rows-{pairs}")
-    write_responses(run, pairs)
+    write_responses(run, pairs // _RESPONSES_PER_PROMPT)  # as many rows as there are sketches below
     connect(Profile(name="benchmark"), 2)
     ray.data.range(100, override_num_blocks=8).map(lambda row: row).count()  # workers are up
     idle = held_memory()
-    figures: dict[str, Any] = {"responses": pairs * _RESPONSES_PER_PROMPT, "bytes": folder_bytes(folder)}
+    figures: dict[str, Any] = {"responses": pairs // _RESPONSES_PER_PROMPT * _RESPONSES_PER_PROMPT}
 
     def measure(name: str, work: Callable[[], object]) -> None:
         seconds, peak = timed(work)
@@ -133,10 +133,6 @@ def run_select(run: RunDirectory) -> Outcome:
     output = run.stage("selection", 0)
     output.delete()
     return select.STAGE.run(Context(recipe_for(_WIDTH, _DTYPE), Profile(name="benchmark"), run, 0, output))
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.parquet"))
 
 
 def write_responses(run: RunDirectory, prompts: int) -> None:
