@@ -28,6 +28,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from selection import LANGUAGES, held_memory, recipe_for, timed, write_tables
 
 from congrad_ray.profile import Profile
+from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import RunDirectory, StageFolder
 from congrad_ray.session import connect
 from congrad_ray.settings import validate
@@ -260,13 +261,7 @@ def scheduling(folder: Path, pairs: int, rounds: int) -> dict[str, Any]:
     model = tiny_model(folder)
     run = RunDirectory.open(folder / f"scheduling-{pairs}")
     write_pairs(run, pairs)
-    recipe = recipe_for(_WIDTH, _DTYPE)
-    recipe = recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"name": str(model)}),
-            "sketch": recipe.sketch.model_copy(update={"audit_pairs": 0}),
-        }
-    )
+    recipe = sketching(model, _WIDTH, _DTYPE)
     sketch.SketchReplica = NoReplica  # type: ignore[assignment, misc]
     found: dict[str, list[dict[str, float]]] = {}
     for actors in (2, 16):
@@ -297,13 +292,7 @@ def workers(folder: Path, pairs: int, rounds: int) -> dict[str, Any]:
     pairs = min(pairs, 4096)
     run = RunDirectory.open(folder / f"workers-{pairs}")
     write_pairs(run, pairs)
-    recipe = recipe_for(4096, "float32")
-    recipe = recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"name": str(model)}),
-            "sketch": recipe.sketch.model_copy(update={"audit_pairs": 0}),
-        }
-    )
+    recipe = sketching(model, 4096, "float32")
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
         for count in (1, 2):
@@ -321,6 +310,17 @@ def workers(folder: Path, pairs: int, rounds: int) -> dict[str, Any]:
     ray.shutdown()
     ratio = float(np.median(rates[2]) / np.median(rates[1]))
     return {"pairs_per_second": {str(count): found for count, found in rates.items()}, "ratio": round(ratio, 3)}
+
+
+def sketching(model: Path, width: int, dtype: str) -> Recipe:
+    """A recipe that sketches for this model, without an audit."""
+    recipe = recipe_for(width, dtype)
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"name": str(model)}),
+            "sketch": recipe.sketch.model_copy(update={"audit_pairs": 0}),
+        }
+    )
 
 
 def rate(paths: list[str]) -> float:
