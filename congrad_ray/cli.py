@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from congrad_ray import recipe as recipes
-from congrad_ray.evaluation.statistics import EVERY_LANGUAGE
+from congrad_ray.display import console, plain, show_overlaps, show_run, show_selection, show_stage
 from congrad_ray.logs import StreamLog
 from congrad_ray.planning.fit import DoesNotFit, check_fits, needs
 from congrad_ray.printable import printable
@@ -23,7 +21,6 @@ from congrad_ray.profile import load_profile
 from congrad_ray.recipe import Recipe, load_recipe
 from congrad_ray.rundir import RunDirectory, RunDirectoryError, without_keys
 from congrad_ray.settings import apply_overrides, settings_in, validate
-from congrad_ray.stages.base import Stage
 from congrad_ray.stopping import StageStopped
 from congrad_ray.submit import StillRunning
 
@@ -36,7 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console()
 _log = StreamLog()
 
 WHOLE_RUN = "run"  # in place of a stage's name
@@ -57,11 +53,6 @@ Redo = Annotated[
     bool, typer.Option("--redo", help="Throw away and redo stages made with other settings or inputs.")
 ]
 Iteration = Annotated[int, typer.Option("--iteration", min=0, metavar="N", help="Which iteration, from 0.")]
-
-
-def _plain(text: str) -> str:
-    """Text for rich, which would take [...] in it for markup."""
-    return escape(printable(text, lines=True))
 
 
 @app.command()
@@ -85,7 +76,7 @@ def run(
     log = StreamLog(where.log_format, directory.path)
     run_all(loaded, where, directory, until, redo, log)
     if where.log_format == "text":
-        _show_run(directory, loaded)
+        show_run(directory, loaded)
     log(f"all done in {time.monotonic() - before:.0f} s: {directory.path}")
 
 
@@ -104,7 +95,7 @@ def _perform(
     log = StreamLog(where.log_format, directory.path)
     run_stage(STAGES[name], loaded, where, directory, iteration, redo, log)
     if where.log_format == "text":
-        _show_stage(directory, name, iteration)
+        show_stage(directory, name, iteration)
 
 
 def _stage_command(name: str, summary: str, each_iteration: bool) -> Callable[..., None]:
@@ -168,7 +159,7 @@ def select(
     --set select.direction=mean --redo. The settings are in the recipe's section `select`.
     """
     if compare is not None:
-        _show_overlaps(*compare)
+        show_overlaps(*compare)
         return
     if recipe is None or run is None:
         raise RunDirectoryError("give RECIPE and --run DIR, or --compare DIR1 DIR2; see congrad select --help")
@@ -232,7 +223,7 @@ def filter_command(
         log,
     )
     if where.log_format == "text":
-        _show_selection(summary)
+        show_selection(summary)
     log(f"kept pairs: {without_keys(out).rstrip('/')}/selected.parquet")
 
 
@@ -243,7 +234,11 @@ def plan(
     set_: Overrides = None,
     run: Annotated[
         str | None,
-        typer.Option("--run", metavar="DIR", help="Take mean lengths from the finished stages of this run."),
+        typer.Option(
+            "--run",
+            metavar="DIR",
+            help="Take mean lengths and bytes of rows from the finished stages of this run.",
+        ),
     ] = None,
     assume: Annotated[
         list[str] | None,
@@ -266,14 +261,14 @@ def plan(
     lengths = known_lengths(loaded, assumptions, RunDirectory.open(run) if run else None)
     found = make_plan(loaded, where, read_shapes(loaded), lengths, assumptions, there_is)
     title = f"{loaded.name} on {where.name}: {loaded.iterations} iteration(s) together, predicted"
-    console.print(plan_table(found, _plain(title)))
+    console.print(plan_table(found, plain(title)))
     console.print(memory_table(found))
     if found.training_checkpoints:
         console.print(f"While training runs, its two checkpoints take {size(found.training_checkpoints)} besides.")
     console.print(told_lengths(lengths, assumptions), highlight=False)
     console.print(f"There is: {there_is.where}, {there_is.cpus:g} CPUs and {there_is.gpus:g} GPUs for Ray")
     for line in found.advice:
-        console.print(_plain(line), highlight=False)
+        console.print(plain(line), highlight=False)
     for need in needs(loaded, where):
         check_fits(need, there_is, where.cluster)
     if found.short:
@@ -294,7 +289,7 @@ def status(run: RunUri, profile: ProfileName = "local") -> None:
         raise RunDirectoryError(f"{without_keys(run)} holds no run: there is no recipe.yaml in it")
     where = f"{without_keys(run)}/recipe.yaml"
     stored = validate(Recipe, settings_in(directory.read_bytes("recipe.yaml"), where), where)
-    _show_run(directory, stored)
+    show_run(directory, stored)
 
 
 @app.command()
@@ -307,7 +302,7 @@ def doctor(
     findings = examine(run)
     table = Table("what", "found", "to mend it")
     for finding in findings:
-        table.add_row(finding.what, _plain(finding.found), _plain(finding.mend) or "[green]ok[/green]")
+        table.add_row(finding.what, plain(finding.found), plain(finding.mend) or "[green]ok[/green]")
     console.print(table)
     if any(finding.mend for finding in findings):
         raise typer.Exit(1)
@@ -418,122 +413,6 @@ def submit(
     except KeyboardInterrupt:
         raise submission.StillRunning(f"\nThe job goes on. {submission.again(client, job)}") from None
     raise typer.Exit(code)
-
-
-def _show_run(directory: RunDirectory, recipe: Recipe) -> None:
-    from congrad_ray.pipeline import FIRST, ITERATED, LAST
-
-    table = Table("stage", "iteration", "state", "rows", "seconds", title=_plain(directory.path))
-    steps: list[tuple[Stage, int | None]] = [(stage, None) for stage in FIRST]
-    steps += [(stage, number) for number in range(recipe.iterations) for stage in ITERATED]
-    steps += [(stage, None) for stage in LAST]
-    for stage, number in steps:
-        folder = directory.stage(stage.folder, number)
-        manifest = folder.manifest()
-        label = "" if number is None else str(number)
-        if manifest:
-            table.add_row(
-                stage.name, label, "[green]done[/green]", f"{manifest.rows:,}", f"{manifest.seconds:.0f}"
-            )
-        elif folder.exists("_started.json"):
-            table.add_row(stage.name, label, "[yellow]begun[/yellow]", f"{folder.rows_so_far():,}", "")
-        else:
-            table.add_row(stage.name, label, "", "", "")
-    console.print(table)
-    for number in range(recipe.iterations):
-        _show_stage(directory, "evaluate", number)
-
-
-def _show_stage(directory: RunDirectory, name: str, iteration: int) -> None:
-    """The result of a stage that a person wants to see at once."""
-    if name == "select":
-        _show_selection(directory.stage("selection", iteration).read_json("summary.json"))
-    if name == "evaluate":
-        summary = directory.stage("evaluation", iteration).read_json("summary.json")
-        if summary:
-            _show_evaluation(summary)
-
-
-def _show_selection(summary: dict[str, Any]) -> None:
-    table = Table("language", "pairs", "kept", "mean cosine", "conflicting", "with direction", title="selection")
-    for language, row in summary["per_language"].items():
-        table.add_row(
-            language,
-            str(row["pairs"]),
-            str(row["kept"]),
-            f"{row['mean_cosine']:.3f}",
-            f"{row['conflicting']:.1%}",
-            f"{row['cosine_with_direction']:.2f}" if row["in_direction"] else "not in it",
-        )
-    console.print(table)
-    for when in ("before", "after"):
-        matrix = Table("", *summary["languages"], title=f"cosines between languages {when} surgery")
-        for language, row in zip(summary["languages"], summary[f"cosine_{when}"], strict=True):
-            matrix.add_row(language, *(f"{value:.2f}" for value in row))
-        console.print(matrix)
-
-
-def _show_overlaps(first: str, second: str) -> None:
-    """How far two selections agree, by language."""
-    from congrad_ray.stages.select import read_scores
-    from congrad_ray.surgery.compare import overlaps
-
-    tables = [read_scores(RunDirectory.open(folder)) for folder in (first, second)]
-    both = tables[0].join(tables[1], "pair_id", join_type="inner", right_suffix="_second").sort_by("pair_id")
-    left = [len(table) - len(both) for table in tables]
-    if not len(both):
-        raise RunDirectoryError(f"{without_keys(first)} and {without_keys(second)} have no pair in common")
-    columns = [both[name].to_numpy() for name in ("kept", "kept_second", "score", "score_second")]
-    table = Table("language", "pairs", "kept by 1", "kept by 2", "by both", "by chance", "of either", "rank corr.")
-    table.title = _plain(f"1: {without_keys(first)}\n2: {without_keys(second)}")
-    for row in overlaps(both["language"].to_pylist(), (columns[0], columns[1]), (columns[2], columns[3])):
-        table.add_row(
-            "all" if row.language == EVERY_LANGUAGE else row.language,
-            *(str(number) for number in (row.pairs, row.kept_first, row.kept_second, row.kept_both)),
-            f"{row.by_chance:.0f}",
-            f"{row.share:.1%}",
-            "" if row.rank_correlation is None else f"{row.rank_correlation:.3f}",
-        )
-    console.print(table)
-    if any(left):
-        _log(f"only in 1: {left[0]} pairs, only in 2: {left[1]} pairs")
-
-
-def _show_evaluation(summary: dict[str, Any]) -> None:
-    model, baseline = summary["model"], summary["baseline"]
-    if summary["score_changes"]:
-        table = Table("language", "", "decoding", "prompts", baseline, model, "change", "95%")
-        table.title = f"true score of {model} against {baseline}"
-        for row in summary["score_changes"]:
-            table.add_row(
-                *_language_cells(row),
-                row["decoding"],
-                str(row["count"]),
-                f"{row['before']:.3f}",
-                f"{row['after']:.3f}",
-                f"{row['change']:+.3f}",
-                f"{row['low']:+.3f} .. {row['high']:+.3f}",
-            )
-        console.print(table)
-    if summary["win_rates"]:
-        table = Table("language", "", "prompts", "win rate", "95%", "unreadable")
-        table.title = f"{model} against {baseline}, judged in both orders"
-        for row in summary["win_rates"]:
-            known = row["win_rate"] is not None
-            table.add_row(
-                *_language_cells(row),
-                str(row["prompts"]),
-                f"{row['win_rate']:.1%}" if known else "",
-                f"{row['low']:.1%} .. {row['high']:.1%}" if known else "",
-                str(row["unreadable"]),
-            )
-        console.print(table)
-
-
-def _language_cells(row: dict[str, Any]) -> tuple[str, str]:
-    """The first two cells of an evaluation's row: which language, and whether it is trained on."""
-    language = "all" if row["language"] == EVERY_LANGUAGE else row["language"]
-    return language, "seen" if row["seen"] else "unseen"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ _ABOUT = ("run", "stage", "iteration")
 # By name: what it is, and the labels beside _ABOUT. Rates of counters are per second.
 COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "congrad_rows": ("rows written (outcome: written) or set apart in quarantine (failed)", ("outcome",)),
-    "congrad_tokens": ("tokens of the rows written: prompts and responses; evaluate: responses", ()),
+    "congrad_tokens": ("tokens of the rows written, prompts and what was generated; evaluate: the latter", ()),
     "congrad_unreadable_judgements": ("judgements without a score", ("language",)),
     "congrad_attention_padding": ("positions of attention that were padding; the others are its tokens", ()),
     "congrad_attention_tokens": ("positions of attention that were tokens", ()),

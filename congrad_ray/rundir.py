@@ -102,6 +102,27 @@ def each(work: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
         return list(pool.map(work, items))
 
 
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a Parquet file, the way every part of a run is stored."""
+    sink = pa.BufferOutputStream()
+    # Numbers hardly repeat; a dictionary of them costs time and saves nothing.
+    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+    # The least and the greatest of a column of sketches tell nothing, and short ones would be there several times.
+    flat = [field for field in table.schema if not pa.types.is_nested(field.type)]
+    compared = [field.name for field in flat if not pa.types.is_fixed_size_binary(field.type)]
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=texts,
+        write_statistics=compared,
+        write_page_checksum=True,
+        row_group_size=_ROWS_PER_GROUP,
+    )
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder on some filesystem. Cheap to send to Ray workers."""
@@ -176,18 +197,7 @@ class Folder:
         self.write_bytes(name, json.dumps(value, indent=1, ensure_ascii=False).encode())
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        sink = pa.BufferOutputStream()
-        # Numbers hardly repeat; a dictionary of them costs time and saves nothing.
-        texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
-        pq.write_table(
-            table,
-            sink,
-            compression="zstd",
-            use_dictionary=texts,
-            write_page_checksum=True,
-            row_group_size=_ROWS_PER_GROUP,
-        )
-        self.write_bytes(name, sink.getvalue().to_pybytes())
+        self.write_bytes(name, parquet_bytes(table))
 
     def read_table(self, columns: Sequence[str] | None = None, name: str | None = None) -> pa.Table:
         """All Parquet files of the folder (or the one named) as one table. Raises RunDirectoryError if none."""

@@ -70,6 +70,21 @@ JUDGEMENTS = pa.schema(
     ]
 )
 
+JUDGEMENT_SAMPLES = pa.schema(
+    [
+        _field("judgement_id", pa.string(), "hash of response_id and number"),
+        RESPONSE_ID,
+        PROMPT_ID,
+        LANGUAGE,
+        _field("score", pa.float64(), "0..5; null: unreadable", nullable=True),
+        _field("mass", pa.float64(), "expected_score: probability of the score tokens together", nullable=True),
+        _field("output", pa.string(), "what the judge wrote", nullable=True),
+        _field("unreadable", pa.string(), "why there is no score", nullable=True),
+        _field("prompt_tokens", pa.int32(), "tokens of what the judge was asked", nullable=True),
+        _field("output_tokens", pa.int32(), "tokens that the judge wrote", nullable=True),
+    ]
+)
+
 PAIRS = pa.schema(
     [
         PAIR_ID,

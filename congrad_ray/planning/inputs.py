@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.fit import Machine, Node, cluster_machine, most_cpus
 from congrad_ray.planning.plan import Shapes
 from congrad_ray.planning.shape import read_shape
+from congrad_ray.planning.storage import measured_row_bytes
 from congrad_ray.planning.tokens import Lengths, assumed_lengths, with_measured
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Manifest, RunDirectory
 from congrad_ray.session import address_of, connect, machine, this_machine
 
-_FOLDERS = (("generate", "responses"), ("pair", "pairs"), ("sketch", "sketches"), ("evaluate", "evaluation"))
+_FOLDERS = (
+    ("generate", "responses"),
+    ("judge", "judgements"),
+    ("pair", "pairs"),
+    ("sketch", "sketches"),
+    ("select", "selection"),
+    ("evaluate", "evaluation"),
+)
 
 
 def read_shapes(recipe: Recipe) -> Shapes:
@@ -27,7 +37,7 @@ def read_shapes(recipe: Recipe) -> Shapes:
 
 
 def known_lengths(recipe: Recipe, assumptions: Assumptions, run: RunDirectory | None) -> Lengths:
-    """Mean lengths, from the newest iteration of a run that has generated, and assumed where it does not know."""
+    """Lengths, from the newest iteration of a run that has generated, and assumed where it does not know."""
     lengths = assumed_lengths(recipe, assumptions)
     if run is None:
         return lengths
@@ -36,14 +46,16 @@ def known_lengths(recipe: Recipe, assumptions: Assumptions, run: RunDirectory | 
             stage: manifest for stage, folder in _FOLDERS if (manifest := run.stage(folder, iteration).manifest())
         }
         if "generate" in found:
-            return with_measured(lengths, recipe, _of_one_making(found))
+            of_run = _of_one_making(found)
+            known = with_measured(lengths, recipe, of_run)
+            return replace(known, row_bytes=measured_row_bytes(recipe, of_run))
     return lengths
 
 
 def _of_one_making(manifests: dict[str, Manifest]) -> dict[str, Manifest]:
     """Without stages whose input is not the result that is there now."""
     kept = {"generate": manifests["generate"]}
-    for stage, before in (("pair", "generate"), ("sketch", "pair")):
+    for stage, before in (("judge", "generate"), ("pair", "generate"), ("sketch", "pair"), ("select", "sketch")):
         manifest = manifests.get(stage)
         if manifest and before in kept and kept[before].fingerprint in manifest.inputs.values():
             kept[stage] = manifest

@@ -116,7 +116,9 @@ def training_memory(shape: ModelShape, recipe: Recipe, profile: Profile, assumpt
     if stage == 3:
         parts["gathered_weights"] = width * min(count, _LIVE_PARAMETERS)
     elif stage > 0:
-        parts["reduce_bucket"] = width * float(_REDUCE_BUCKET)
+        # Memory of a CPU that was never written to is not there: a small model does not fill the bucket.
+        filled = min(count, _REDUCE_BUCKET) if profile.device == "cpu" else _REDUCE_BUCKET
+        parts["reduce_bucket"] = width * float(filled)
     standing = sum(parts.values())
     working = training_working_bytes(shape, recipe, train.micro_batch_size) * (1 + assumptions.allocator_overhead)
     parts["activations"] = working

@@ -117,7 +117,15 @@ def make_plan(
             if needed.note:
                 advice.append(f"{stage}: {needed.note}; the replica sees to it when it starts")
         stored = sum(
-            stage_bytes(count, {c.stage: c for c in every}, shapes.policy, recipe, lengths, assumptions)
+            stage_bytes(
+                count,
+                {c.stage: c for c in every},
+                shapes.policy,
+                recipe,
+                lengths,
+                assumptions,
+                profile.engines.batch_size,
+            )
             for count, every in zip(counts, rounds, strict=True)
         )
         stages.append(

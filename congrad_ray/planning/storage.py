@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-import pyarrow as pa
+import math
+from collections.abc import Mapping
+from functools import cache
 
+import pyarrow as pa
+import torch
+
+from congrad_ray.gradient.storage import to_storage
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.shape import BYTES, ModelShape
 from congrad_ray.planning.tokens import Lengths, StageCount
 from congrad_ray.recipe import Recipe
-from congrad_ray.tables import ANSWERS, JUDGEMENTS, PAIRS, PROMPTS, RESPONSES, SCORES, SELECTED, sketches_schema
+from congrad_ray.rundir import Manifest, parquet_bytes
+from congrad_ray.tables import (
+    ANSWERS,
+    JUDGEMENT_SAMPLES,
+    JUDGEMENTS,
+    PAIRS,
+    PROMPTS,
+    RESPONSES,
+    SCORES,
+    SELECTED,
+    sketch_bytes,
+    sketches_schema,
+)
 
 # 32 hexadecimal digits hold 16 bytes, and zstd finds nearly all of that.
 _ID_BYTES = 18.0
+# As the stages write them: stages.sketch._PAIRS_PER_TASK, stages.judge._ROWS_PER_PART.
+_PAIRS_PER_PART, _JUDGEMENTS_PER_PART = 64, 4096
 
 
 def stage_bytes(
@@ -21,44 +41,117 @@ def stage_bytes(
     recipe: Recipe,
     lengths: Lengths,
     assumptions: Assumptions,
+    batch_size: int,
 ) -> float:
     """Bytes on disk of a stage of one iteration, when it is done; see also `checkpoint_bytes`.
 
-    Numbers, sketches above all, are counted as they are: zstd makes them smaller by a part that depends on them.
+    `batch_size`: rows of a part that engines answer. Where a run has measured the bytes of a row, those are taken.
     """
+    stage = count.stage
+    if stage == "train":
+        return float(policy_bytes(shape, recipe))
+    rows = counts["generate"].rows if stage == "judge" else count.rows
+    of_row = lengths.row_bytes.get(stage)
+    if of_row is None:
+        of_row = _row_bytes(stage, counts, recipe, lengths, assumptions)
+    parts = {
+        "generate": math.ceil(rows / batch_size),
+        "judge": math.ceil(count.rows / batch_size) + math.ceil(rows / _JUDGEMENTS_PER_PART),
+        "sketch": math.ceil(rows / _PAIRS_PER_PART),
+        "select": 2,
+        "evaluate": math.ceil(rows / batch_size),
+    }.get(stage, 1)
+    # The direction for each language, and the languages' gradients, in float32.
+    direction = 8.0 * len(recipe.prompts.languages) * recipe.sketch.width if stage == "select" else 0.0
+    return rows * of_row + parts * file_bytes(_schema(stage, recipe)) + direction
+
+
+def measured_row_bytes(recipe: Recipe, manifests: Mapping[str, Manifest]) -> dict[str, float]:
+    """Bytes of a row by stage, from what finished stages of a run have written; `manifests` are by stage."""
+    found = {}
+    for stage, manifest in manifests.items():
+        parts = [
+            size
+            for name, size in manifest.files.items()
+            if name.endswith(".parquet") and not name.startswith("quarantine/")
+        ]
+        if manifest.rows and parts:
+            beside = len(parts) * file_bytes(_schema(stage, recipe))
+            found[stage] = max(0.0, sum(parts) - beside) / manifest.rows
+    return found
+
+
+def _row_bytes(
+    stage: str, counts: dict[str, StageCount], recipe: Recipe, lengths: Lengths, assumptions: Assumptions
+) -> float:
+    """Expected bytes of a row, of the judge's for each response; texts shrink as is assumed."""
     text = assumptions.bytes_per_token / assumptions.text_compression
     prompt, response, paired = (
         text * tokens for tokens in (lengths.prompt, lengths.response, lengths.paired_response)
     )
-    rows = count.rows
-    match count.stage:
+    fixed = _fixed(_schema(stage, recipe))
+    # The samples of a prompt stand close together: zstd finds its text and id again.
+    again = 1 - 1 / recipe.generate.num_generations
+    match stage:
         case "prompts":
-            return rows * (_fixed(PROMPTS) + prompt)
+            return fixed + prompt
         case "generate":
-            # The samples of a prompt stand close together: zstd finds its text and id again.
-            once = rows / recipe.generate.num_generations
-            return rows * (_fixed(RESPONSES) - _ID_BYTES + response) + once * (_ID_BYTES + prompt)
+            return fixed + prompt + response - again * (_ID_BYTES + prompt)
         case "judge":
             # What the judge wrote is there twice: a row for each judgement, and a row for each response.
-            written = 2 * count.decode * text
-            return rows * 2 * _ID_BYTES + counts["generate"].rows * _fixed(JUDGEMENTS) + written
+            asked = counts["judge"].rows / counts["generate"].rows
+            of_sample = _fixed(JUDGEMENT_SAMPLES) - again * _ID_BYTES + 2 * lengths.judgement * text
+            return fixed - again * _ID_BYTES + asked * of_sample
         case "pair":
-            return rows * (_fixed(PAIRS) + prompt + 2 * paired)
+            return fixed + prompt + 2 * paired
         case "sketch":
-            width = recipe.sketch.width
-            if recipe.sketch.method == "exact":
-                width = len(recipe.prompts.languages)
-            return rows * (_fixed(sketches_schema(width, recipe.sketch.stored_dtype)))
+            sketch = _schema(stage, recipe).field("sketch").type.byte_width
+            return fixed - sketch + stored_sketch_bytes(_width(recipe), recipe.sketch.stored_dtype)
         case "select":
-            kept = counts["train"].rows / recipe.train.num_train_epochs
-            # The direction for each language, and the languages' gradients, in float32.
-            direction = 8.0 * len(recipe.prompts.languages) * recipe.sketch.width
-            return rows * _fixed(SCORES) + kept * (_fixed(SELECTED) + prompt + 2 * paired) + direction
-        case "train":
-            return float(policy_bytes(shape, recipe))
+            kept = counts["train"].rows / recipe.train.num_train_epochs / counts["select"].rows
+            return fixed + kept * (_fixed(SELECTED) + prompt + 2 * paired)
         case "evaluate":
-            return rows * (_fixed(ANSWERS) + prompt + text * lengths.answer)
-    raise ValueError(f"no stage {count.stage}")
+            return fixed + prompt + text * lengths.answer
+    raise ValueError(f"no stage {stage}")
+
+
+def _schema(stage: str, recipe: Recipe) -> pa.Schema:
+    """Of the table that a stage writes most of."""
+    if stage == "sketch":
+        return sketches_schema(_width(recipe), recipe.sketch.stored_dtype)
+    return {
+        "prompts": PROMPTS,
+        "generate": RESPONSES,
+        "judge": JUDGEMENTS,
+        "pair": PAIRS,
+        "select": SCORES,
+        "evaluate": ANSWERS,
+    }[stage]
+
+
+def _width(recipe: Recipe) -> int:
+    return len(recipe.prompts.languages) if recipe.sketch.method == "exact" else recipe.sketch.width
+
+
+@cache
+def file_bytes(schema: pa.Schema) -> int:
+    """What a Parquet part takes beside its rows: header and footer, with what the schema says of every column."""
+    return len(parquet_bytes(schema.empty_table()))
+
+
+@cache
+def stored_sketch_bytes(width: int, dtype: str) -> float:
+    """Bytes of a sketch on disk, from a few that are drawn from a normal distribution and stored as a part is.
+
+    Many gradient entries add up in each number, which makes them nearly normal for a model of real size. Those of
+    a tiny one have longer tails, and zstd finds more in them.
+    """
+    rows = 16
+    drawn = torch.randn((rows, width), generator=torch.Generator().manual_seed(0))
+    stored, _ = to_storage(drawn, dtype)
+    field = sketches_schema(width, dtype).field("sketch")
+    table = pa.table([pa.array(sketch_bytes(stored), field.type)], schema=pa.schema([field]))
+    return len(parquet_bytes(table)) / rows
 
 
 def policy_bytes(shape: ModelShape, recipe: Recipe) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from congrad_ray.evaluation.pairwise import pairwise_template
 from congrad_ray.judging.rubric import load_rubric
@@ -15,7 +15,7 @@ from congrad_ray.rundir import Manifest
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean tokens, and how many prompts give a pair."""
+    """Means of rows: tokens, bytes, and how many prompts give a pair."""
 
     prompt: float
     response: float
@@ -24,6 +24,8 @@ class Lengths:
     answer: float  # in evaluation
     verdict: float  # what the judge of two answers writes
     pairs_per_prompt: float
+    judge_prompt: float | None = None  # of what the judge is asked, where a run has measured it
+    row_bytes: Mapping[str, float] = field(default_factory=dict)  # see storage.measured_row_bytes
     measured: tuple[str, ...] = ()  # the stages of a run that some of these were taken from
 
 
@@ -78,6 +80,11 @@ def with_measured(lengths: Lengths, recipe: Recipe, manifests: Mapping[str, Mani
             measured.append("generate")
         if "mean_prompt_tokens" in generate.counters:
             known["prompt"] = generate.counters["mean_prompt_tokens"]
+    judge = manifests.get("judge")
+    if judge and judge.counters.get("mean_prompt_tokens") is not None:
+        known["judge_prompt"] = judge.counters["mean_prompt_tokens"]
+        known["judgement"] = judge.counters["mean_output_tokens"]
+        measured.append("judge")
     if (pair := manifests.get("pair")) and generate:
         known["pairs_per_prompt"] = pair.rows * recipe.generate.num_generations / generate.rows
         measured.append("pair")
@@ -110,7 +117,9 @@ def stage_counts(
     """The stages of one iteration in order, expected numbers. M_0 is evaluated in the first iteration only."""
     train, asked_for = recipe.train, rows_of(recipe)
     training, responses, judgements = asked_for.training, asked_for.responses, asked_for.judgements
-    asked = rubric_bytes(recipe) / assumptions.bytes_per_token + lengths.prompt + lengths.response
+    asked = lengths.judge_prompt
+    if asked is None:
+        asked = rubric_bytes(recipe) / assumptions.bytes_per_token + lengths.prompt + lengths.response
     pairs = training * lengths.pairs_per_prompt
     kept = kept_pairs(recipe, lengths, assumptions, pairs)
     seen = kept * train.num_train_epochs

@@ -40,9 +40,10 @@ def run(context: Context) -> Outcome:
     """Writes ANSWERS, `comparisons/` and `summary.json`. Raises RunDirectoryError without evaluation prompts."""
     recipe, output = context.recipe, context.output
     model = f"M_{context.iteration + 1}"
+    expected = 0
     if context.iteration == 0:
-        _answer(context, policy(recipe, context.run, 0), BASELINE)
-    _answer(context, policy(recipe, context.run, context.iteration + 1), model)
+        expected += _answer(context, policy(recipe, context.run, 0), BASELINE)
+    expected += _answer(context, policy(recipe, context.run, context.iteration + 1), model)
     answers = output.read_table().to_pylist()
     if context.iteration > 0:
         first = context.input("evaluation", 0).read_table().to_pylist()
@@ -62,11 +63,11 @@ def run(context: Context) -> Outcome:
     )
     tokens = pc.mean(output.read_table(["response_tokens"])["response_tokens"]).as_py()
     counters = {**_counters(changes, rates), "mean_answer_tokens": round(tokens, 1)}
-    return outcome_of(output, "answer_id", counters)
+    return outcome_of(output, "answer_id", counters, expected)
 
 
-def _answer(context: Context, source: ModelSource, model: str) -> None:
-    """Writes the answers of one model that are missing."""
+def _answer(context: Context, source: ModelSource, model: str) -> int:
+    """Writes the answers of one model that are missing; returns how many there are to be."""
     recipe, output = context.recipe, context.output
     how = recipe.evaluate
     decodings = ("greedy", "sampled") if how.sampled else ("greedy",)
@@ -117,6 +118,7 @@ def _answer(context: Context, source: ModelSource, model: str) -> None:
         answers = complete(requests, len(expected) - len(done), source, context.profile, request, answer, ANSWERS)
         with engine_failures():
             write_rows(answers, context, ANSWERS, "answer_id", len(expected) - len(done), _counted)
+    return len(expected)
 
 
 def _counted(row: Row) -> dict[str, int]:

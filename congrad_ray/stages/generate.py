@@ -65,7 +65,7 @@ def run(context: Context) -> Outcome:
         answers = complete(requests, total - len(done), model, context.profile, request, answer, RESPONSES)
         with engine_failures():
             write_rows(answers, context, RESPONSES, "response_id", total - len(done), _counted)
-    return outcome_of(output, "response_id", _counters(output))
+    return outcome_of(output, "response_id", _counters(output), total)
 
 
 def _counted(row: Row) -> dict[str, int]:

@@ -29,29 +29,14 @@ from congrad_ray.llm.engine import (
 from congrad_ray.llm.requests import read_requests
 from congrad_ray.models import policy, policy_input
 from congrad_ray.recipe import Recipe
-from congrad_ray.rundir import RunDirectoryError, StageFolder
+from congrad_ray.rundir import StageFolder
 from congrad_ray.stages.base import Context, Outcome, Stage
 from congrad_ray.stages.rows import FAILURE, FAILURE_FIELD, outcome_of, write_rows
-from congrad_ray.tables import JUDGEMENTS, RESPONSES, row_id, table_of
+from congrad_ray.tables import JUDGEMENT_SAMPLES, JUDGEMENTS, RESPONSES, row_id, table_of
 
 Row = dict[str, Any]
 
 _ROWS_PER_PART = 4096
-
-SAMPLES = pa.schema(
-    [
-        pa.field("judgement_id", pa.string(), nullable=False, metadata={"doc": "hash of response_id and number"}),
-        RESPONSES.field("response_id"),
-        RESPONSES.field("prompt_id"),
-        RESPONSES.field("language"),
-        pa.field("score", pa.float64(), metadata={"doc": "0..5; null: unreadable"}),
-        pa.field(
-            "mass", pa.float64(), metadata={"doc": "expected_score: probability of the score tokens together"}
-        ),
-        pa.field("output", pa.string(), metadata={"doc": "what the judge wrote"}),
-        pa.field("unreadable", pa.string(), metadata={"doc": "why there is no score"}),
-    ]
-)
 
 
 def run(context: Context) -> Outcome:
@@ -65,17 +50,11 @@ def run(context: Context) -> Outcome:
     if len(done) < number * asked:
         _ask(replace(context, output=samples), responses, asked, done, number * asked - len(done))
     _combine(samples, output, asked)
-    outcome = outcome_of(output, "response_id", _counters(samples, output))
-    if outcome.rows != number:
-        raise RunDirectoryError(
-            f"{number} responses but {outcome.rows} judgements in {output.path}: run the stage again; what is "
-            "there is kept"
-        )
-    return outcome
+    return outcome_of(output, "response_id", _counters(samples, output), number)
 
 
 def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], missing: int) -> None:
-    """Asks the judge what is missing and writes SAMPLES."""
+    """Asks the judge what is missing and writes JUDGEMENT_SAMPLES."""
     recipe, judge = context.recipe, context.recipe.judge
     by_policy = judge.model == "policy"
     source = policy(recipe, context.run, context.iteration) if by_policy else judge_source(judge.model, recipe)
@@ -105,7 +84,15 @@ def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], m
         else:
             score = read_score(completion.text)
         why = None if score is not None else "low_mass" if by_distribution else "no_score"
-        return {**row, "score": score, "mass": mass, "output": completion.text, "unreadable": why}
+        return {
+            **row,
+            "score": score,
+            "mass": mass,
+            "output": completion.text,
+            "unreadable": why,
+            "prompt_tokens": completion.prompt_tokens,
+            "output_tokens": completion.response_tokens,
+        }
 
     # A judgement that could not be made is one that cannot be read: the response stays, with a null score.
     def keep_failed(batch: pa.Table) -> pa.Table:
@@ -113,23 +100,26 @@ def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], m
         for row in rows:
             if failed := row[FAILURE]:
                 row.update({"unreadable": failed["reason"], "output": failed["detail"], FAILURE: None})
-        return table_of(rows, pa.schema([*SAMPLES, FAILURE_FIELD]))
+        return table_of(rows, pa.schema([*JUDGEMENT_SAMPLES, FAILURE_FIELD]))
 
-    schema = pa.schema([SAMPLES.field("judgement_id"), *(RESPONSES.field(name) for name in columns)])
+    schema = pa.schema([JUDGEMENT_SAMPLES.field("judgement_id"), *(RESPONSES.field(name) for name in columns)])
     requests = read_requests(responses, judgements_of, schema, done)
     scored = [token for spellings in tokens for token in spellings]
-    answers = complete(requests, missing, source, context.profile, request, answer, SAMPLES, scored)
+    answers = complete(requests, missing, source, context.profile, request, answer, JUDGEMENT_SAMPLES, scored)
     answers = answers.map_batches(keep_failed, batch_format="pyarrow", batch_size=None)
     with engine_failures():
-        write_rows(answers, context, SAMPLES, "judgement_id", missing, _counted)
+        write_rows(answers, context, JUDGEMENT_SAMPLES, "judgement_id", missing, _counted)
 
 
 def _counted(row: Row) -> dict[str, int]:
-    return {"congrad_unreadable_judgements": int(row["score"] is None)}
+    return {
+        "congrad_tokens": (row["prompt_tokens"] or 0) + (row["output_tokens"] or 0),
+        "congrad_unreadable_judgements": int(row["score"] is None),
+    }
 
 
 def _combine(samples: StageFolder, output: StageFolder, asked: int) -> None:
-    """Writes JUDGEMENTS from SAMPLES, reading its parts in the order in which they were written.
+    """Writes JUDGEMENTS from JUDGEMENT_SAMPLES, reading its parts in the order in which they were written.
 
     The judgements of a response are asked one after the other, so few responses are incomplete at any time and
     neither a shuffle nor the whole table in memory is needed.
@@ -176,10 +166,12 @@ def _counters(samples: StageFolder, output: StageFolder) -> dict[str, Any]:
     table = output.read_table(["language", "score"])
     groups = table.group_by("language").aggregate([("score", "mean"), ("score", "count"), ("language", "count")])
     rows = sorted(groups.to_pylist(), key=lambda row: row["language"])
-    reasons = samples.read_table(["unreadable"]).group_by("unreadable").aggregate([("unreadable", "count")])
-    mean = pc.mean(table["score"]).as_py()
+    asked = samples.read_table(["unreadable", "prompt_tokens", "output_tokens"])
+    reasons = asked.group_by("unreadable").aggregate([("unreadable", "count")])
     return {
-        "mean_score": None if mean is None else round(mean, 4),
+        "mean_prompt_tokens": _rounded_mean(asked["prompt_tokens"], 1),
+        "mean_output_tokens": _rounded_mean(asked["output_tokens"], 1),
+        "mean_score": _rounded_mean(table["score"], 4),
         "unreadable": table["score"].null_count,
         "unreadable_share": round(table["score"].null_count / len(table), 4),
         "mean_score_by_language": {
@@ -196,6 +188,11 @@ def _counters(samples: StageFolder, output: StageFolder) -> dict[str, Any]:
             if row["unreadable"] is not None
         },
     }
+
+
+def _rounded_mean(column: pa.ChunkedArray, digits: int) -> float | None:
+    mean = pc.mean(column).as_py()
+    return None if mean is None else round(mean, digits)
 
 
 def settings(recipe: Recipe, iteration: int) -> Any:

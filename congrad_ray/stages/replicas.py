@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from congrad_ray.logs import Log
 from congrad_ray.models import ModelSource
 from congrad_ray.preference.tokenization import (
     MissingChatTemplate,
@@ -46,7 +47,9 @@ class MicroBatch:
 class Replica:
     """A model replica in an actor: reads rows of pairs, puts aside those it cannot use, forms micro-batches."""
 
-    def __init__(self, source: ModelSource, recipe: Recipe, device: str, devices: int, threads: int) -> None:
+    def __init__(
+        self, source: ModelSource, recipe: Recipe, device: str, devices: int, threads: int, log: Log = print
+    ) -> None:
         import torch
 
         from congrad_ray.gradient.capture import GradientCapture
@@ -54,6 +57,7 @@ class Replica:
         if device == "cpu":
             torch.set_num_threads(threads)
         self.recipe = recipe
+        self._log = log
         settings = recipe.sketch
         self._tokenizer = source.load_tokenizer()
         pad = self._tokenizer.pad_token_id
@@ -66,7 +70,7 @@ class Replica:
             pad,
         )
         if self.capture.why_not_shared is not None:
-            print(f"prompts are computed twice, once for each response: {self.capture.why_not_shared}")
+            log(f"prompts are computed twice, once for each response: {self.capture.why_not_shared}")
         self.max_tokens = settings.max_tokens_per_batch
 
     def micro_batches(
@@ -121,6 +125,7 @@ class SketchReplica(Replica):
     Micro-batches with a pair of `audited` are checked against exact gradients. With `exact`, the folder that holds
     the languages' gradients, a "sketch" is the coordinates of u in an orthonormal basis of their span. With
     `attempts`, the actor of `stages.attempts`, pairs that kill their replica again and again are put aside.
+    `write` takes the rows where they are computed, and what it returns is returned in their place.
     """
 
     def __init__(
@@ -133,8 +138,11 @@ class SketchReplica(Replica):
         audited: frozenset[str] = frozenset(),
         exact: Folder | None = None,
         attempts: Any = None,
+        write: Callable[[pa.Table], pa.Table] = lambda rows: rows,
+        log: Log = print,
     ) -> None:
-        super().__init__(source, recipe, device, devices, threads)
+        super().__init__(source, recipe, device, devices, threads, log)
+        self._write = write
         self._audited = audited
         self._attempts = attempts
         settings = recipe.sketch
@@ -165,7 +173,7 @@ class SketchReplica(Replica):
         else:
             for place in attempt(self._attempts, batch["pair_id"].to_pylist(), work):
                 results[place][FAILURE] = killed_worker()
-        return pa.Table.from_pylist(results, schema=self._schema)
+        return self._write(pa.Table.from_pylist(results, schema=self._schema))
 
     def _work(self, rows: list[dict[str, Any]], results: list[dict[str, Any]], members: MicroBatch) -> None:
         """Enters what is found for a micro-batch, in halves where the device has not the memory for the whole."""
@@ -187,7 +195,7 @@ class SketchReplica(Replica):
             results[members.rows[0]][FAILURE] = failure("out_of_memory", f"a pair of {tokens} tokens: {said}")
             return
         self.max_tokens = max(1, tokens // 2)
-        print(f"a micro-batch of {tokens} tokens did not fit the memory; from now on {self.max_tokens} tokens")
+        self._log(f"a micro-batch of {tokens} tokens did not fit the memory; from now on {self.max_tokens} tokens")
         middle = len(members.pairs) // 2
         for part in (slice(middle), slice(middle, None)):
             pairs = members.pairs[part]
@@ -266,7 +274,7 @@ class SketchReplica(Replica):
 
         fitting = fitting_token_budget(self.capture, work, self.max_tokens, self.recipe.model.max_length)
         if fitting < self.max_tokens:
-            print(
+            self._log(
                 f"micro-batches of sketch.max_tokens_per_batch = {self.max_tokens} tokens do not fit the memory; "
                 f"they are made with {fitting}"
             )
@@ -283,9 +291,16 @@ class SummingReplica(Replica):
     """Adds up the gradients c * u of the pairs it is given, by language."""
 
     def __init__(
-        self, source: ModelSource, recipe: Recipe, device: str, devices: int, threads: int, languages: list[str]
+        self,
+        source: ModelSource,
+        recipe: Recipe,
+        device: str,
+        devices: int,
+        threads: int,
+        languages: list[str],
+        log: Log = print,
     ) -> None:
-        super().__init__(source, recipe, device, devices, threads)
+        super().__init__(source, recipe, device, devices, threads, log)
         from congrad_ray.gradient.memory import free_memory
 
         entries = sum(layer.get_parameter("weight").numel() for layer in self.capture.layers.values())

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -77,49 +78,72 @@ def read_slice(folder: Folder, path: str, start: int, stop: int) -> pa.Table:
         return file.read_row_groups(groups).slice(start - skipped, stop - start)
 
 
+Counted = Callable[[dict[str, Any]], Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class PartWriter:
+    """Writes a table as a Parquet part of a stage, in whichever process it is called. Cheap to send to workers.
+
+    A row whose FAILURE column is set goes to the stage's `quarantine/`. `counted`: what a good row adds to which
+    of `metrics.COUNTERS`.
+    """
+
+    output: StageFolder
+    schema: pa.Schema
+    id_column: str
+    counted: Counted = lambda row: {}
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Returns what `follow` wants to know of the part."""
+        rows = batch.to_pylist()
+        failed = [row for row in rows if row.get(FAILURE)]
+        good = [row for row in rows if not row.get(FAILURE)]
+        # By its rows: a write that is tried again replaces its first try, and files have the same order in every
+        # run, which fixes the last bits of sums over them.
+        name = f"part-{row_id(*(row[self.id_column] for row in rows))}.parquet"
+        why = [(row, row[FAILURE]) for row in failed]
+        self.output.write_quarantine(
+            (
+                quarantined(row[self.id_column], row.get("language"), found["reason"], found["detail"])
+                for row, found in why
+            ),
+            name,
+        )
+        if good:
+            self.output.write_table(name, table_of(good, self.schema))
+        counts = json.dumps(_counts(good, self.counted))
+        return pa.table({"written": [len(good)], "failed": [len(failed)], "counts": [counts]})
+
+
 def write_rows(
     dataset: Dataset,
     context: Context,
     schema: pa.Schema,
     id_column: str,
     total: int,
-    counted: Callable[[dict[str, Any]], Mapping[str, int]] = lambda row: {},
+    counted: Counted = lambda row: {},
 ) -> None:
-    """Runs `dataset` and writes each of its blocks as a Parquet part of the stage, with progress on the log.
+    """Runs `dataset` and writes each of its blocks by a `PartWriter`; see `follow`."""
+    writer = PartWriter(context.output, schema, id_column, counted)
 
-    `counted`: what a good row adds to which of `metrics.COUNTERS`; congrad_tokens are told on the log as well.
+    def write(batch: pa.Table) -> pa.Table:
+        return writer(batch)
 
-    A row whose FAILURE column is set goes to the stage's `quarantine/`. Each part is whole or not there: what a
-    kill can cost is the batches in flight. Raises RunDirectoryError when more rows fail than the recipe's
-    `limits.failed_share` of the stage's rows, and more than a few.
+    write.__name__ = f"write_{context.output.path.rsplit('/', 1)[1]}"  # Ray names the operator after it
+    follow(dataset.map_batches(write, batch_format="pyarrow", batch_size=None), context, total)
+
+
+def follow(parts: Dataset, context: Context, total: int) -> None:
+    """Runs a dataset whose last step is a `PartWriter`, with progress on the log and in the metrics.
+
+    Each part is whole or not there: what a kill can cost is the batches in flight. Raises RunDirectoryError when
+    more rows fail than the recipe's `limits.failed_share` of the stage's rows, and more than a few.
     """
     output = context.output
     failed_before = sum(output.quarantine_counts().values())
     limit = max(_FEW, context.recipe.limits.failed_share * (total + output.rows_so_far() + failed_before))
-
-    def write(batch: pa.Table) -> pa.Table:
-        rows = batch.to_pylist()
-        failed = [row for row in rows if row.get(FAILURE)]
-        good = [row for row in rows if not row.get(FAILURE)]
-        # By its rows: a write that is tried again replaces its first try, and files have the same order in every
-        # run, which fixes the last bits of sums over them.
-        name = f"part-{row_id(*(row[id_column] for row in rows))}.parquet"
-        output.write_quarantine(
-            (
-                quarantined(row[id_column], row.get("language"), row[FAILURE]["reason"], row[FAILURE]["detail"])
-                for row in failed
-            ),
-            name,
-        )
-        if good:
-            output.write_table(name, table_of(good, schema))
-        return pa.table(
-            {"written": [len(good)], "failed": [len(failed)], "counts": [json.dumps(_counts(good, counted))]}
-        )
-
-    write.__name__ = f"write_{context.output.path.rsplit('/', 1)[1]}"  # Ray names the operator after it
     progress = Progress(context.log, total)
-    parts = dataset.map_batches(write, batch_format="pyarrow", batch_size=None)
     parts.set_name(f"{context.meter.stage}_{context.iteration}")
     for part in parts.iter_rows():
         counts = json.loads(part["counts"])
@@ -131,9 +155,7 @@ def write_rows(
             raise RunDirectoryError(_too_many_failed(output, context.recipe.limits.failed_share))
 
 
-def _counts(
-    rows: Sequence[Mapping[str, Any]], counted: Callable[[dict[str, Any]], Mapping[str, int]]
-) -> list[tuple[str, str, int]]:
+def _counts(rows: Sequence[Mapping[str, Any]], counted: Counted) -> list[tuple[str, str, int]]:
     """What rows add to metrics, as (metric, language, number)."""
     sums: Counter[tuple[str, str]] = Counter()
     for row in rows:
@@ -165,17 +187,27 @@ def _too_many_failed(output: StageFolder, share: float) -> str:
     )
 
 
-def outcome_of(output: StageFolder, id_column: str, counters: dict[str, Any] | None = None) -> Outcome:
-    """The outcome of a stage written by `write_rows`.
+def outcome_of(
+    output: StageFolder, id_column: str, counters: dict[str, Any] | None = None, expected: int | None = None
+) -> Outcome:
+    """The outcome of a stage whose parts a `PartWriter` wrote.
 
     Rows that a retried task wrote twice are removed, and those in quarantine that another try brought through.
+    Raises RunDirectoryError where not all of the `expected` rows are there or in quarantine.
     """
     seen: set[str] = set()
     _remove_seen(output, output.parts(), id_column, seen)
     rows = len(seen)
     quarantine = output / "quarantine"
     _remove_seen(quarantine, quarantine.files(".parquet"), "row_id", seen)
-    return Outcome(rows, {**(counters or {}), "quarantined": output.quarantine_counts()})
+    quarantined_rows = output.quarantine_counts()
+    failed = sum(quarantined_rows.values())
+    if expected is not None and rows + failed != expected:
+        raise RunDirectoryError(
+            f"{expected} rows were asked for, but {output.path} has {rows} and {failed} in quarantine: has "
+            "something deleted files there? Run the stage again; what is there is kept."
+        )
+    return Outcome(rows, {**(counters or {}), "quarantined": quarantined_rows})
 
 
 def _remove_seen(folder: Folder, paths: Sequence[str], id_column: str, seen: set[str]) -> None:

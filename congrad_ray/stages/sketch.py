@@ -18,7 +18,7 @@ from congrad_ray.rundir import Folder, RunDirectoryError
 from congrad_ray.stages.attempts import attempts
 from congrad_ray.stages.base import Context, Outcome, Stage
 from congrad_ray.stages.replicas import LANGUAGE_GRADIENTS, SketchReplica, SummingReplica
-from congrad_ray.stages.rows import Progress, outcome_of, read_missing_batches, write_rows
+from congrad_ray.stages.rows import PartWriter, Progress, follow, outcome_of, read_missing_batches
 from congrad_ray.tables import MESSAGES, sketches_schema
 
 if TYPE_CHECKING:
@@ -53,13 +53,18 @@ def run(context: Context) -> Outcome:
         if exact and not context.output.exists(LANGUAGE_GRADIENTS):
             _sum_languages(context, dataset, missing, languages, model)
         least, most = pool_sizes(pool, context.profile, math.ceil(missing / _PAIRS_PER_TASK))
-        sketched = dataset.map_batches(
+        width = len(languages) if exact else recipe.sketch.width
+        schema = sketches_schema(width, recipe.sketch.stored_dtype)
+        parts = dataset.map_batches(
             SketchReplica,
             fn_constructor_args=(
                 *model,
                 frozenset() if exact else _drawn_for_audit(recipe, ids["pair_id"].to_pylist()),
                 context.output if exact else None,
                 attempts(),
+                # By the replica itself: a batch is safe once it is computed and goes through no other process.
+                PartWriter(context.output, schema, "pair_id", _counted),
+                context.log,
             ),
             batch_format="pyarrow",
             batch_size=None,
@@ -69,15 +74,7 @@ def run(context: Context) -> Outcome:
             memory=pool.memory_bytes,
             resources=pool.resources or None,
         )
-        width = len(languages) if exact else recipe.sketch.width
-        write_rows(
-            sketched,
-            context,
-            sketches_schema(width, recipe.sketch.stored_dtype),
-            "pair_id",
-            missing,
-            _counted,
-        )
+        follow(parts, context, missing)
     if not context.output.parts():
         raise RunDirectoryError(f"not one pair could be sketched: {context.output.quarantine_counts()}")
     summary = _summary(context.output)
@@ -87,7 +84,7 @@ def run(context: Context) -> Outcome:
             "audit: cosines of {pairs} pairs differ from exact ones by {error:.4f} (root mean square), rank "
             "correlation {rank_correlation:.4f}".format(**summary["audit"])
         )
-    return outcome_of(context.output, "pair_id", summary)
+    return outcome_of(context.output, "pair_id", summary, pairs.rows_so_far())
 
 
 def _counted(row: dict[str, Any]) -> dict[str, int]:
@@ -144,7 +141,7 @@ def _sum_languages(
     replica: Any = ray.remote(SummingReplica).options(
         num_cpus=pool.cpus, num_gpus=pool.gpus or None, memory=pool.memory_bytes, resources=pool.resources or None
     )
-    actors = [replica.remote(*model, languages) for _ in range(count)]
+    actors = [replica.remote(*model, languages, context.log) for _ in range(count)]
     context.log("first of two passes: the languages' gradients")
     progress = Progress(context.log, total)
     batches: Any = dataset.iter_batches(batch_format="pyarrow", batch_size=_PAIRS_PER_TASK)

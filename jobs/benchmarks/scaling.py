@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import tempfile
 import time
@@ -27,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from selection import LANGUAGES, held_memory, recipe_for, timed, write_tables
 
+from congrad_ray.models import policy
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import RunDirectory, StageFolder
@@ -34,7 +36,8 @@ from congrad_ray.session import connect
 from congrad_ray.settings import validate
 from congrad_ray.stages import pair, select, sketch
 from congrad_ray.stages.base import Context, Outcome
-from congrad_ray.stages.rows import FAILURE_FIELD, outcome_of, read_missing_batches
+from congrad_ray.stages.replicas import SketchReplica
+from congrad_ray.stages.rows import FAILURE_FIELD, PartWriter, outcome_of, read_missing_batches
 from congrad_ray.tables import JUDGEMENTS, PAIRS, RESPONSES, sketch_bytes, sketches_schema, table_of
 
 _WIDTH, _DTYPE = 256, "float16"
@@ -249,11 +252,15 @@ class NoReplica:
     """In place of the sketch stage's replica: no model, and sketches that are drawn."""
 
     def __init__(self, *arguments: Any) -> None:
+        self._write = next(argument for argument in arguments if isinstance(argument, PartWriter))
         self._generator = np.random.default_rng(0)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         found = sketch_rows(batch["pair_id"].to_pylist(), batch["language"].to_pylist(), self._generator)
-        return found.append_column(FAILURE_FIELD, pa.nulls(len(found), FAILURE_FIELD.type))
+        written: pa.Table = self._write(
+            found.append_column(FAILURE_FIELD, pa.nulls(len(found), FAILURE_FIELD.type))
+        )
+        return written
 
 
 def scheduling(folder: Path, pairs: int, rounds: int) -> dict[str, Any]:
@@ -285,7 +292,8 @@ def scheduling(folder: Path, pairs: int, rounds: int) -> dict[str, Any]:
 
 
 def workers(folder: Path, pairs: int, rounds: int) -> dict[str, Any]:
-    """Pairs per second of the sketch stage with one and with two workers of one thread, in turn."""
+    """Pairs per second of the sketch stage with one and with two workers of one thread, in turn; and of as many
+    plain processes without Ray, which is what the machine has to give."""
     import ray
 
     model = tiny_model(folder, hidden=256, layers=4)
@@ -293,23 +301,54 @@ def workers(folder: Path, pairs: int, rounds: int) -> dict[str, Any]:
     run = RunDirectory.open(folder / f"workers-{pairs}")
     write_pairs(run, pairs)
     recipe = sketching(model, 4096, "float32")
-    rates: dict[int, list[float]] = {1: [], 2: []}
+    rates: dict[str, list[float]] = {}
     for _ in range(rounds):
         for count in (1, 2):
+            plain = plain_rate(recipe, run, count, batches=max(1, pairs // _PAIRS_PER_BATCH // 4))
+            rates.setdefault(f"{count} plain", []).append(round(plain, 2))
             profile = validate(
                 Profile,
                 {"name": "b", "threads": 1, "sketchers": {"min_actors": count, "max_actors": count}},
                 "benchmark",
             )
-            connect(profile, 4)
+            connect(profile, count + profile.data_cpus)
             output = run.stage("sketches", 0)
             output.delete()
             sketch.STAGE.run(Context(recipe, profile, run, 0, output))
-            rates[count].append(round(rate(output.files(".parquet")), 2))
+            ray.shutdown()
+            rates.setdefault(f"{count} under Ray", []).append(round(rate(output.files(".parquet")), 2))
             print(rates, flush=True)
-    ray.shutdown()
-    ratio = float(np.median(rates[2]) / np.median(rates[1]))
-    return {"pairs_per_second": {str(count): found for count, found in rates.items()}, "ratio": round(ratio, 3)}
+    ratios = {
+        how: round(float(np.median(np.divide(rates[f"2 {how}"], rates[f"1 {how}"]))), 3)
+        for how in ("plain", "under Ray")
+    }
+    return {"pairs_per_second": rates, "ratio": ratios}
+
+
+def plain_rate(recipe: Recipe, run: RunDirectory, count: int, batches: int) -> float:
+    """Pairs per second of so many processes together, each with a sketch replica of one thread and no Ray."""
+    context = multiprocessing.get_context("spawn")
+    ready, seconds = context.Barrier(count), context.Queue()
+    work = (recipe, run, batches, ready, seconds)
+    processes = [context.Process(target=sketch_plainly, args=work) for _ in range(count)]
+    for process in processes:
+        process.start()
+    found = [seconds.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return float(sum(batches * _PAIRS_PER_BATCH / each for each in found))
+
+
+def sketch_plainly(recipe: Recipe, run: RunDirectory, batches: int, ready: Any, seconds: Any) -> None:
+    """Sketches so many batches when all are ready, and tells how long it took."""
+    replica = SketchReplica(policy(recipe, run, 0), recipe, "cpu", 1, 1)
+    pairs = run.stage("pairs", 0).read_table()
+    replica(pairs.slice(0, _PAIRS_PER_BATCH))
+    ready.wait()
+    before = time.monotonic()
+    for batch in range(batches):
+        replica(pairs.slice(batch * _PAIRS_PER_BATCH, _PAIRS_PER_BATCH))
+    seconds.put(time.monotonic() - before)
 
 
 def sketching(model: Path, width: int, dtype: str) -> Recipe:
@@ -317,16 +356,18 @@ def sketching(model: Path, width: int, dtype: str) -> Recipe:
     recipe = recipe_for(width, dtype)
     return recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"name": str(model)}),
+            # float32: of the processors here some multiply bfloat16 natively and some forty times slower.
+            "model": recipe.model.model_copy(update={"name": str(model), "dtype": "float32"}),
             "sketch": recipe.sketch.model_copy(update={"audit_pairs": 0}),
         }
     )
 
 
 def rate(paths: list[str]) -> float:
-    """Rows per second between the first and the last part written, that is without the start of the workers."""
+    """Rows per second while parts are written, without the start of the workers: the slope of rows over time."""
     written = sorted((Path(path).stat().st_mtime, pq.read_metadata(path).num_rows) for path in paths)
-    return sum(count for _, count in written[1:]) / (written[-1][0] - written[0][0])
+    times, counts = zip(*written, strict=True)
+    return float(np.polyfit(np.array(times) - times[0], np.cumsum(counts), 1)[0])
 
 
 def tiny_model(folder: Path, hidden: int = 64, layers: int = 2) -> Path:

@@ -1,9 +1,11 @@
 """Counts, memory, time and bytes against numbers worked out by hand; what is short is told with what mends it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from congrad_ray.models import ModelError
@@ -14,13 +16,20 @@ from congrad_ray.planning.memory import GIB, kv_bytes_per_token, training_memory
 from congrad_ray.planning.plan import Plan, Shapes, make_plan
 from congrad_ray.planning.rehearsal import sketch_working_bytes, training_working_bytes
 from congrad_ray.planning.shape import ModelShape, read_shape
-from congrad_ray.planning.storage import policy_bytes
+from congrad_ray.planning.storage import (
+    file_bytes,
+    measured_row_bytes,
+    policy_bytes,
+    stage_bytes,
+    stored_sketch_bytes,
+)
 from congrad_ray.planning.tokens import assumed_lengths, stage_counts, with_measured
 from congrad_ray.planning.work import forward_flops, stage_flops
 from congrad_ray.profile import load_profile
 from congrad_ray.recipe import Model, Recipe
 from congrad_ray.rundir import Manifest
 from congrad_ray.settings import SettingsError
+from congrad_ray.tables import PAIRS, SCORES
 
 ASSUMED = Assumptions()
 
@@ -93,6 +102,7 @@ def test_what_a_run_knows_takes_the_place_of_what_is_assumed(recipe: Recipe) -> 
     assert found.prompt == pytest.approx(153.6)
     finished = {
         "generate": generate,
+        "judge": manifest("judge", 400, mean_prompt_tokens=250.0, mean_output_tokens=30.0),
         "pair": manifest("pair", 80),
         "sketch": manifest("sketch", 80, prompt_tokens=800, response_tokens=3200),
         "evaluate": manifest("evaluate", 120, mean_answer_tokens=33.0),
@@ -100,7 +110,49 @@ def test_what_a_run_knows_takes_the_place_of_what_is_assumed(recipe: Recipe) -> 
     found = with_measured(found, recipe, finished)
     assert (found.prompt, found.response, found.paired_response, found.pairs_per_prompt) == (10, 17.5, 20, 0.8)
     assert found.answer == 33.0
-    assert found.measured == ("generate", "pair", "sketch", "evaluate")
+    assert (found.judge_prompt, found.judgement) == (250.0, 30.0)
+    assert found.measured == ("generate", "judge", "pair", "sketch", "evaluate")
+    judge = next(count for count in stage_counts(recipe, found, ASSUMED) if count.stage == "judge")
+    assert judge.prefill == judge.requests * 250 and judge.decode == judge.requests * 30
+
+
+def test_bytes_of_a_row_that_a_run_has_are_taken(recipe: Recipe, llama: ModelShape) -> None:
+    """Parquet of the result, without headers and footers; a direction is as large for any number of pairs."""
+    beside = file_bytes(PAIRS)
+    files = {
+        "part-0.parquet": 900 + beside,
+        "part-1.parquet": 100 + beside,
+        "quarantine/part-2.parquet": 5000,
+        "summary.json": 70,
+    }
+    of_scores = {"scores.parquet": 50 + file_bytes(SCORES), "direction.safetensors": 999}
+    found = measured_row_bytes(
+        recipe,
+        {
+            "pair": Manifest("pair", 0, "", 10, 1.0, {}, files=files),
+            "select": Manifest("select", 0, "", 10, 1.0, {}, files=of_scores),
+        },
+    )
+    assert found == {"pair": 100.0, "select": 5.0}
+    lengths = replace(assumed_lengths(recipe, ASSUMED), row_bytes=found)
+    counts = {count.stage: count for count in stage_counts(recipe, lengths, ASSUMED)}
+    stored = {
+        stage: stage_bytes(counts[stage], counts, llama, recipe, lengths, ASSUMED, 32)
+        for stage in ("pair", "select")
+    }
+    assert stored["pair"] == counts["pair"].rows * 100 + beside
+    direction = 2 * 4 * len(recipe.prompts.languages) * recipe.sketch.width
+    assert stored["select"] == counts["select"].rows * 5 + 2 * file_bytes(SCORES) + direction
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
+def test_normal_numbers_shrink_to_their_entropy(dtype: str) -> None:
+    """int8: the entropy of a normal distribution of standard deviation s is log2(s sqrt(2 pi e)) bits; here the
+    greatest of 32,768 numbers, some 4.2 standard deviations, goes to 127."""
+    share = stored_sketch_bytes(32768, dtype) / (32768 * np.dtype(dtype).itemsize)
+    if dtype == "int8":
+        assert share == pytest.approx(np.log2(127 / 4.2 * np.sqrt(2 * np.pi * np.e)) / 8, abs=0.02)
+    assert 0.85 < share < 0.95
 
 
 def test_flops_of_a_forward_pass(llama: ModelShape, recipe: Recipe) -> None:

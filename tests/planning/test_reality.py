@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -24,10 +25,12 @@ from congrad_ray.rundir import RunDirectory
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
     "generate": "responses",
+    "judge": "judgements",
     "pair": "pairs",
     "sketch": "sketches",
     "select": "selection",
     "train": "policy",
+    "evaluate": "evaluation",
 }
 
 TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
@@ -36,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 
 def measured_tokens(run: RunDirectory, recipe: Recipe) -> dict[str, float]:
-    """Tokens that the stages of the first iteration saw, from their tables; the judge's by tokenising again."""
+    """Tokens that the stages of the first iteration saw, from their tables."""
     tokenizer = load_tokenizer(recipe.model.name)
     responses = run.stage("responses", 0).read_table()
     sketches = run.stage("sketches", 0).read_table(
@@ -45,11 +48,8 @@ def measured_tokens(run: RunDirectory, recipe: Recipe) -> dict[str, float]:
     kept = run.stage("selection", 0).read_table(["pair_id"], "selected.parquet")
     trained = sketches.join(kept, "pair_id", join_type="inner")
     answers = run.stage("evaluation", 0).read_table()
-    rubric = load_rubric(recipe.judge.rubric)
-    judged = answered = 0
-    for row in responses.to_pylist():
-        text = rubric.fill(row["language"], recipe.judge.method, row["prompt"], row["response"])
-        judged += len(chat_prompt_ids(tokenizer, [{"role": "user", "content": text}])) + 1  # and one token back
+    judged = (run.stage("judgements", 0) / "samples").read_table()
+    answered = 0
     for row in answers.to_pylist():
         answered += len(chat_prompt_ids(tokenizer, row["prompt"])) + row["response_tokens"]
 
@@ -58,7 +58,7 @@ def measured_tokens(run: RunDirectory, recipe: Recipe) -> dict[str, float]:
 
     return {
         "generate": total(responses, "prompt_tokens", "response_tokens"),
-        "judge": float(judged),
+        "judge": total(judged, "prompt_tokens", "output_tokens"),
         "sketch": total(sketches, *TOKENS),
         "train": total(trained, "prompt_tokens", *TOKENS),
         "evaluate": float(answered),
@@ -72,7 +72,8 @@ def measured_bytes(run: RunDirectory) -> dict[str, int]:
         manifest = run.stage(folder, 0).manifest()
         assert manifest is not None
         names = ("model.safetensors",) if stage == "train" else (".parquet", "direction.safetensors")
-        found[stage] = sum(size for name, size in manifest.files.items() if name.endswith(names))
+        files = {name: size for name, size in manifest.files.items() if not name.startswith("quarantine/")}
+        found[stage] = sum(size for name, size in files.items() if name.endswith(names))
     return found
 
 
@@ -89,14 +90,22 @@ def bytes_per_token_of(run: RunDirectory, recipe: Recipe) -> tuple[float, float]
 
 
 def predicted(run: RunDirectory, recipe: Recipe) -> tuple[dict[str, StageCount], dict[str, float]]:
-    """Counts and bytes by stage with the mean lengths that the run measured, and its tokenizer's bytes a token."""
+    """Counts and bytes by stage from the mean lengths that the run measured and its tokenizer's bytes a token.
+
+    Not from what it knows of the judge's tokens and of rows' bytes, which would predict them by themselves.
+    """
     instruction, text = bytes_per_token_of(run, recipe)
     lengths = known_lengths(recipe, Assumptions(), run)
-    assert lengths.measured == ("generate", "pair", "sketch", "evaluate")
+    assert lengths.measured == ("generate", "judge", "pair", "sketch", "evaluate")
+    lengths = replace(lengths, judge_prompt=None, row_bytes={})
     counts = {c.stage: c for c in stage_counts(recipe, lengths, Assumptions(bytes_per_token=instruction))}
     shape = read_shapes(recipe).policy
     assumptions = Assumptions(bytes_per_token=text)
-    stored = {stage: stage_bytes(counts[stage], counts, shape, recipe, lengths, assumptions) for stage in FOLDERS}
+    batch_size = load_profile("local").engines.batch_size
+    stored = {
+        stage: stage_bytes(counts[stage], counts, shape, recipe, lengths, assumptions, batch_size)
+        for stage in FOLDERS
+    }
     return counts, stored
 
 

@@ -61,3 +61,12 @@ def test_rows_that_come_twice_are_kept_once_and_good_ones_leave_quarantine(tmp_p
     assert outcome.rows == 3 and outcome.counters["quarantined"] == {"odd": 1}
     assert sorted(output.read_table(["id"])["id"].to_pylist()) == ["1", "2", "3"]
     assert (output / "quarantine").read_table(["row_id"])["row_id"].to_pylist() == ["4"]
+
+
+def test_a_stage_whose_rows_are_not_all_there_is_not_done(tmp_path: Path) -> None:
+    output = context_in(tmp_path, 1.0).output
+    output.write_table("part-a.parquet", pa.table({"id": ["1", "2"], "language": ["en"] * 2}, schema=SCHEMA))
+    output.write_quarantine([quarantined("3", "en", "odd", "is odd")], "part-a.parquet")
+    assert outcome_of(output, "id", expected=3).rows == 2
+    with pytest.raises(RunDirectoryError, match=r"4 rows were asked for, but .* has 2 and 1 in quarantine"):
+        outcome_of(output, "id", expected=4)
