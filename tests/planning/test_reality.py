@@ -21,6 +21,7 @@ from congrad_ray.preference.tokenization import chat_prompt_ids, load_tokenizer
 from congrad_ray.profile import load_profile
 from congrad_ray.recipe import Recipe, load_recipe
 from congrad_ray.rundir import RunDirectory
+from congrad_ray.session import CPU_ALLOCATOR
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
@@ -184,8 +185,7 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("what", ["sketch", "train"])
 def test_peak_memory_of_a_replica_on_the_cpu(what: str, model: Path, tmp_path: Path) -> None:
-    """glibc keeps what was freed in blocks of up to 32 MiB for itself; told to give back all above 1 MiB, the
-    process holds what its tensors need, which is what the plan foretells."""
+    """With the allocator's setting that workers on a CPU run with."""
     length = 1024
     sys.path.insert(0, str(Path(__file__).parent))
     from measure import WORKERS, recipe_for
@@ -205,7 +205,7 @@ def test_peak_memory_of_a_replica_on_the_cpu(what: str, model: Path, tmp_path: P
         str(length),
         str(tmp_path),
     ]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **CPU_ALLOCATOR, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False, timeout=1500)
     assert result.returncode == 0, result.stderr
     peak = json.loads(result.stdout.splitlines()[-1])["peak"]
