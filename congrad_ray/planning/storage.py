@@ -51,6 +51,8 @@ def stage_bytes(
     if stage == "train":
         return float(policy_bytes(shape, recipe))
     rows = counts["generate"].rows if stage == "judge" else count.rows
+    if not rows:
+        return 0.0
     of_row = lengths.row_bytes.get(stage)
     if of_row is None:
         of_row = _row_bytes(stage, counts, recipe, lengths, assumptions)
