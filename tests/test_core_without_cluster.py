@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from congrad_ray.gradient import audit, capture, countsketch, exact, layers, memory, shared_prompts, sketcher, storage
+from congrad_ray.gradient import audit, capture, countsketch, exact, layers, memory, shared_prompts, sketcher
+from congrad_ray.gradient import storage
 from congrad_ray.preference import batching, logprobs, loss, packing, tokenization
 from congrad_ray.surgery import directions, keep, scores
 
