@@ -296,11 +296,6 @@ class Recipe(Settings):
                 )
         if self.select.per_block and self.sketch.groups == 1:
             raise ValueError("select.per_block needs sketch.groups above 1: one part of a sketch for each block")
-        if self.train.batch_size % self.train.micro_batch_size:
-            raise ValueError(
-                f"train.batch_size ({self.train.batch_size}) should be a multiple of train.micro_batch_size "
-                f"({self.train.micro_batch_size})"
-            )
         return self
 
 
