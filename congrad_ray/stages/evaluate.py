@@ -217,4 +217,5 @@ STAGE = Stage(
     ],
     settings=settings,
     run=run,
+    chats=True,
 )
