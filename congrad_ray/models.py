@@ -176,10 +176,20 @@ def _embedding_rows(path: str, arguments: dict[str, Any]) -> int | None:
 
 
 def _check_rows(path: str, tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
-    """Refuses tokens beyond the embedding: any text may hit them. More rows than tokens are common, and fine."""
+    """Refuses tokens beyond the embedding: any text may hit them. More rows than tokens are common, and fine.
+
+    So are placeholders for images in the tokenizer of a text model, as Gemma 3's has: rows with one are put aside.
+    """
+    from congrad_ray.preference.tokenization import refuse_ids_from
+
     if rows is None:
         return
     beyond = {token: place for token, place in tokenizer.get_vocab().items() if place >= rows}
+    if beyond:
+        refuse_ids_from(tokenizer, rows)
+    named = tokenizer.special_tokens_map.items()
+    placeholders = [token for name, token in named if name.startswith(("image", "audio", "video"))]
+    beyond = {token: place for token, place in beyond.items() if token not in placeholders}
     if not beyond:
         return
     size = max(beyond.values()) + 1

@@ -224,6 +224,31 @@ def test_tokens_without_rows_in_the_embedding_are_refused_before_any_work(
         assert f"resize_token_embeddings({rows + 1})" in said and "save_pretrained" in said
 
 
+def test_a_placeholder_for_images_without_a_row_is_fine_and_a_text_with_it_is_not(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """As in Gemma 3 of 270M and 1B."""
+    folder = changed_tokenizer(
+        tiny_model, tmp_path / "model", lambda tokenizer: tokenizer.add_tokens(["<image_soft_token>"], True)
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "image_token": "<image_soft_token>"}))
+    rows = len(AutoTokenizer.from_pretrained(tiny_model))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(folder)
+    tokenizer = load_chat_tokenizer(named_model(str(folder), Model()))
+    answers = [[{"role": "assistant", "content": text}] for text in ("Fine", "The <image_soft_token>")]
+    assert max(chat_prompt_ids(tokenizer, QUESTION)) < rows
+    told = f"holds the token '<image_soft_token>', and the model's embedding of {rows} rows has none"
+    with pytest.raises(ValueError, match=told):
+        tokenize_pair(tokenizer, QUESTION, *answers, 256)
+    with pytest.raises(ValueError, match=told):
+        tokenize_pair(tokenizer, "How are", " you", " <image_soft_token>", 256)
+    with pytest.raises(ValueError, match=told):
+        chat_prompt_ids(tokenizer, answers[1])
+
+
 def test_the_way_out_of_tokens_without_rows_is_one(tiny_model: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)

@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 
 Messages: TypeAlias = list[dict[str, str]]
 
-_DATE = "congrad_ray_date"  # attribute of a tokenizer
+# Attributes of a tokenizer.
+_DATE = "congrad_ray_date"
+_ROWS = "congrad_ray_rows"
 _TODAY = re.compile(r"""\bstrftime_now\s*\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
@@ -91,6 +93,22 @@ def load_tokenizer(
         tokenizer.chat_template = {**named, "default": named[chat_template]}
     setattr(tokenizer, _DATE, chat_template_date)
     return tokenizer
+
+
+def refuse_ids_from(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """From now on a text with a token id of `rows` or more is a ValueError: the embedding has no row for it."""
+    setattr(tokenizer, _ROWS, rows)
+
+
+def _checked(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    rows: int | None = getattr(tokenizer, _ROWS, None)
+    if rows is not None and max(ids, default=0) >= rows:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(
+            f"the text holds the token {shown(token)}, and the model's embedding of {rows} rows has none for it; "
+            "drop the row"
+        )
+    return ids
 
 
 def _named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -167,7 +185,7 @@ def _apply_chat_template(
             f"{', '.join(shown(message.get('role')) for message in messages)}: {type(error).__name__}: "
             f"{brief(error)}; drop the row, or give a template that can"
         ) from error
-    return list(encoded["input_ids"])
+    return _checked(tokenizer, list(encoded["input_ids"]))
 
 
 def chat_prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
@@ -210,7 +228,7 @@ def _tokenize_text(
     tokenizer: PreTrainedTokenizerBase, prompt: str, chosen: str, rejected: str, end_of_sequence: str
 ) -> tuple[list[int], list[int], list[int]]:
     def encode(text: str) -> list[int]:
-        return list(tokenizer(text)["input_ids"])
+        return _checked(tokenizer, list(tokenizer(text)["input_ids"]))
 
     def ended(text: str) -> str:
         return text if text.endswith(end_of_sequence) else text + end_of_sequence
