@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +13,13 @@ from transformers import PreTrainedModel
 
 from congrad_ray.preference.batching import PairBatch
 
-# Logits alive at a time by default: 32 MiB in float32, a few times that with what the softmax makes of them.
-_CHUNK_LOGITS = 2**23
+# From last hidden states (N, hidden) to logits (N, vocabulary).
+Product = Callable[[Tensor], Tensor]
+
+# Bytes of float32 logits alive at a time by default, by device; the softmax makes about three times that of them.
+# Every chunk reads the whole output embedding, so few tokens at a time cost more than their own share.
+_CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**29}
+_MAX_CHUNK_TOKENS = 1024  # more gains nothing
 # Multiply or divide the logits after the output embedding in families that are not handled here.
 _UNSUPPORTED_LOGIT_OPTIONS = ("output_multiplier", "lm_head_multiplier")
 
@@ -35,14 +41,40 @@ def _logit_scale_and_softcap(model: PreTrainedModel) -> tuple[float, float | Non
 
 
 def _token_logprobs(
-    hidden: Tensor, tokens: Tensor, head: nn.Module, scale: float, softcap: float | None
+    hidden: Tensor, tokens: Tensor, embed: Product, scale: float, softcap: float | None
 ) -> Tensor:
-    logits = head(hidden)
+    logits = embed(hidden)
     if scale != 1.0:
         logits = logits * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     return -F.cross_entropy(logits.float(), tokens, reduction="none")
+
+
+def chunk_tokens_of(vocabulary: int, device: str) -> int:
+    """Tokens whose logits over so large a vocabulary are formed at a time on a device of this type."""
+    fitting = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (4 * vocabulary)
+    return min(_MAX_CHUNK_TOKENS, max(16, fitting))
+
+
+def _in_one_call(head: nn.Module, compute: Callable[[Product, Tensor], Tensor], states: Tensor) -> Tensor:
+    """`compute(the product of the output embedding, states)`, done within a single call of its module.
+
+    Under ZeRO 3 every call of a module gathers its weights from all workers, in the forward and again in the
+    backward. Workers have different numbers of tokens: a call for each chunk would be collectives that do not
+    match, which ends training or hangs it, and a gigabyte gathered again for every chunk.
+    """
+    own = head.forward
+    replaced = vars(head).get("forward")  # accelerate, which spreads models over GPUs, puts its own there
+    head.forward = lambda states: compute(own, states)  # type: ignore[method-assign]
+    try:
+        found: Tensor = head(states)
+        return found
+    finally:
+        if replaced is None:
+            del head.forward
+        else:
+            head.forward = replaced
 
 
 class _FrozenHeadLogprobs(torch.autograd.Function):
@@ -57,7 +89,7 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
         ctx: Any,
         states: Tensor,
         tokens: Tensor,
-        head: nn.Module,
+        embed: Product,
         scale: float,
         softcap: float | None,
         chunk_tokens: int,
@@ -68,7 +100,7 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
             part = slice(start, start + chunk_tokens)
             with torch.enable_grad():
                 chunk = states[part].detach().requires_grad_(True)
-                found = _token_logprobs(chunk, tokens[part], head, scale, softcap)
+                found = _token_logprobs(chunk, tokens[part], embed, scale, softcap)
                 gradients[part] = torch.autograd.grad(found.sum(), chunk)[0]
             logprobs[part] = found.detach()
         ctx.save_for_backward(gradients)
@@ -91,26 +123,30 @@ def summed_logprobs(
     """Sums of log p(token | state) by row, (count,) float32, differentiable.
 
     `states` (M, hidden) are last hidden states, `tokens` (M,) the ids they are to predict and `rows` (M,) the row
-    from 0 to count - 1 that each adds to. Logits are formed `chunk_tokens` at a time (by default as many as make
-    2^23 logits), so those of all tokens never exist together; in the backward they are computed again, unless the
+    from 0 to count - 1 that each adds to. Logits are formed `chunk_tokens` at a time (by default
+    `chunk_tokens_of` the vocabulary), so those of all tokens never exist together; in the backward they are computed again, unless the
     output embedding is frozen: then its gradients are found in the forward. The log-softmax is float32 whatever
     the model's dtype. Raises ValueError for models whose logits are scaled in a way not handled here.
     """
     scale, softcap = _logit_scale_and_softcap(model)
     head = model.get_output_embeddings()
-    chunk_tokens = chunk_tokens or max(16, _CHUNK_LOGITS // head.weight.shape[0])
-    trainable = any(parameter.requires_grad for parameter in head.parameters())
-    if torch.is_grad_enabled() and states.requires_grad and not trainable:
-        logprobs = _FrozenHeadLogprobs.apply(states, tokens, head, scale, softcap, chunk_tokens)
-    else:
-        logprobs = torch.cat(
+    chunk_tokens = chunk_tokens or chunk_tokens_of(model.config.get_text_config().vocab_size, states.device.type)
+    frozen = not any(parameter.requires_grad for parameter in head.parameters())
+
+    def logprobs_of(embed: Product, states: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and states.requires_grad and frozen:
+            found: Tensor = _FrozenHeadLogprobs.apply(states, tokens, embed, scale, softcap, chunk_tokens)
+            return found
+        return torch.cat(
             [
                 checkpoint(
-                    _token_logprobs, *parts, head, scale, softcap, use_reentrant=False
+                    _token_logprobs, *parts, embed, scale, softcap, use_reentrant=False
                 )  # does nothing where no gradient is wanted
                 for parts in zip(states.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)
             ]
         )
+
+    logprobs = _in_one_call(head, logprobs_of, states)
     totals = torch.zeros(count, dtype=torch.float32, device=states.device)
     return totals.index_add(0, rows, logprobs)
 
