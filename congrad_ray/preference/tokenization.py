@@ -1,4 +1,4 @@
-"""Preference pairs to token ids, with the same ids as TRL 1.16's DPOTrainer."""
+"""Preference pairs to token ids: those of TRL 1.16's DPOTrainer, but for templates that write today's date."""
 
 from __future__ import annotations
 

@@ -53,16 +53,19 @@ def model_like(config_file: Path, folder: Path) -> Path:
     return folder
 
 
-def words(size: int, end: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of the words w0, w1, ... for all ids."""
+def words(size: int, end: int | list[int]) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words w0, w1, ... for all ids but that of the end."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
-    tokenizer = Tokenizer(WordLevel({f"w{place}": place for place in range(size)}, unk_token="w0"))
+    vocabulary = {f"w{place}": place for place in range(size)}
+    first = end if isinstance(end, int) else end[0]
+    del vocabulary[f"w{first}"]  # a special token w1 would be cut out of w17
+    vocabulary["</s>"] = first
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=f"w{size - 1}"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    end = f"w{end if isinstance(end, int) else size - 1}"
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token=end, pad_token=end)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
     fast.chat_template = (
         "{% for m in messages %}{{ 'w3 ' if m.role == 'user' else 'w4 ' }}{{ m.content + ' ' + eos_token + ' ' }}"
         "{% endfor %}{% if add_generation_prompt %}w4 {% endif %}"
