@@ -40,7 +40,9 @@ def _logit_scale_and_softcap(model: PreTrainedModel) -> tuple[float, float | Non
     return (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor), softcap
 
 
-def _token_logprobs(hidden: Tensor, tokens: Tensor, embed: Product, scale: float, softcap: float | None) -> Tensor:
+def _token_logprobs(
+    hidden: Tensor, tokens: Tensor, embed: Product, scale: float, softcap: float | None
+) -> Tensor:
     logits = embed(hidden)
     if scale != 1.0:
         logits = logits * scale
