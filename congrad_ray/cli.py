@@ -188,7 +188,9 @@ def filter_command(
     ] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="The model's dtype.")] = "float32",
     chat: Annotated[bool, typer.Option("--chat", help="Take strings as chat messages.")] = False,
-    chat_template: Annotated[str | None, typer.Option(help="A Jinja file that replaces the model's.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A Jinja file, or the name of one of the model's.")
+    ] = None,
     profile: ProfileName = "local",
     redo: Redo = False,
 ) -> None:

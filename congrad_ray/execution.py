@@ -11,7 +11,7 @@ from typing import Any
 from congrad_ray.lock import only_writer
 from congrad_ray.logs import Log, about_stage, stage_label
 from congrad_ray.metrics import Meter
-from congrad_ray.models import named_model
+from congrad_ray.models import check_models, named_model
 from congrad_ray.planning.fit import check_fits, most_cpus, needs
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import BUILTIN_WORLD, Recipe
@@ -75,6 +75,7 @@ def _locked_stage(
     if recipe.model.name == BUILTIN_WORLD and stage.uses_ray:
         # Built here, before the clock runs and Ray takes memory; every later stage finds it in the cache.
         named_model(recipe.model.name, recipe.model, recipe.seed, log)
+    check_models(recipe, stage.chats)
     said(f"{'going on' if state == 'continue' else 'starting'}: {stage.summary}")
     run.write_bytes("recipe.yaml", to_yaml(recipe).encode())
     if stage.uses_ray:

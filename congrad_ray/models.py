@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow.fs as pafs
 from filelock import FileLock
 
-from congrad_ray.printable import brief, printable
+from congrad_ray.printable import brief, printable, shown
 from congrad_ray.recipe import BUILTIN_WORLD, Model, Recipe
 from congrad_ray.rundir import Folder, RunDirectory
 from congrad_ray.settings import SettingsError, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_ADAPTER = "adapter_config.json"
+# The input embedding in checkpoints of the families that transformers has.
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|embeddings)\.weight$")
 
 
 class ModelError(ValueError):
@@ -68,14 +76,29 @@ class ModelSource:
         return arguments
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with the recipe's chat template where it names one. Raises ModelError."""
-        from congrad_ray.preference.tokenization import load_tokenizer
+        """The tokenizer, with the recipe's chat template where it names one.
 
-        path = self.local_path()
+        Raises ModelError, also for tokens that the embedding has no rows for, and MissingChatTemplate where the
+        recipe names a template that is not there.
+        """
+        from transformers.utils.peft_utils import find_adapter_config_file
+
+        from congrad_ray.preference.tokenization import MissingChatTemplate, load_tokenizer
+
+        path, settings, arguments = self.local_path(), self.settings, self.pretrained_arguments()
         try:
-            return load_tokenizer(path, self.settings.chat_template, **self.pretrained_arguments())
+            tokenizer = load_tokenizer(
+                path, settings.chat_template, chat_template_date=settings.chat_template_date, **arguments
+            )
+            adapter = find_adapter_config_file(path, revision=arguments.get("revision"))
+        except MissingChatTemplate:
+            raise
         except Exception as error:  # broken files end in whatever the library's many readers raise
             raise _cannot_load("tokenizer", path, error) from error
+        if adapter:
+            _refuse_adapter(path, Path(adapter))
+        _check_rows(path, tokenizer, _embedding_rows(path, arguments))
+        return tokenizer
 
     def load_model(self, device: str, devices: int = 1) -> PreTrainedModel:
         """The causal language model in the recipe's dtype on `device`, in evaluation mode.
@@ -112,6 +135,74 @@ class ModelSource:
         return model.eval()
 
 
+def _refuse_adapter(model: str, config: Path) -> NoReturn:
+    try:
+        base = json.loads(config.read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    beside = (
+        ". If the weights beside it are merged already, take adapter_config.json out of the folder"
+        if config.with_name("config.json").exists()
+        else ""
+    )
+    raise ModelError(
+        f"{brief(model)} holds a LoRA adapter for {shown(base) if base else 'a model that it does not name'} "
+        "(adapter_config.json), and a whole model is needed: merge the two with peft, "
+        "`PeftModel.from_pretrained(base_model, adapter_folder).merge_and_unload().save_pretrained(folder)`, save "
+        f"the tokenizer to the same folder and give that as the model{beside}"
+    )
+
+
+def _embedding_rows(path: str, arguments: dict[str, Any]) -> int | None:
+    """Rows of the input embedding, by the headers of a folder's weights or else its configuration, if known."""
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig
+
+    found: list[int] = []
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, "np") as weights:
+                names = [name for name in weights.keys() if _EMBEDDING.search(name)]  # noqa: SIM118
+                found += [weights.get_slice(name).get_shape()[0] for name in names]
+        except (SafetensorError, OSError):  # told where the weights are loaded
+            return None
+    if found:
+        return max(found)
+    try:
+        rows: int | None = AutoConfig.from_pretrained(path, **arguments).get_text_config().vocab_size
+    except Exception:  # as well
+        return None
+    return rows
+
+
+def _check_rows(path: str, tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
+    """Refuses tokens beyond the embedding: any text may hit them. More rows than tokens are common, and fine.
+
+    So are placeholders for images in the tokenizer of a text model, as Gemma 3's has: rows with one are put aside.
+    """
+    from congrad_ray.preference.tokenization import refuse_ids_from
+
+    if rows is None:
+        return
+    beyond = {token: place for token, place in tokenizer.get_vocab().items() if place >= rows}
+    if beyond:
+        refuse_ids_from(tokenizer, rows)
+    named = tokenizer.special_tokens_map.items()
+    placeholders = [token for name, token in named if name.startswith(("image", "audio", "video"))]
+    beyond = {token: place for token, place in beyond.items() if token not in placeholders}
+    if not beyond:
+        return
+    size = max(beyond.values()) + 1
+    first = sorted(beyond, key=lambda token: beyond[token])[:5]
+    raise ModelError(
+        f"the tokenizer of {brief(path)} has token ids up to {size - 1}, and the model's embedding {rows} rows: "
+        f"{', '.join(shown(token) for token in first)}{', ...' if len(beyond) > len(first) else ''} "
+        f"({len(beyond)} in all) have none; load both with transformers, call "
+        f"model.resize_token_embeddings({size}) and write both to a folder with save_pretrained (the new rows are "
+        "not trained), or use a tokenizer without these tokens"
+    )
+
+
 def _cannot_load(what: str, path: str, error: Exception) -> ModelError:
     folder = Path(path)
     hint = (
@@ -144,10 +235,49 @@ def named_model(name: str, settings: Model, seed: int = 0, log: Callable[[str], 
     except SettingsError as error:
         raise ModelError(f"model {error}") from error
     if path.is_dir():
+        if (path / _ADAPTER).is_file():
+            _refuse_adapter(name, path / _ADAPTER)
         return ModelSource(str(path.resolve()), settings)
     if name.startswith((".", "/", "~")):
         raise ModelError(f"model {brief(name)} looks like a path, but there is no such folder")
     return ModelSource(name, settings)
+
+
+def settings_of(name: str, recipe: Recipe) -> Model:
+    """How a model of the recipe is loaded: a judge of its own has its own chat template and revision."""
+    if name == recipe.model.name:
+        return recipe.model
+    return recipe.model.model_copy(update={"chat_template": None, "revision": None})
+
+
+def check_models(recipe: Recipe, chats: bool = False) -> None:
+    """Before any work: refuses folders of the recipe's models that some stage could not use.
+
+    Raises ModelError, or MissingChatTemplate where `chats` says that they must have a template. Reads tokenizers
+    and the headers of weights. A model on the hub, or in a folder that only another machine has, is looked at when
+    a stage loads its tokenizer, before its actors start.
+    """
+    for name in dict.fromkeys((recipe.model.name, recipe.judge.model, recipe.evaluate.judge)):
+        if name not in (BUILTIN_WORLD, "policy", "start"):
+            _check_folder(name, settings_of(name, recipe), chats)
+
+
+@cache  # a run's stages ask one after the other
+def _check_folder(name: str, settings: Model, chats: bool) -> None:
+    from congrad_ray.preference.tokenization import chat_prompt_ids
+
+    try:
+        folder = local_path(name)
+    except SettingsError:
+        return
+    if not folder.is_dir():
+        return
+    source = named_model(name, settings)
+    # A plan needs no more than a config.json.
+    if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        tokenizer = source.load_tokenizer()
+        if chats:
+            chat_prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
 
 
 def policy(recipe: Recipe, run: RunDirectory, iteration: int) -> ModelSource:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import langcodes
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from congrad_ray.preference import CHAT_TEMPLATE_DATE, is_jinja
 from congrad_ray.settings import Settings, apply_overrides, local_path, read_yaml, validate
 from congrad_ray.surgery.directions import DirectionMethod
 from congrad_ray.surgery.scores import LeaveOut
@@ -25,13 +27,34 @@ def _language_tag(tag: str) -> str:
 
 
 def _template_text(template: str) -> str:
-    """Workers on other nodes may not have the file, and the template's text decides results: it is read here."""
-    if "{{" in template or "{%" in template:
+    """Workers on other nodes may not have the file, and the template's text decides results: it is read here.
+
+    A plain word that is no file is the name of one of the tokenizer's templates.
+    """
+    if is_jinja(template):
         return template
     try:
-        return local_path(template).read_text(encoding="utf-8")
+        path = local_path(template)
+        if not path.exists() and re.fullmatch(r"[\w-]+", template):
+            return template
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the chat template: {error}") from error
+    if not is_jinja(text):
+        raise ValueError("the file of the chat template has neither {{ nor {% in it: no Jinja")
+    return text
+
+
+def _day(value: Any) -> Any:
+    # YAML makes a date of 2024-07-26 where it is not quoted.
+    return value.isoformat() if type(value) is date else value
+
+
+def _iso_day(text: str) -> str:
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise ValueError("not a day as in 2024-07-26") from error
 
 
 def _regular_expression(text: str) -> str:
@@ -44,6 +67,7 @@ def _regular_expression(text: str) -> str:
 
 Language = Annotated[str, AfterValidator(_language_tag)]
 ChatTemplate = Annotated[str, AfterValidator(_template_text)]
+Day = Annotated[str, BeforeValidator(_day), AfterValidator(_iso_day)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 TensorType = Literal["float32", "bfloat16"]
@@ -56,7 +80,13 @@ class Model(Settings):
     revision: str | None = Field(None, description="commit or branch on the hub")
     dtype: TensorType = "bfloat16"
     chat_template: ChatTemplate | None = Field(
-        None, description="a Jinja file (or its text) that replaces the tokenizer's template"
+        None,
+        description="a Jinja file (or its text) that replaces the tokenizer's template, or the name of one of its "
+        "templates; null: its only one, or 'default'",
+    )
+    chat_template_date: Day = Field(
+        CHAT_TEMPLATE_DATE,
+        description="what templates that write today's date are told, so that token ids do not change by day",
     )
     max_length: Positive = Field(2048, description="tokens of a prompt with one response")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
@@ -243,7 +273,7 @@ class Train(Settings):
     num_train_epochs: Positive = 1
     max_steps: Positive | None = Field(None, description="optimiser steps; overrides num_train_epochs")
     batch_size: Positive = Field(32, description="pairs per optimiser step over all workers")
-    micro_batch_size: Positive = Field(2, description="pairs per worker in one forward pass")
+    micro_batch_size: Positive = Field(2, description="at most so many pairs per worker in one forward pass")
     warmup_ratio: float = Field(0.1, ge=0, le=1)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
@@ -307,11 +337,6 @@ class Recipe(Settings):
                 )
         if self.select.per_block and self.sketch.groups == 1:
             raise ValueError("select.per_block needs sketch.groups above 1: one part of a sketch for each block")
-        if self.train.batch_size % self.train.micro_batch_size:
-            raise ValueError(
-                f"train.batch_size ({self.train.batch_size}) should be a multiple of train.micro_batch_size "
-                f"({self.train.micro_batch_size})"
-            )
         return self
 
 

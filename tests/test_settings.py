@@ -35,7 +35,7 @@ def test_every_profile_in_the_repository_is_valid(path: Path) -> None:
         ("prompts.languages=[]", ["prompts.languages", "at least 1"]),
         ("prompts.unseen_languages=[en]", ["seen and unseen", "en"]),
         ("iterations=true", ["iterations", "integer", "True"]),
-        ("train.batch_size=7", ["train.batch_size", "7", "micro_batch_size"]),
+        ("train.batch_size=0", ["train.batch_size", "greater than or equal to 1", "0"]),
         ("wrong", ["setting", "section.key=value"]),
         ("name.x=1", ["'name' is a value"]),
         ("train.beta=[1", ["not YAML"]),

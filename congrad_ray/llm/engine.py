@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from congrad_ray.models import ModelSource, named_model
+from congrad_ray.models import ModelSource, named_model, settings_of
 from congrad_ray.planning.fit import pool_sizes
-from congrad_ray.preference.tokenization import MissingChatTemplate, chat_prompt_ids, load_tokenizer
+from congrad_ray.preference.tokenization import MissingChatTemplate, chat_prompt_ids
 from congrad_ray.profile import Profile
-from congrad_ray.recipe import Recipe
+from congrad_ray.recipe import Model, Recipe
 from congrad_ray.stages.attempts import attempts, killed_worker
 from congrad_ray.stages.notices import Notify
 from congrad_ray.stages.rows import FAILURE, FAILURE_FIELD, failure
@@ -119,10 +119,7 @@ def judge_source(name: str, recipe: Recipe) -> ModelSource:
 
     What the recipe says of `model` besides (dtype, max_length, trust_remote_code) holds for the judge too.
     """
-    settings = recipe.model
-    if name != settings.name:
-        settings = settings.model_copy(update={"chat_template": None, "revision": None})
-    return named_model(name, settings, recipe.seed)
+    return named_model(name, settings_of(name, recipe), recipe.seed)
 
 
 def end_of_turn_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -167,12 +164,11 @@ def complete(
 
     batch = profile.engines.rows_per_batch(max_tokens)
     tokenizer = load_chat_tokenizer(source)
-    template = str(tokenizer.chat_template)
     stop_ids = end_of_turn_ids(source, tokenizer)
     max_length = source.settings.max_length
 
     def prepare(batch: pa.Table) -> pa.Table:
-        of_worker = _cached_tokenizer(source, template)
+        of_worker = _cached_tokenizer(source)
         prepared = [
             _prepare(row, request, of_worker, max_length, stop_ids, scored_tokens) for row in batch.to_pylist()
         ]
@@ -280,15 +276,15 @@ def _finish(rows: Sequence[Row], answer: Callable[[Row, Completion], Row], schem
     return table_of(results, pa.schema([*nullable, FAILURE_FIELD]))
 
 
-_tokenizers: dict[tuple[str, str, str], PreTrainedTokenizerBase] = {}
+_tokenizers: dict[tuple[str, str, Model], PreTrainedTokenizerBase] = {}
 
 
-def _cached_tokenizer(source: ModelSource, template: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of this worker process. The template comes along: its file may be on the driver only."""
-    key = (source.name, source.fingerprint, template)
+def _cached_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of this worker process. Its template comes along: the recipe holds its text or name."""
+    key = (source.name, source.fingerprint, source.settings)
     if key not in _tokenizers:
         _tokenizers.clear()  # a stage uses one model at a time
-        _tokenizers[key] = load_tokenizer(source.local_path(), template, **source.pretrained_arguments())
+        _tokenizers[key] = source.load_tokenizer()
     return _tokenizers[key]
 
 

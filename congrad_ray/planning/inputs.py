@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from congrad_ray.models import check_models
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.fit import Machine, Node, cluster_machine, most_cpus
 from congrad_ray.planning.plan import Shapes
@@ -26,7 +27,8 @@ _FOLDERS = (
 
 
 def read_shapes(recipe: Recipe) -> Shapes:
-    """The shapes of a recipe's models. Raises ModelError as `read_shape` does."""
+    """The shapes of a recipe's models. Raises ModelError as `check_models` and `read_shape` do."""
+    check_models(recipe)
     policy = read_shape(recipe.model.name, recipe.model)
     found = {recipe.model.name: policy, "policy": policy, "start": policy}
     other = recipe.model.model_copy(update={"revision": None})

@@ -347,7 +347,7 @@ def _changes(stage: str, recipe: Recipe, profile: Profile) -> Iterator[_Change]:
             yield changed("--set train.zero_stage=3")
         for factor in (2, 4, 8):
             workers = profile.trainers.num_workers * factor
-            if recipe.train.batch_size % (recipe.train.micro_batch_size * workers) == 0:
+            if workers <= recipe.train.batch_size:  # more would have nothing to do
                 more = _with(profile, "trainers", num_workers=workers)
                 yield _Change(
                     recipe, more, " and ".join([*texts, f"trainers.num_workers: {workers} in the profile"])

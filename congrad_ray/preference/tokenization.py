@@ -1,23 +1,32 @@
-"""Preference pairs to token ids, with the same ids as TRL 1.16's DPOTrainer."""
+"""Preference pairs to token ids: those of TRL 1.16's DPOTrainer, but for templates that write today's date."""
 
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
-from functools import cache
+from datetime import datetime
+from functools import cache, lru_cache
 from typing import Any, TypeAlias
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from congrad_ray.preference import CHAT_TEMPLATE_DATE, is_jinja
 from congrad_ray.printable import brief, shown
 
 logger = logging.getLogger(__name__)
 
 Messages: TypeAlias = list[dict[str, str]]
 
+# Attributes of a tokenizer.
+_DATE = "congrad_ray_date"
+_ROWS = "congrad_ray_rows"
+_TODAY = re.compile(r"""\bstrftime_now\s*\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+
 
 class MissingChatTemplate(ValueError):
-    """The tokenizer has no chat template although the prompts are chat messages.
+    """The tokenizer has no chat template, or none that can be used, although the prompts are chat messages.
 
     It concerns the model and not a row, so do not quarantine rows for it: let it end the run.
     """
@@ -51,13 +60,15 @@ def load_tokenizer(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    chat_template_date: str = CHAT_TEMPLATE_DATE,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of `model` (a folder or a Hub name) with a pad token.
 
     A tokenizer without a pad token pads with its end-of-sequence token: padding is masked everywhere, so
     the id does not matter. `revision` is a commit or branch on the Hub. `chat_template` is the text of a Jinja
-    template (not a path) and replaces the tokenizer's own. Raises ValueError if there is neither a pad nor an
-    end-of-sequence token.
+    template (not a path) and replaces the tokenizer's own, or the name of one of the tokenizer's templates, which
+    becomes its default. `chat_template_date` (YYYY-MM-DD) is the day that a template asking for today gets. Raises
+    ValueError if there is neither a pad nor an end-of-sequence token, MissingChatTemplate for a name of none.
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         model, trust_remote_code=trust_remote_code, revision=revision
@@ -69,25 +80,104 @@ def load_tokenizer(
                 "set one in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
-    if chat_template is not None:
+    if chat_template is not None and is_jinja(chat_template):
         tokenizer.chat_template = chat_template
+    elif chat_template is not None:
+        named = _named_templates(tokenizer)
+        if chat_template not in named:
+            raise MissingChatTemplate(
+                f"the tokenizer of {brief(model)} has no chat template named {shown(chat_template)}; "
+                f"{_names(named)}; set model.chat_template to one of its names or to the path of a Jinja file"
+            )
+        # The others stay, so that the name still means the same in a checkpoint saved with this tokenizer.
+        tokenizer.chat_template = {**named, "default": named[chat_template]}
+    setattr(tokenizer, _DATE, chat_template_date)
     return tokenizer
 
 
-def _apply_chat_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool
-) -> list[int]:
-    if tokenizer.chat_template is None:
+def refuse_ids_from(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """From now on a text with a token id of `rows` or more is a ValueError: the embedding has no row for it."""
+    setattr(tokenizer, _ROWS, rows)
+
+
+def _checked(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    rows: int | None = getattr(tokenizer, _ROWS, None)
+    if rows is not None and max(ids, default=0) >= rows:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(
+            f"the text holds the token {shown(token)}, and the model's embedding of {rows} rows has none for it; "
+            "drop the row"
+        )
+    return ids
+
+
+def _named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The chat templates by name; an only one has the name that it would have among several."""
+    templates: Any = tokenizer.chat_template
+    if templates is None:
+        return {}
+    return dict(templates) if isinstance(templates, dict) else {"default": templates}
+
+
+def _names(templates: dict[str, str]) -> str:
+    return f"it has {', '.join(shown(name) for name in sorted(templates))}" if templates else "it has none"
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template that every message of a run goes through. Raises MissingChatTemplate."""
+    named = _named_templates(tokenizer)
+    if not named:
         raise MissingChatTemplate(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, but the prompt is a list of "
             "chat messages; set `model.chat_template: path/to/template.jinja` in the recipe, give "
             "`--chat-template path/to/template.jinja`, or use prompts that are plain strings"
         )
+    if "default" not in named:
+        raise MissingChatTemplate(
+            f"the tokenizer of {tokenizer.name_or_path!r} has several chat templates and none is the default; "
+            f"{_names(named)}; set `model.chat_template: NAME` in the recipe or give `--chat-template NAME`"
+        )
+    day: str = getattr(tokenizer, _DATE, CHAT_TEMPLATE_DATE)
+    return _on_day(named["default"], day, tokenizer.name_or_path)
+
+
+@lru_cache(maxsize=8)  # so that what it says is said once a process
+def _on_day(template: str, day: str, model: str) -> str:
+    """The template with the day in the place of every call that asks for today's.
+
+    transformers lets no caller hand a template another clock, so the calls are replaced in its text.
+    """
+    when = datetime.fromisoformat(day)
+    fixed, calls = _TODAY.subn(lambda call: call[1] + when.strftime(call[2]) + call[1], template)
+    if re.search(r"\bstrftime_now\b(?!\s+is\b)", _COMMENT.sub("", fixed)):
+        raise MissingChatTemplate(
+            f"the chat template of {brief(model)} asks for today's date (strftime_now) other than by a format "
+            "written out, so token ids would change by day; set model.chat_template to the path of a Jinja file "
+            'that calls strftime_now("%d %b %Y") or holds a date'
+        )
+    if calls:
+        logger.warning(
+            "the chat template of %s writes today's date; here it is always told %s, so that token ids do not "
+            "change by day (model.chat_template_date in the recipe)",
+            brief(model),
+            day,
+        )
+    return fixed
+
+
+def _apply_chat_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool
+) -> list[int]:
+    template = _template(tokenizer)
     # The template writes the special tokens itself; apply_chat_template encodes its text without adding any,
     # which is what keeps the beginning-of-sequence token from appearing twice.
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+            messages,
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
         )
     except Exception as error:  # a template may raise anything, Jinja's own errors among them
         raise ValueError(
@@ -95,7 +185,7 @@ def _apply_chat_template(
             f"{', '.join(shown(message.get('role')) for message in messages)}: {type(error).__name__}: "
             f"{brief(error)}; drop the row, or give a template that can"
         ) from error
-    return list(encoded["input_ids"])
+    return _checked(tokenizer, list(encoded["input_ids"]))
 
 
 def chat_prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
@@ -138,7 +228,7 @@ def _tokenize_text(
     tokenizer: PreTrainedTokenizerBase, prompt: str, chosen: str, rejected: str, end_of_sequence: str
 ) -> tuple[list[int], list[int], list[int]]:
     def encode(text: str) -> list[int]:
-        return list(tokenizer(text)["input_ids"])
+        return _checked(tokenizer, list(tokenizer(text)["input_ids"]))
 
     def ended(text: str) -> str:
         return text if text.endswith(end_of_sequence) else text + end_of_sequence

@@ -55,7 +55,8 @@ class Stage:
 
     `inputs(iteration)` names the folders read, as (folder, iteration or None); `settings(recipe, iteration)` is
     the part of the recipe that decides the output; `run(context)` does the work. A stage that `uses_ray` is
-    called on a connected Ray. One that is to run `always` is cheap and done again each time.
+    called on a connected Ray. One that is to run `always` is cheap and done again each time. One that `chats` asks
+    models by chat messages whatever its rows are.
     """
 
     name: str
@@ -67,3 +68,4 @@ class Stage:
     each_iteration: bool = True
     uses_ray: bool = True
     always: bool = False
+    chats: bool = False

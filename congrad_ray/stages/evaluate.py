@@ -237,4 +237,5 @@ STAGE = Stage(
     ],
     settings=settings,
     run=run,
+    chats=True,
 )

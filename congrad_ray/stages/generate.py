@@ -117,4 +117,5 @@ STAGE = Stage(
     inputs=lambda iteration: [("prompts", None), *policy_input(iteration)],
     settings=settings,
     run=run,
+    chats=True,
 )

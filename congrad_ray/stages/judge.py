@@ -223,4 +223,5 @@ STAGE = Stage(
     inputs=lambda iteration: [("responses", iteration), *policy_input(iteration)],
     settings=settings,
     run=run,
+    chats=True,
 )

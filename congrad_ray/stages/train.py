@@ -50,10 +50,12 @@ def run(context: Context) -> Outcome:
     selection = context.input("selection")
     pairs = _check_selection(selection)
     schedule = make_schedule(train, pairs, workers.num_workers)
+    source = policy(context.recipe, context.run, context.iteration)
+    source.load_tokenizer()  # what is wrong with it should be told before workers start
     job = TrainingJob(
         train=train,
         schedule=schedule,
-        policy=policy(context.recipe, context.run, context.iteration),
+        policy=source,
         selection=selection,
         output=context.output,
         threads=context.profile.threads_of(workers),
@@ -61,8 +63,15 @@ def run(context: Context) -> Outcome:
     )
     context.log(
         f"{pairs} pairs, {schedule.total_steps} steps of up to {train.batch_size} pairs: {workers.num_workers} "
-        f"workers x {schedule.accumulation} passes x {train.micro_batch_size} pairs, ZeRO {train.zero_stage}"
+        f"workers x {schedule.accumulation} passes x up to {train.micro_batch_size} pairs, ZeRO {train.zero_stage}"
     )
+    busy = schedule.pairs_per_pass
+    if busy < workers.num_workers:
+        context.log(
+            f"warning: {workers.num_workers - busy} of {workers.num_workers} workers have nothing to do: {pairs} "
+            f"pairs in steps of up to train.batch_size {train.batch_size} make passes of {busy} pairs at most; "
+            "lower trainers.num_workers in the profile, or raise train.batch_size"
+        )
     with (
         _progress(context, schedule.total_steps),
         heard(job.notify, context.log, lambda pairs: context.progressed()),

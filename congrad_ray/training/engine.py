@@ -36,7 +36,11 @@ class CompletionLogprobs(nn.Module):
 
 
 def deepspeed_config(train: Train, schedule: Schedule, dtype: str) -> dict[str, Any]:
-    """DeepSpeed's configuration. The optimiser and the learning rate are ours; DeepSpeed shards and clips."""
+    """DeepSpeed's configuration. The optimiser and the learning rate are ours; DeepSpeed shards and clips.
+
+    DeepSpeed wants its three sizes to multiply out, so that of the batch may exceed train.batch_size. It only
+    divides by the numbers of passes and workers, which the weights of the losses make up for.
+    """
     return {
         "train_batch_size": schedule.accumulation * train.micro_batch_size * schedule.workers,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,

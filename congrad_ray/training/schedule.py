@@ -35,7 +35,16 @@ class Schedule:
     @property
     def accumulation(self) -> int:
         """Forward and backward passes of each worker in one optimiser step."""
-        return self.batch_size // (self.micro_batch_size * self.workers)
+        return math.ceil(self._largest_batch / (self.micro_batch_size * self.workers))
+
+    @property
+    def pairs_per_pass(self) -> int:
+        """Pairs of the largest pass over all workers; of more workers the others have nothing to do."""
+        return math.ceil(self._largest_batch / self.accumulation)
+
+    @property
+    def _largest_batch(self) -> int:
+        return math.ceil(self.pairs / self.steps_per_epoch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -58,17 +67,11 @@ class Schedule:
 
 
 def make_schedule(train: Train, pairs: int, workers: int) -> Schedule:
-    """The schedule of a run. Raises TrainingError for no pairs and for a batch that workers cannot share."""
+    """The schedule of a run. Raises TrainingError for no pairs."""
     if pairs < 1:
         raise TrainingError(
             "no pairs to train on: the selection is empty. Look at the counters of the pair, sketch and select "
             "stages (`congrad status`) for where the pairs were lost, or raise select.keep."
-        )
-    if train.batch_size % (train.micro_batch_size * workers):
-        raise TrainingError(
-            f"train.batch_size ({train.batch_size}) should be a multiple of train.micro_batch_size "
-            f"({train.micro_batch_size}) times the profile's trainers.num_workers ({workers}), which is "
-            f"{train.micro_batch_size * workers}; change one of the three"
         )
     return Schedule(
         pairs,

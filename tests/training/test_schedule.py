@@ -1,27 +1,32 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from congrad_ray.recipe import Train
+from congrad_ray.profile import load_profile
+from congrad_ray.recipe import Train, load_recipe
 from congrad_ray.training.engine import deepspeed_config
 from congrad_ray.training.schedule import TrainingError, learning_rate, make_schedule, micro_batches
 
 
 @given(
     pairs=st.integers(1, 200),
-    accumulation=st.integers(1, 4),
+    batch_size=st.integers(1, 40),
     micro=st.integers(1, 4),
     workers=st.integers(1, 4),
     seed=st.integers(0, 3),
 )
 def test_every_pair_is_trained_on_once_an_epoch(
-    pairs: int, accumulation: int, micro: int, workers: int, seed: int
+    pairs: int, batch_size: int, micro: int, workers: int, seed: int
 ) -> None:
-    train = Train(batch_size=accumulation * micro * workers, micro_batch_size=micro, num_train_epochs=2, seed=seed)
+    train = Train(batch_size=batch_size, micro_batch_size=micro, num_train_epochs=2, seed=seed)
     schedule = make_schedule(train, pairs, workers)
-    assert schedule.accumulation == accumulation
+    accumulation = schedule.accumulation
+    # No more passes than the batch size needs, and no fewer than keep to the micro-batch size.
+    assert (accumulation - 1) * micro * workers < batch_size
     for epoch in range(2):
         steps = range(epoch * schedule.steps_per_epoch, (epoch + 1) * schedule.steps_per_epoch)
         batches = [schedule.batch(step) for step in steps]
@@ -34,6 +39,7 @@ def test_every_pair_is_trained_on_once_an_epoch(
             assert len(passes) == accumulation
             assert all(len(shares) == workers for shares in passes)
             assert max(len(share) for shares in passes for share in shares) <= micro
+            assert max(sum(map(len, shares)) for shares in passes) <= schedule.pairs_per_pass
             assert sorted(i for shares in passes for share in shares for i in share) == sorted(batch)
 
 
@@ -65,9 +71,34 @@ def test_a_number_of_steps_overrides_the_epochs() -> None:
     assert make_schedule(train, 1000, 1).total_steps == 7
 
 
-def test_a_batch_that_workers_cannot_share_names_the_three_numbers() -> None:
-    with pytest.raises(TrainingError, match=r"batch_size \(32\).*micro_batch_size \(2\).*num_workers \(3\)"):
-        make_schedule(Train(batch_size=32, micro_batch_size=2), pairs=100, workers=3)
+def test_a_batch_need_not_be_a_multiple_of_anything() -> None:
+    schedule = make_schedule(Train(batch_size=32, micro_batch_size=5), pairs=1000, workers=3)
+    assert (schedule.accumulation, schedule.pairs_per_pass) == (3, 11)
+    shares = micro_batches(schedule.batch(0), list(range(1000)), 3, 3)
+    assert [[len(share) for share in one] for one in shares] == [[4, 4, 3], [4, 4, 3], [4, 3, 3]]
+    # Fewer pairs than a batch need fewer passes, and no worker waits for want of them.
+    few = make_schedule(Train(batch_size=32, micro_batch_size=2), pairs=4, workers=4)
+    assert (few.accumulation, few.pairs_per_pass) == (1, 4)
+
+
+RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
+PROFILES = RECIPES.parents[1] / "cluster" / "profiles"
+
+
+@pytest.mark.parametrize("profile", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_keeps_all_workers_of_every_profile_busy(recipe: Path, profile: Path) -> None:
+    train, workers = load_recipe(recipe).train, load_profile(profile).trainers.num_workers
+    pairs = 10 * train.batch_size
+    schedule = make_schedule(train, pairs, workers)
+    config = deepspeed_config(train, schedule, "float32")
+    assert config["train_batch_size"] == (
+        config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * workers
+    )
+    for step in range(schedule.steps_per_epoch):
+        passes = micro_batches(schedule.batch(step), list(range(pairs)), schedule.accumulation, workers)
+        assert all(any(shares[worker] for shares in passes) for worker in range(workers))
+        assert max(len(share) for shares in passes for share in shares) <= train.micro_batch_size
 
 
 def test_no_pairs_is_an_error() -> None:
@@ -95,6 +126,8 @@ def test_deepspeed_is_told_sizes_that_multiply_out() -> None:
     config = deepspeed_config(train, make_schedule(train, 100, 4), "bfloat16")
     assert config["train_batch_size"] == 24
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 4 == 24
+    uneven = deepspeed_config(train, make_schedule(train, 100, 5), "bfloat16")
+    assert uneven["train_batch_size"] == uneven["train_micro_batch_size_per_gpu"] * 2 * 5 == 30
     assert config["zero_optimization"]["stage"] == 3
     assert config["bf16"]["enabled"] is True
     assert config["gradient_clipping"] == 0.5
