@@ -37,6 +37,8 @@ import torch
 from torch import Tensor
 
 _MAX_WIDTH = 2**31
+# Entries of a layer up to which its order is kept on an accelerator, 8 bytes each: folded layers have fewer.
+_KEPT_ORDER = 2**19
 
 
 def _signed(value: int) -> int:
@@ -97,6 +99,33 @@ class FoldRule:
         return fold
 
 
+@dataclass(frozen=True)
+class _Order:
+    """Chunks of features turned and signed, as one reordering: place p of chunk k gets feature index[k, p]."""
+
+    index: Tensor  # int32, (chunks * length,)
+    signs: Tensor  # float32, (chunks, length); 0 where a chunk has no such feature
+
+    @classmethod
+    def of(cls, shifts: Tensor, signs: Tensor, features: int, length: int) -> _Order:
+        """Of chunks of `length`, each turned by its shift; `signs` (features,). All on one device."""
+        place = torch.arange(length, device=shifts.device)
+        index = (place - shifts[:, None]) % length + torch.arange(len(shifts), device=shifts.device)[
+            :, None
+        ] * length
+        there = index < features
+        index = torch.where(there, index, 0)
+        return cls(index.flatten().int(), torch.where(there, signs[index], 0.0))
+
+    def to(self, device: torch.device) -> _Order:
+        return _Order(self.index.to(device), self.signs.to(device))
+
+    def add_up(self, vectors: Tensor) -> Tensor:
+        """(..., features) to (..., length) in the dtype of `vectors`, summed in float32 and rounded once."""
+        turned = vectors.index_select(-1, self.index).unflatten(-1, self.signs.shape)
+        return (turned * self.signs.to(vectors.dtype)).sum(-2)
+
+
 class _Side:
     """The fold of one side of a layer: features in chunks of `length`, each turned, signed and added."""
 
@@ -107,11 +136,23 @@ class _Side:
         bits = _random_bits(features, *stream)
         self.signs = _random_signs(bits).to(device)
         self.shifts: list[int] = _random_below(self.length, bits[:fold]).tolist()
+        self._order: _Order | None = None
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """(..., features) to (..., length), in the dtype of `vectors`."""
         if self.fold == 1:
             return vectors
+        return self.in_chunks(vectors) if vectors.device.type == "cpu" else self.at_once(vectors)
+
+    def at_once(self, vectors: Tensor) -> Tensor:
+        """The same chunks in a few large kernels instead of two small ones each: what an accelerator wants."""
+        if self._order is None:
+            shifts = torch.tensor(self.shifts)
+            self._order = _Order.of(shifts, self.signs.cpu(), self.features, self.length).to(vectors.device)
+        return self._order.add_up(vectors)
+
+    def in_chunks(self, vectors: Tensor) -> Tensor:
+        """Chunk after chunk is added, which on a CPU keeps to its cache."""
         folded = vectors.new_zeros(*vectors.shape[:-1], self.length)
         signs = self.signs.to(vectors.dtype)
         for number, shift in enumerate(self.shifts):
@@ -133,6 +174,9 @@ class _Chunks:
     shifts: Tensor  # int64 in [0, width of a group)
     windows: Tensor  # int64, where the chunk's signs begin in the table of signs
     signs: Tensor  # float32
+
+    def to(self, device: torch.device) -> _Chunks:
+        return _Chunks(self.shifts.to(device), self.windows.to(device), self.signs.to(device))
 
 
 class CountSketch:
@@ -166,6 +210,7 @@ class CountSketch:
         self._group_of = group_of or {}
         self._sides: dict[tuple[str, str, int, torch.device], _Side] = {}
         self._chunks: dict[tuple[str, int], _Chunks] = {}
+        self._orders: dict[tuple[str, int, torch.device], _Order] = {}
         # Windows begin in the first two thirds: two chunks hardly ever have the same signs.
         self._sign_table = _random_signs(_random_bits(3 * self.part, seed, "signs"))
 
@@ -221,20 +266,23 @@ class CountSketch:
                 length = chunk.shape[1]
                 part[:, shift : shift + length].addcmul_(chunk, signs[window : window + length], value=sign)
         else:
-            part[:, : self.part] += self._all_chunks(chunks, entries)
+            part[:, : self.part] += self._order_of(name, entries).add_up(entries)
 
-    def _all_chunks(self, chunks: _Chunks, entries: Tensor) -> Tensor:
-        """What `add_` adds chunk by chunk, (B, width / groups), as a gather: few large kernels, not many small."""
-        device = entries.device
+    def _order_of(self, name: str, entries: Tensor) -> _Order:
+        """What `add_` adds chunk by chunk, as one reordering; that of a small layer is kept."""
+        count, device = entries.shape[1], entries.device
+        key = (name, count, device)
+        if key in self._orders:
+            return self._orders[key]
+        chunks = self._chunks_of(name, count).to(device)
         if self._sign_table.device != device:
             self._sign_table = self._sign_table.to(device)
-        count = len(chunks.shifts)
-        padded = torch.nn.functional.pad(entries, (0, count * self.part - entries.shape[1]))
-        bucket = torch.arange(self.part, device=device)
-        place = (bucket - chunks.shifts.to(device)[:, None]) % self.part  # (chunks, part): place within the chunk
-        signs = self._sign_table[place + chunks.windows.to(device)[:, None]] * chunks.signs.to(device)[:, None]
-        values = padded.unflatten(1, (count, self.part))
-        return (values.gather(2, place.expand_as(values)) * signs).sum(1)
+        within = torch.arange(self.part, device=device)
+        signs = self._sign_table[chunks.windows[:, None] + within] * chunks.signs[:, None]
+        order = _Order.of(chunks.shifts, signs.flatten()[:count], count, self.part)
+        if count <= _KEPT_ORDER:
+            self._orders[key] = order
+        return order
 
     def sketch_vector(self, layers: Mapping[str, Tensor]) -> Tensor:
         """Sketch of one vector given as {layer name: (out, in) tensor}: (width,) float32."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from congrad_ray.gradient.countsketch import CountSketch, FoldRule, layer_groups
+from congrad_ray.gradient.countsketch import CountSketch, FoldRule, _Side, layer_groups
 
 SHAPES = {"model.layers.0.mlp.up_proj": (24, 16), "model.layers.0.mlp.down_proj": (16, 24)}
 UNFOLDED = FoldRule(1)
@@ -168,8 +168,18 @@ def test_chunks_added_one_by_one_or_gathered_at_once_are_the_same(width: int) ->
     folded = torch.randn(3, 24, 16, generator=torch.Generator().manual_seed(0))
     table = sketch.table(3, "cpu")
     sketch.add_(table, "layer", folded)
-    at_once = sketch._all_chunks(sketch._chunks_of("layer", 24 * 16), folded.flatten(1))
+    at_once = sketch._order_of("layer", folded.flatten(1)).add_up(folded.flatten(1))
     torch.testing.assert_close(sketch.sketches(table), at_once)
+
+
+@pytest.mark.parametrize(("features", "fold"), [(24, 3), (25, 4), (7, 7), (100, 32)])
+def test_sides_folded_chunk_by_chunk_or_at_once_are_the_same(features: int, fold: int) -> None:
+    vectors = torch.randn(5, features, generator=torch.Generator().manual_seed(0))
+    side = _Side(features, fold, torch.device("cpu"), 3, "layer", "inputs")
+    torch.testing.assert_close(side.at_once(vectors), side.in_chunks(vectors))
+    # Rounded once, not once a chunk.
+    exact, rounded = side.in_chunks(vectors.bfloat16().double()), side.at_once(vectors.bfloat16())
+    torch.testing.assert_close(rounded, exact.bfloat16(), rtol=0.01, atol=1e-6)
 
 
 def test_sketches_are_the_same_in_another_process() -> None:
