@@ -150,13 +150,18 @@ def build(
     device: str,
     dtype: torch.dtype = torch.bfloat16,
     layers: int | None = None,
-    attention: str | None = None,
 ) -> PreTrainedModel:
-    """A model of this shape with random weights, made on the device; its attention as transformers chooses it."""
+    """A model of this shape with random weights, made on the device.
+
+    Attention is eager where its logits are capped (Gemma 2), which no other implementation does: transformers 5.23
+    chooses it by itself, 5.17 does not.
+    """
     torch.manual_seed(0)
+    config = configuration(name, sizes, layers)
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            configuration(name, sizes, layers), dtype=dtype, attn_implementation=attention
+            config, dtype=dtype, attn_implementation=attention
         )
     return model.eval()
 
