@@ -183,7 +183,9 @@ def filter_command(
         bool, typer.Option("--exact", help="Exact gradients: two passes, memory for a gradient per language.")
     ] = False,
     max_length: Annotated[int, typer.Option(help="Tokens of a prompt with one response.")] = 2048,
-    max_tokens_per_batch: Annotated[int, typer.Option(help="Padded tokens of a micro-batch.")] = 8192,
+    max_tokens_per_batch: Annotated[
+        int | None, typer.Option(help="Padded tokens of a micro-batch.", show_default="8192, on a CPU 4096")
+    ] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="The model's dtype.")] = "float32",
     chat: Annotated[bool, typer.Option("--chat", help="Take strings as chat messages.")] = False,
     chat_template: Annotated[

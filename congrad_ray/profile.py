@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -12,6 +13,9 @@ from congrad_ray.printable import brief
 from congrad_ray.settings import Settings, SettingsError, apply_overrides, read_yaml, validate
 
 Positive = Annotated[int, Field(ge=1)]
+
+# Tokens that an engine on a CPU may have to generate for a batch.
+_CPU_BATCH_TOKENS = 4096
 
 
 def node_resource(name: str) -> str:
@@ -65,8 +69,21 @@ class Engines(Pool):
     kv_cache_gib: float = Field(1.0, gt=0, description="GiB of KV cache per engine on a CPU")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     max_num_seqs: Positive = Field(256, description="sequences decoded at once by one engine")
-    batch_size: Positive = Field(64, description="rows handed to an engine together")
+    batch_size: Positive | None = Field(
+        None,
+        description="rows handed to an engine and written together; null: 64, on a CPU fewer of long answers",
+    )
     enforce_eager: bool = Field(False, description="no CUDA graphs; start-up is faster")
+
+    def rows_per_batch(self, max_tokens: int) -> int:
+        """`batch_size` for answers of up to so many tokens.
+
+        A batch is written when all of it is there, and what a kill costs is the batches in flight. A GPU is done
+        with 64 long answers in a minute; a CPU would be at them for ten.
+        """
+        if self.batch_size:
+            return self.batch_size
+        return 64 if self.gpus else min(64, max(4, _CPU_BATCH_TOKENS // max_tokens))
 
     @model_validator(mode="after")
     def _whole_devices(self) -> Self:
@@ -189,7 +206,11 @@ class Profile(Settings):
         "text", description="json: a line of JSON for each line of the log, with run, stage and iteration"
     )
     data_cpus: float = Field(1.0, gt=0, description="CPUs kept for Ray Data's reading and writing tasks")
-    threads: Positive | None = Field(None, description="torch threads of an actor; null: its CPUs")
+    threads: Positive | None = Field(
+        None,
+        description="torch threads of an actor; null: its CPUs on a cluster, and where Ray is started here this "
+        "machine's cores, shared by the actors that a stage runs at once",
+    )
     engines: Engines = Engines()
     sketchers: Pool = Pool()
     trainers: Workers = Workers()
@@ -212,6 +233,20 @@ class Profile(Settings):
                 names = ", ".join(there) or "none: the profile has no section cluster"
                 raise ValueError(f"{section}.nodes is {nodes}, which is not in cluster.workers ({names})")
         return self
+
+    def threads_of(self, pool: Pool | Workers) -> int:
+        """Torch threads of each actor or worker of a stage."""
+        if self.threads:
+            return self.threads
+        if self.cluster or self.ray_address:
+            return max(1, int(pool.cpus))
+        at_once = pool.num_workers if isinstance(pool, Workers) else pool.max_actors
+        return max(1, len(os.sched_getaffinity(0)) // at_once)
+
+    @property
+    def ray_address(self) -> str | None:
+        """The cluster to use; None where a Ray is to be started here."""
+        return self.address or os.environ.get("RAY_ADDRESS")
 
     def run_uri(self, run: str) -> str:
         """The run directory that `run` means: a name is a folder in `storage` if there is one; else as it is."""

@@ -192,8 +192,19 @@ class Sketch(Settings):
         False, description="mean log-probabilities, for losses that use them (SimPO, IPO, ORPO); DPO does not"
     )
     gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
-    max_tokens_per_batch: Positive = Field(8192, description="padded tokens of both responses in a micro-batch")
-    audit_pairs: int = Field(32, ge=0, description="about so many pairs are checked against exact gradients")
+    max_tokens_per_batch: Positive | None = Field(
+        None, description="padded tokens of both responses in a micro-batch; null: 8192, on a CPU 4096"
+    )
+    audit_pairs: int = Field(
+        32,
+        ge=0,
+        description="at most about so many pairs are checked against exact gradients, fewer where that would "
+        "take more than a tenth of the stage's time",
+    )
+
+    def batch_tokens(self, device: str) -> int:
+        """`max_tokens_per_batch` on a device: on a CPU smaller micro-batches cost nothing and show progress."""
+        return self.max_tokens_per_batch or (4096 if device == "cpu" else 8192)
 
     @property
     def stored_dtype(self) -> str:

@@ -14,9 +14,9 @@ from congrad_ray.profile import Profile
 
 # In a row, of a stage's actors; one more ends the stage.
 _FAILED_STARTS = 2
-# glibc keeps freed blocks of up to 32 MiB for itself. Told to give back all above 1 MiB, a replica on a CPU takes
-# three quarters of the memory, for some per cent of the time (README, "Against reality").
-CPU_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+# Threads that wait for others of their process otherwise spin, on cores that Ray's own processes want: with as
+# many threads as cores, one that lost its core keeps all the others spinning.
+_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 _FOOTER_ACTORS = "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"
 
 
@@ -39,9 +39,9 @@ def connect(profile: Profile, cpus_needed: float) -> None:
             "VLLM_NO_USAGE_STATS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(profile.engines.kv_cache_gib))),
-            **(CPU_ALLOCATOR if profile.device == "cpu" else {}),
+            **(_PASSIVE if profile.device == "cpu" else {}),
         }
-        address = address_of(profile)
+        address = profile.ray_address
         if address:
             ray.init(
                 address=address,
@@ -105,11 +105,6 @@ def this_machine(profile: Profile, cpus_needed: float) -> Machine:
     cpus = _local_cpus(profile, cpus_needed)
     where = f"this machine of {os.cpu_count()} cores and {memory:.0f} GiB"
     return Machine(cpus, gpus, memory, where, (Node("this machine", cpus, gpus),))
-
-
-def address_of(profile: Profile) -> str | None:
-    """The cluster to use; None where a Ray is to be started here."""
-    return profile.address or os.environ.get("RAY_ADDRESS")
 
 
 def _local_cpus(profile: Profile, cpus_needed: float) -> int:

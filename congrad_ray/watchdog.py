@@ -16,7 +16,8 @@ from congrad_ray.rundir import Folder, nearest_folder
 from congrad_ray.stopping import Stop, stoppable
 
 _LOOK_EVERY = 5.0
-_TELL_EVERY = 120.0
+# Where all that the stage asked for is running, a wait of minutes is work: loading a model, a step of training.
+_TELL_EVERY, _TELL_IF_ALL_RUNS = 120.0, 600.0
 # A demand that no node can meet is no accident of starting up after this long.
 _IMPOSSIBLE_AFTER = 45.0
 _NOT_RUNNING = ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "RESTARTING")
@@ -80,7 +81,7 @@ def _watch(
             return
         if idle < _TELL_EVERY:
             told = 0.0
-        elif idle - told >= _TELL_EVERY:
+        elif idle - told >= (_TELL_EVERY if _known(unmet) else _TELL_IF_ALL_RUNS):
             told = idle
             log(f"nothing for {idle:.0f} s; the stage is stopped after {timeout:.0f} s{_waits()}")
 
@@ -143,22 +144,12 @@ def never_met() -> list[str]:
 
 def what_waits() -> str:
     """What the connected Ray is doing: operators, actors that do not run, unmet demands, resources in use."""
-    import ray
-
     lines = []
     operators = _operators()
     if operators:
         lines.append(f"operators: {', '.join(operators)}")
-    actors = Counter(
-        (actor.get("ActorClassName", "an actor"), actor["State"]) for actor in ray._private.state.actors().values()
-    )
-    missing = [f"{name} {state} ({count})" for (name, state), count in actors.items() if state in _NOT_RUNNING]
-    if missing:
-        lines.append(f"actors that do not run: {', '.join(missing)}")
+    lines += unmet()
     status = _cluster_status()
-    waiting = Counter(f"{_resources(bundle)} for {what}" for what, bundle in _demands(status))
-    if waiting:
-        lines.append(f"waiting for: {', '.join(f'{text} ({count})' for text, count in waiting.items())}")
     in_use = [
         f"{usage.resource_name} {_amount(usage.resource_name, usage.used)} of "
         f"{_amount(usage.resource_name, usage.total)}"
@@ -168,6 +159,23 @@ def what_waits() -> str:
     lines.append(f"in use: {', '.join(in_use)}; {len(status.pending_nodes)} nodes are being started")
     lines.append("logs: /tmp/ray/session_latest/logs on the node in question")
     return "\n".join(f"  {line}" for line in lines)
+
+
+def unmet() -> list[str]:
+    """What the stage asked the connected Ray for and does not have: actors that do not run, unmet demands."""
+    import ray
+
+    lines = []
+    actors = Counter(
+        (actor.get("ActorClassName", "an actor"), actor["State"]) for actor in ray._private.state.actors().values()
+    )
+    missing = [f"{name} {state} ({count})" for (name, state), count in actors.items() if state in _NOT_RUNNING]
+    if missing:
+        lines.append(f"actors that do not run: {', '.join(missing)}")
+    waiting = Counter(f"{_resources(bundle)} for {what}" for what, bundle in _demands(_cluster_status()))
+    if waiting:
+        lines.append(f"waiting for: {', '.join(f'{text} ({count})' for text, count in waiting.items())}")
+    return lines
 
 
 def _operators() -> list[str]:

@@ -99,3 +99,22 @@ def test_a_profile_that_contradicts_itself_is_refused() -> None:
     ]:
         with pytest.raises(SettingsError, match=told):
             load_profile("local", [override])
+
+
+def test_threads_of_an_actor_are_the_machines_where_ray_is_started_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    here = load_profile("local", ["engines.cpus=1", "sketchers.max_actors=3", "trainers.num_workers=2"])
+    assert [here.threads_of(pool) for pool in (here.engines, here.sketchers, here.trainers)] == [8, 2, 4]
+    assert load_profile("local", ["threads=3"]).threads_of(here.engines) == 3
+    on_a_cluster = load_profile("local", ["address=auto", "engines.cpus=3"])
+    assert on_a_cluster.threads_of(on_a_cluster.engines) == 3
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert here.threads_of(here.engines) == 1
+
+
+def test_a_batch_of_long_answers_is_small_on_a_cpu() -> None:
+    cpu, gpu = load_profile("local").engines, load_profile("one-gpu").engines
+    assert [cpu.rows_per_batch(tokens) for tokens in (1, 96, 512, 8192)] == [64, 42, 8, 4]
+    assert [gpu.rows_per_batch(tokens) for tokens in (1, 512, 8192)] == [64, 64, 64]
+    assert load_profile("local", ["engines.batch_size=5"]).engines.rows_per_batch(512) == 5

@@ -59,23 +59,28 @@ class _Visitor:
         return inputs
 
 
-def gram_matrix(capture: GradientCapture, batch: PairTokens) -> Tensor:
-    """Inner products of the B pairs' u with each other, (B, B) float64: one forward and one backward pass.
+class GramVisitor(_Visitor):
+    """Inner products of the B pairs' u with each other, in `gram`, (B, B) float64.
 
-    A block of rows of one layer's gradients is alive at a time. Raises as `GradientCapture.run` does.
+    A block of rows of one layer's gradients is alive at a time.
     """
-    gram = torch.zeros((batch.pairs, batch.pairs), dtype=torch.float64, device=batch.input_ids.device)
 
-    class Visitor(_Visitor):
-        def visit(self, name: str, kept: Tensor, gradients: Tensor, starts: Sequence[int]) -> None:
-            rows = max(1, _ENTRIES // (batch.pairs * kept.shape[1]))
-            for d in gradients.float().split(rows, dim=1):
-                parts = [(d[part].T @ kept[part].float()).flatten() for _, part in pair_segments(starts)]
-                block = torch.stack(parts)
-                gram.add_((block @ block.T).to(gram.device))
+    def __init__(self, batch: PairTokens) -> None:
+        self.gram = torch.zeros((batch.pairs, batch.pairs), dtype=torch.float64, device=batch.input_ids.device)
 
-    capture.run(batch, Visitor())
-    return gram
+    def visit(self, name: str, kept: Tensor, gradients: Tensor, starts: Sequence[int]) -> None:
+        rows = max(1, _ENTRIES // (len(self.gram) * kept.shape[1]))
+        for d in gradients.float().split(rows, dim=1):
+            parts = [(d[part].T @ kept[part].float()).flatten() for _, part in pair_segments(starts)]
+            block = torch.stack(parts)
+            self.gram.add_((block @ block.T).to(self.gram.device))
+
+
+def gram_matrix(capture: GradientCapture, batch: PairTokens) -> Tensor:
+    """What `GramVisitor` finds, by one forward and one backward pass. Raises as `GradientCapture.run` does."""
+    visitor = GramVisitor(batch)
+    capture.run(batch, visitor)
+    return visitor.gram
 
 
 def add_weighted_sums_(sums: LayerVectors, weights: Tensor, capture: GradientCapture, batch: PairTokens) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from congrad_ray.gradient.capture import GradientCapture, pair_segments
 from congrad_ray.gradient.countsketch import CountSketch
+from congrad_ray.gradient.exact import GramVisitor
 from congrad_ray.preference.packing import PairTokens
 
 # Entries of folded gradients alive at a time on an accelerator, but at least one pair's. On a CPU it is one
@@ -41,12 +42,21 @@ def sketch_pairs(
     """
     visitor = _Sketching(sketch, batch.pairs, batch.input_ids.device, compute_dtype)
     logps = capture.run(batch, visitor)
-    return SketchResult(
-        sketch.sketches(visitor.table),
-        visitor.squared_norms.sqrt(),
-        logps[: batch.pairs],
-        logps[batch.pairs :],
-    )
+    return _result(sketch, visitor, logps)
+
+
+def audited_sketches(
+    capture: GradientCapture, sketch: CountSketch, batch: PairTokens, compute_dtype: torch.dtype | None = None
+) -> tuple[SketchResult, Tensor]:
+    """What `sketch_pairs` gives, and the exact inner products (B, B) of the pairs' u, in the same two passes."""
+    visitor = _AuditedSketching(sketch, batch, compute_dtype)
+    logps = capture.run(batch, visitor)
+    return _result(sketch, visitor, logps), visitor.exact.gram
+
+
+def _result(sketch: CountSketch, visitor: _Sketching, logps: Tensor) -> SketchResult:
+    chosen, rejected = logps.chunk(2)
+    return SketchResult(sketch.sketches(visitor.table), visitor.squared_norms.sqrt(), chosen, rejected)
 
 
 class _Sketching:
@@ -83,6 +93,21 @@ class _Sketching:
                 found = products[: place + 1].to(self.table.device)
                 self.squared_norms[rows] += torch.linalg.vector_norm(found.flatten(1), dim=1).square()
                 self._sketch.add_(self.table[rows], name, found)
+
+
+class _AuditedSketching(_Sketching):
+    """The same, and the exact inner products beside it: whole inputs are kept for that."""
+
+    def __init__(self, sketch: CountSketch, batch: PairTokens, compute_dtype: torch.dtype | None) -> None:
+        super().__init__(sketch, batch.pairs, batch.input_ids.device, compute_dtype)
+        self.exact = GramVisitor(batch)
+
+    def keep(self, name: str, inputs: Tensor) -> Tensor:
+        return self.exact.keep(name, inputs)
+
+    def visit(self, name: str, kept: Tensor, gradients: Tensor, starts: Sequence[int]) -> None:
+        self.exact.visit(name, kept, gradients, starts)
+        super().visit(name, super().keep(name, kept), gradients, starts)
 
 
 def _product(d: Tensor, a: Tensor, out: Tensor) -> None:

@@ -24,6 +24,7 @@ from congrad_ray.preference.tokenization import MissingChatTemplate, chat_prompt
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Model, Recipe
 from congrad_ray.stages.attempts import attempts, killed_worker
+from congrad_ray.stages.notices import Notify
 from congrad_ray.stages.rows import FAILURE, FAILURE_FIELD, failure
 from congrad_ray.tables import Message, row_id, table_of
 
@@ -142,6 +143,8 @@ def complete(
     request: Callable[[Row], Request],
     answer: Callable[[Row, Completion], Row],
     schema: pa.Schema,
+    max_tokens: int,
+    notify: Notify,
     scored_tokens: Sequence[int] = (),
 ) -> Dataset:
     """Asks the model for all `rows`; the result has the columns of `schema` and FAILURE, in any order.
@@ -151,6 +154,7 @@ def complete(
     FAILURE is one of 'bad_request' (its messages cannot be rendered), 'prompt_too_long' (prompt tokens +
     max_tokens exceed `model.max_length`; it is not sent to an engine), 'inference_error' and 'killed_worker' (its
     engines died, again and again).
+    `max_tokens`: the most that a request asks for, which decides how many go to an engine together.
     `scored_tokens`: ids whose log-probabilities as the first generated token are wanted.
 
     Raises MissingChatTemplate or ModelError before any engine starts.
@@ -158,6 +162,7 @@ def complete(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # importing it here should not tell what it lacks
     from ray.data.llm import build_processor
 
+    batch = profile.engines.rows_per_batch(max_tokens)
     tokenizer = load_chat_tokenizer(source)
     stop_ids = end_of_turn_ids(source, tokenizer)
     max_length = source.settings.max_length
@@ -173,7 +178,7 @@ def complete(
         return _finish(batch.to_pylist(), answer, schema)
 
     processor = build_processor(
-        _processor_config(source, profile, rows),
+        _processor_config(source, profile, rows, batch),
         preprocess=lambda row: {"sampling_params": json.loads(row["sampling"]), _ERROR: row["failure"]},
         preprocess_map_kwargs=_PREPARE,
         postprocess=lambda row: {
@@ -187,10 +192,10 @@ def complete(
     # Ray would restart for ever an engine that ends whatever it is asked.
     stage.map_batches_kwargs["max_restarts"] = _ENGINE_RESTARTS
     # A copy: assigning to the stage's field works its resources out again, without the placement group.
-    processor.stages[name] = stage.model_copy(update={"fn": _engine_class(stage.fn, source, attempts())})
+    processor.stages[name] = stage.model_copy(update={"fn": _engine_class(stage.fn, source, attempts(), notify)})
     # Blocks of one engine batch: otherwise a small table is one block, and all of it goes to one engine as one
     # task whose rows come back together at the end.
-    requests = dataset.repartition(target_num_rows_per_block=profile.engines.batch_size).map_batches(
+    requests = dataset.repartition(target_num_rows_per_block=batch).map_batches(
         prepare, batch_format="pyarrow", batch_size=None, **_PREPARE
     )
     return processor(requests).map_batches(finish, batch_format="pyarrow", batch_size=None)
@@ -283,7 +288,7 @@ def _cached_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return _tokenizers[key]
 
 
-def _processor_config(source: ModelSource, profile: Profile, rows: int) -> vLLMEngineProcessorConfig:
+def _processor_config(source: ModelSource, profile: Profile, rows: int, batch: int) -> vLLMEngineProcessorConfig:
     from ray.data.llm import vLLMEngineProcessorConfig
 
     engines, settings = profile.engines, source.settings
@@ -318,10 +323,10 @@ def _processor_config(source: ModelSource, profile: Profile, rows: int) -> vLLME
     return vLLMEngineProcessorConfig(
         model_source=source.local_path(),
         engine_kwargs=engine_kwargs,
-        concurrency=pool_sizes(engines, profile, math.ceil(rows / max(engines.batch_size, engines.max_num_seqs))),
-        batch_size=engines.batch_size,
+        concurrency=pool_sizes(engines, profile, math.ceil(rows / max(batch, engines.max_num_seqs))),
+        batch_size=batch,
         # Enough batches at once to fill the engine, and one more to be at hand when the first is done.
-        max_concurrent_batches=max(2, math.ceil(engines.max_num_seqs / engines.batch_size) + 1),
+        max_concurrent_batches=max(2, math.ceil(engines.max_num_seqs / batch) + 1),
         placement_group_config={
             "bundles": [dict(bundle) for _ in range(engines.tensor_parallel_size)],
             "strategy": engines.placement,
@@ -341,24 +346,26 @@ def _cpu_environment(profile: Profile) -> dict[str, str]:
     return {
         # vLLM would pin every engine of a node to the same cores; threads that wait for a busy core spin.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(profile.threads or max(1, math.floor(profile.engines.cpus))),
+        "OMP_NUM_THREADS": str(profile.threads_of(profile.engines)),
         # Without it the first request with log-probabilities waits for a C++ compilation of the sampler.
         "TORCH_COMPILE_DISABLE": "1",
     }
 
 
-def _engine_class(engine: type[Any], source: ModelSource, of_driver: Any) -> type[Any]:
+def _engine_class(engine: type[Any], source: ModelSource, of_driver: Any, notify: Notify) -> type[Any]:
     """The engine stage's class, for a model that may be on an object store and rows that may kill the engine.
 
     It loads its node's copy of the model. `of_driver` is the actor of `stages.attempts`: rows that ended engines
-    again and again are asked one at a time, and then not any more.
+    again and again are asked one at a time, and then not any more. Every answer is told of by `notify`.
     """
 
     class Engine(engine):
         def __init__(self, *arguments: Any, **named: Any) -> None:
             if source.folder is not None and not source.folder.is_local:
                 named["model"] = source.local_path()
+            notify(f"starting vLLM for {source.name}")
             super().__init__(*arguments, **named)
+            notify("vLLM is ready")
             self._one_at_a_time = asyncio.Lock()
 
         async def udf(self, batch: list[Row]) -> AsyncIterator[Row]:
@@ -368,7 +375,9 @@ def _engine_class(engine: type[Any], source: ModelSource, of_driver: Any) -> typ
             together = [row for _, row, verdict in asked if verdict == "together"]
             if together:
                 async for output in super().udf(together):
+                    notify.computed(1)
                     yield output
+                notify.computed(0, last=True)
                 await of_driver.end.remote([key for key, _, verdict in asked if verdict == "together"])
             for key, row, verdict in asked:
                 if verdict == "alone":

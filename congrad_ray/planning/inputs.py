@@ -14,7 +14,7 @@ from congrad_ray.planning.tokens import Lengths, assumed_lengths, with_measured
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Manifest, RunDirectory
-from congrad_ray.session import address_of, connect, machine, this_machine
+from congrad_ray.session import connect, machine, this_machine
 
 _FOLDERS = (
     ("generate", "responses"),
@@ -73,7 +73,7 @@ def where_it_runs(recipe: Recipe, profile: Profile, assumptions: Assumptions) ->
         return cluster_machine(profile.cluster)
     here = assumptions.machine_cpus is None and assumptions.machine_gpus is None
     cpus = most_cpus(recipe, profile)
-    if here and address_of(profile):
+    if here and profile.ray_address:
         connect(profile, cpus)
         return machine()
     found = this_machine(profile, cpus)

@@ -65,8 +65,8 @@ def sketch_memory(
 ) -> Memory:
     """A sketch replica with micro-batches as large as fit `available`, one pair at least."""
     settings, longest = recipe.sketch, 2 * recipe.model.max_length
-    devices = max(1, int(profile.sketchers.gpus))
-    wanted = max(1, settings.max_tokens_per_batch // longest)
+    devices, budget = max(1, int(profile.sketchers.gpus)), settings.batch_tokens(profile.device)
+    wanted = max(1, budget // longest)
     fixed = {
         "weights": float(shape.parameters * BYTES[recipe.model.dtype]),
         "sketch_tables": 0.0,  # the map works places out; see gradient.countsketch
@@ -90,7 +90,7 @@ def sketch_memory(
         return one
     fitting = max(1, int((available - one.peak) // one.parts["activations"]) + 1)
     note = f"micro-batches of {fitting * longest:,} tokens fit, not sketch.max_tokens_per_batch"
-    return memory(fitting, f"{note} = {settings.max_tokens_per_batch:,}")
+    return memory(fitting, f"{note} = {budget:,}")
 
 
 def training_memory(shape: ModelShape, recipe: Recipe, profile: Profile, assumptions: Assumptions) -> Memory:

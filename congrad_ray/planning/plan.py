@@ -124,7 +124,7 @@ def make_plan(
                 recipe,
                 lengths,
                 assumptions,
-                profile.engines.batch_size,
+                profile,
             )
             for count, every in zip(counts, rounds, strict=True)
         )

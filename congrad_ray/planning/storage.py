@@ -13,6 +13,7 @@ from congrad_ray.gradient.storage import to_storage
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.shape import BYTES, ModelShape
 from congrad_ray.planning.tokens import Lengths, StageCount
+from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Manifest, parquet_bytes
 from congrad_ray.tables import (
@@ -30,8 +31,9 @@ from congrad_ray.tables import (
 
 # 32 hexadecimal digits hold 16 bytes, and zstd finds nearly all of that.
 _ID_BYTES = 18.0
-# As the stages write them: stages.sketch._PAIRS_PER_TASK, stages.judge._ROWS_PER_PART.
+# As the stages write them: stages.sketch._PAIRS_PER_TASK and _TASK_BYTES, stages.judge._ROWS_PER_PART.
 _PAIRS_PER_PART, _JUDGEMENTS_PER_PART = 64, 4096
+_PART_BYTES = {"cpu": 2**15, "cuda": 2**21}
 
 
 def stage_bytes(
@@ -41,11 +43,11 @@ def stage_bytes(
     recipe: Recipe,
     lengths: Lengths,
     assumptions: Assumptions,
-    batch_size: int,
+    profile: Profile,
 ) -> float:
     """Bytes on disk of a stage of one iteration, when it is done; see also `checkpoint_bytes`.
 
-    `batch_size`: rows of a part that engines answer. Where a run has measured the bytes of a row, those are taken.
+    Where a run has measured the bytes of a row, those are taken.
     """
     stage = count.stage
     if stage == "train":
@@ -56,13 +58,19 @@ def stage_bytes(
     of_row = lengths.row_bytes.get(stage)
     if of_row is None:
         of_row = _row_bytes(stage, counts, recipe, lengths, assumptions)
-    parts = {
-        "generate": math.ceil(rows / batch_size),
-        "judge": math.ceil(count.rows / batch_size) + math.ceil(rows / _JUDGEMENTS_PER_PART),
-        "sketch": math.ceil(rows / _PAIRS_PER_PART),
-        "select": 2,
-        "evaluate": math.ceil(rows / batch_size),
-    }.get(stage, 1)
+    answers = {
+        "generate": recipe.generate.max_tokens,
+        "judge": recipe.judge.max_tokens if recipe.judge.method == "sampled" else 1,
+        "evaluate": recipe.evaluate.max_tokens,
+    }
+    parts = 2 if stage == "select" else 1
+    if stage in answers:
+        parts = math.ceil(count.rows / profile.engines.rows_per_batch(answers[stage]))
+    if stage == "judge":
+        parts += math.ceil(rows / _JUDGEMENTS_PER_PART)
+    if stage == "sketch":
+        text = assumptions.bytes_per_token * (lengths.prompt + 2 * lengths.paired_response)
+        parts = math.ceil(rows / max(1, min(_PAIRS_PER_PART, _PART_BYTES[profile.device] // text)))
     # The direction for each language, and the languages' gradients, in float32.
     direction = 8.0 * len(recipe.prompts.languages) * recipe.sketch.width if stage == "select" else 0.0
     return rows * of_row + parts * file_bytes(_schema(stage, recipe)) + direction

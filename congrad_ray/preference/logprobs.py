@@ -40,9 +40,7 @@ def _logit_scale_and_softcap(model: PreTrainedModel) -> tuple[float, float | Non
     return (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor), softcap
 
 
-def _token_logprobs(
-    hidden: Tensor, tokens: Tensor, embed: Product, scale: float, softcap: float | None
-) -> Tensor:
+def _token_logprobs(hidden: Tensor, tokens: Tensor, embed: Product, scale: float, softcap: float | None) -> Tensor:
     logits = embed(hidden)
     if scale != 1.0:
         logits = logits * scale
@@ -66,7 +64,7 @@ def _in_one_call(head: nn.Module, compute: Callable[[Product, Tensor], Tensor], 
     """
     own = head.forward
     replaced = vars(head).get("forward")  # accelerate, which spreads models over GPUs, puts its own there
-    head.forward = lambda states: compute(own, states)  # type: ignore[method-assign]
+    head.forward = lambda states: compute(own, states)
     try:
         found: Tensor = head(states)
         return found
@@ -123,10 +121,10 @@ def summed_logprobs(
     """Sums of log p(token | state) by row, (count,) float32, differentiable.
 
     `states` (M, hidden) are last hidden states, `tokens` (M,) the ids they are to predict and `rows` (M,) the row
-    from 0 to count - 1 that each adds to. Logits are formed `chunk_tokens` at a time (by default
-    `chunk_tokens_of` the vocabulary), so those of all tokens never exist together; in the backward they are computed again, unless the
-    output embedding is frozen: then its gradients are found in the forward. The log-softmax is float32 whatever
-    the model's dtype. Raises ValueError for models whose logits are scaled in a way not handled here.
+    from 0 to count - 1 that each adds to. Logits are formed `chunk_tokens` at a time (by default `chunk_tokens_of`
+    the vocabulary), so those of all tokens never exist together; in the backward they are computed again, unless
+    the output embedding is frozen: then its gradients are found in the forward. The log-softmax is float32
+    whatever the model's dtype. Raises ValueError for models whose logits are scaled in a way not handled here.
     """
     scale, softcap = _logit_scale_and_softcap(model)
     head = model.get_output_embeddings()

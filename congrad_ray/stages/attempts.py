@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from congrad_ray.stages.driver_actors import driver_actor
 from congrad_ray.stages.rows import failure
 
 Verdict = Literal["together", "alone", "never"]
@@ -50,23 +51,9 @@ class Attempts:
         return "alone" if self._together[key] >= _DEATHS_TOGETHER else "together"
 
 
-_actors: dict[tuple[str, str], Any] = {}
-
-
 def attempts() -> Any:
-    """The actor of this driver on the connected Ray. It takes no CPU and lives where the driver does."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    context = ray.get_runtime_context()
-    # Every Ray counts its jobs from 1, and a handle of another Ray ends this process; a node's id is its own.
-    here = (context.get_node_id(), context.get_job_id())
-    if here not in _actors:
-        _actors.clear()  # of a Ray that this process was connected to before
-        with_driver = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True)
-        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": with_driver}
-        _actors[here] = ray.remote(Attempts).options(**options).remote()
-    return _actors[here]
+    """The actor of the connected Ray's driver."""
+    return driver_actor(Attempts)
 
 
 def attempt(actor: Any, keys: Sequence[str], work: Callable[[list[int]], None]) -> list[int]:

@@ -11,6 +11,7 @@ from congrad_ray.metrics import Meter
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import RunDirectory, StageFolder
+from congrad_ray.stages.notices import Notify, notify_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class Context:
     meter: Meter = field(default_factory=Meter)
     progressed: Callable[[], None] = lambda: None
     """To be called whenever something has come of the work; a stage where nothing does for long is stopped."""
+
+    def notify(self) -> Notify:
+        """For this stage's workers: what they say comes to `log` while the stage follows them."""
+        return notify_of(self.output.path)
 
     def input(self, folder: str, iteration: int | None = None) -> StageFolder:
         """The folder of a stage of this iteration (or of `iteration`)."""

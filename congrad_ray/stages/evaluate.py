@@ -115,7 +115,17 @@ def _answer(context: Context, source: ModelSource, model: str) -> int:
     if len(done) < len(expected):
         context.log(f"answers of {model}")
         requests = read_requests(context.prompts, questions_of, pa.schema([*fields, PROMPTS.field("task")]), done)
-        answers = complete(requests, len(expected) - len(done), source, context.profile, request, answer, ANSWERS)
+        answers = complete(
+            requests,
+            len(expected) - len(done),
+            source,
+            context.profile,
+            request,
+            answer,
+            ANSWERS,
+            how.max_tokens,
+            context.notify(),
+        )
         with engine_failures():
             write_rows(answers, context, ANSWERS, "answer_id", len(expected) - len(done), _counted)
     return len(expected)
@@ -174,7 +184,17 @@ def _compare(context: Context, answers: list[Row], model: str) -> list[Row]:
         source = policy(recipe, context.run, 0) if judge == "start" else judge_source(judge, recipe)
         context.log(f"{len(missing)} comparisons by {source.name}")
         dataset = ray.data.from_arrow(pa.Table.from_pylist(missing))
-        compared = complete(dataset, len(missing), source, context.profile, request, answer, COMPARISONS)
+        compared = complete(
+            dataset,
+            len(missing),
+            source,
+            context.profile,
+            request,
+            answer,
+            COMPARISONS,
+            recipe.evaluate.judge_max_tokens,
+            context.notify(),
+        )
         with engine_failures():
             write_rows(compared, replace(context, output=output), COMPARISONS, "comparison_id", len(missing))
     return output.read_table().to_pylist() if output.parts() else []

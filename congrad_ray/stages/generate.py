@@ -62,7 +62,17 @@ def run(context: Context) -> Outcome:
     if len(done) < total:
         requests = read_requests(context.prompts, samples_of, requests_schema, done)
         model = policy(recipe, context.run, iteration)
-        answers = complete(requests, total - len(done), model, context.profile, request, answer, RESPONSES)
+        answers = complete(
+            requests,
+            total - len(done),
+            model,
+            context.profile,
+            request,
+            answer,
+            RESPONSES,
+            sampling.max_tokens,
+            context.notify(),
+        )
         with engine_failures():
             write_rows(answers, context, RESPONSES, "response_id", total - len(done), _counted)
     return outcome_of(output, "response_id", _counters(output), total)

@@ -105,7 +105,18 @@ def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], m
     schema = pa.schema([JUDGEMENT_SAMPLES.field("judgement_id"), *(RESPONSES.field(name) for name in columns)])
     requests = read_requests(responses, judgements_of, schema, done)
     scored = [token for spellings in tokens for token in spellings]
-    answers = complete(requests, missing, source, context.profile, request, answer, JUDGEMENT_SAMPLES, scored)
+    answers = complete(
+        requests,
+        missing,
+        source,
+        context.profile,
+        request,
+        answer,
+        JUDGEMENT_SAMPLES,
+        1 if by_distribution else judge.max_tokens,
+        context.notify(),
+        scored,
+    )
     answers = answers.map_batches(keep_failed, batch_format="pyarrow", batch_size=None)
     with engine_failures():
         write_rows(answers, context, JUDGEMENT_SAMPLES, "judgement_id", missing, _counted)

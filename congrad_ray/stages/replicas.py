@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from congrad_ray.logs import Log
 from congrad_ray.models import ModelSource
 from congrad_ray.preference.tokenization import (
     MissingChatTemplate,
@@ -21,6 +20,7 @@ from congrad_ray.preference.tokenization import (
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Folder
 from congrad_ray.stages.attempts import attempt, killed_worker
+from congrad_ray.stages.notices import Notify
 from congrad_ray.stages.rows import FAILURE, FAILURE_FIELD, failure
 from congrad_ray.tables import sketch_bytes, sketches_schema
 
@@ -48,8 +48,17 @@ class Replica:
     """A model replica in an actor: reads rows of pairs, puts aside those it cannot use, forms micro-batches."""
 
     def __init__(
-        self, source: ModelSource, recipe: Recipe, device: str, devices: int, threads: int, log: Log = print
+        self,
+        source: ModelSource,
+        recipe: Recipe,
+        device: str,
+        devices: int,
+        threads: int,
+        notify: Notify | None = None,
     ) -> None:
+        self._notify = notify or Notify()
+        self._notify.forward_warnings()
+        self._notify(f"loading {source.name} on each {device} replica")
         import torch
 
         from congrad_ray.gradient.capture import GradientCapture
@@ -57,7 +66,6 @@ class Replica:
         if device == "cpu":
             torch.set_num_threads(threads)
         self.recipe = recipe
-        self._log = log
         settings = recipe.sketch
         self._tokenizer = source.load_tokenizer()
         pad = self._tokenizer.pad_token_id
@@ -70,8 +78,8 @@ class Replica:
             pad,
         )
         if self.capture.why_not_shared is not None:
-            log(f"prompts are computed twice, once for each response: {self.capture.why_not_shared}")
-        self.max_tokens = settings.max_tokens_per_batch
+            self._notify(f"prompts are computed twice, once for each response: {self.capture.why_not_shared}")
+        self.max_tokens = settings.batch_tokens(device)
 
     def micro_batches(
         self, rows: list[dict[str, Any]], failures: dict[int, dict[str, str]]
@@ -139,9 +147,9 @@ class SketchReplica(Replica):
         exact: Folder | None = None,
         attempts: Any = None,
         write: Callable[[pa.Table], pa.Table] = lambda rows: rows,
-        log: Log = print,
+        notify: Notify | None = None,
     ) -> None:
-        super().__init__(source, recipe, device, devices, threads, log)
+        super().__init__(source, recipe, device, devices, threads, notify)
         self._write = write
         self._audited = audited
         self._attempts = attempts
@@ -150,6 +158,7 @@ class SketchReplica(Replica):
             self._sketch = _count_sketch(recipe, list(self.capture.layers))
             width = settings.width
             self._limit_memory()
+            self._notify("sketching")
         else:
             self._vectors, self._basis = _load_language_gradients(exact, device)
             width = self._basis.shape[1]
@@ -173,6 +182,7 @@ class SketchReplica(Replica):
         else:
             for place in attempt(self._attempts, batch["pair_id"].to_pylist(), work):
                 results[place][FAILURE] = killed_worker()
+        self._notify.computed(0, last=True)
         return self._write(pa.Table.from_pylist(results, schema=self._schema))
 
     def _work(self, rows: list[dict[str, Any]], results: list[dict[str, Any]], members: MicroBatch) -> None:
@@ -188,14 +198,18 @@ class SketchReplica(Replica):
             found, said = None, str(error)
         if found is not None:
             self._enter(results, members, found)
+            self._notify.computed(len(members.pairs))
             return
         # Outside of the except clause: the error is gone, and with it the tensors that its frames held.
         tokens = sum(pair.padded_tokens for pair in members.pairs)
         if len(members.pairs) == 1:
             results[members.rows[0]][FAILURE] = failure("out_of_memory", f"a pair of {tokens} tokens: {said}")
+            self._notify.computed(1)
             return
         self.max_tokens = max(1, tokens // 2)
-        self._log(f"a micro-batch of {tokens} tokens did not fit the memory; from now on {self.max_tokens} tokens")
+        self._notify(
+            f"a micro-batch of {tokens} tokens did not fit the memory; from now on {self.max_tokens} tokens"
+        )
         middle = len(members.pairs) // 2
         for part in (slice(middle), slice(middle, None)):
             pairs = members.pairs[part]
@@ -233,11 +247,15 @@ class SketchReplica(Replica):
 
     def _sketched(self, tokens: PairTokens, audited: bool) -> Found:
         from congrad_ray.gradient.audit import cosines_with_others
-        from congrad_ray.gradient.exact import gram_matrix
-        from congrad_ray.gradient.sketcher import sketch_pairs
+        from congrad_ray.gradient.sketcher import audited_sketches, sketch_pairs
         from congrad_ray.gradient.storage import to_storage
 
-        result = sketch_pairs(self.capture, self._sketch, tokens, self._compute_dtype())
+        arguments = (self.capture, self._sketch, tokens, self._compute_dtype())
+        gram: torch.Tensor | None = None
+        if audited and tokens.pairs > 1:
+            result, gram = audited_sketches(*arguments)
+        else:
+            result = sketch_pairs(*arguments)
         stored, scales = to_storage(result.sketches, self.recipe.sketch.dtype)
         found = {
             "stored": stored,
@@ -245,9 +263,9 @@ class SketchReplica(Replica):
             "norms": result.norms.cpu().numpy(),
             "logps": np.concatenate([result.chosen_logps.cpu().numpy(), result.rejected_logps.cpu().numpy()]),
         }
-        if audited and tokens.pairs > 1:
+        if gram is not None:
             numbers = stored.astype(np.float64) * scales[:, None]
-            found["audit_exact"] = cosines_with_others(gram_matrix(self.capture, tokens).cpu().numpy())
+            found["audit_exact"] = cosines_with_others(gram.cpu().numpy())
             found["audit_sketched"] = cosines_with_others(numbers @ numbers.T)
         return Found(**found)
 
@@ -269,12 +287,15 @@ class SketchReplica(Replica):
         from congrad_ray.gradient.memory import fitting_token_budget
         from congrad_ray.gradient.sketcher import sketch_pairs
 
+        length = self.recipe.model.max_length
+        self._notify(f"measuring the memory that a pair of up to model.max_length = {length} tokens takes")
+
         def work(tokens: PairTokens) -> object:
             return sketch_pairs(self.capture, self._sketch, tokens, self._compute_dtype())
 
-        fitting = fitting_token_budget(self.capture, work, self.max_tokens, self.recipe.model.max_length)
+        fitting = fitting_token_budget(self.capture, work, self.max_tokens, length)
         if fitting < self.max_tokens:
-            self._log(
+            self._notify(
                 f"micro-batches of sketch.max_tokens_per_batch = {self.max_tokens} tokens do not fit the memory; "
                 f"they are made with {fitting}"
             )
@@ -298,9 +319,9 @@ class SummingReplica(Replica):
         devices: int,
         threads: int,
         languages: list[str],
-        log: Log = print,
+        notify: Notify | None = None,
     ) -> None:
-        super().__init__(source, recipe, device, devices, threads, log)
+        super().__init__(source, recipe, device, devices, threads, notify)
         from congrad_ray.gradient.memory import free_memory
 
         entries = sum(layer.get_parameter("weight").numel() for layer in self.capture.layers.values())

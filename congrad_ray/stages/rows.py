@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from congrad_ray.logs import Log
 from congrad_ray.metrics import COUNTERS, Meter
 from congrad_ray.rundir import Folder, RunDirectoryError, StageFolder
 from congrad_ray.stages.base import Context, Outcome
+from congrad_ray.stages.notices import heard
 from congrad_ray.tables import quarantined, row_id, table_of
 
 if TYPE_CHECKING:
@@ -34,13 +36,14 @@ def failure(reason: str, detail: object) -> dict[str, str]:
 
 
 def read_missing_batches(
-    folder: Folder, output: StageFolder, id_column: str, batch_size: int
-) -> tuple[Dataset, int]:
-    """A Ray dataset of the rows of `folder`, in which a block is a batch, and how many rows are to be done.
+    folder: Folder, output: StageFolder, id_column: str, batch_size: int, batch_bytes: int
+) -> tuple[Dataset, int, int]:
+    """A Ray dataset of the rows of `folder` that are to be done, how many they are, and in how many batches.
 
-    Batches are consecutive rows of one file, and those of which all rows are in `output` are left out. Which rows
-    go together does not depend on what is done already, so that results whose last bits depend on their company
-    are the same after a kill: a batch is the unit of work.
+    A block is a batch: consecutive rows of one file, `batch_size` of them, or fewer where rows of the file's mean
+    size would be more than `batch_bytes`. Those of which all rows are in `output` are left out. Which rows go
+    together does not depend on what is done already, so that results whose last bits depend on their company are
+    the same after a kill: a batch is the unit of work.
     """
     import ray
 
@@ -48,18 +51,25 @@ def read_missing_batches(
     batches, missing = [], 0
     for path in folder.files(".parquet"):
         ids = folder.read_parquet(path, [id_column])[0].to_pylist()
-        for start in range(0, len(ids), batch_size):
-            new = sum(identifier not in done for identifier in ids[start : start + batch_size])
+        size = max(1, min(batch_size, batch_bytes * len(ids) // max(1, text_bytes(folder, path))))
+        for start in range(0, len(ids), size):
+            new = sum(identifier not in done for identifier in ids[start : start + size])
             missing += new
             if new:
-                batches.append({"path": path, "start": start})
+                batches.append({"path": path, "start": start, "stop": start + size})
 
     def read(batch: dict[str, Any]) -> pa.Table:
-        start = int(batch["start"][0])
-        return read_slice(folder, str(batch["path"][0]), start, start + batch_size)
+        return read_slice(folder, str(batch["path"][0]), int(batch["start"][0]), int(batch["stop"][0]))
 
     dataset = ray.data.from_items(batches, override_num_blocks=max(1, len(batches)))
-    return dataset.map_batches(read, batch_format="numpy", batch_size=None), missing
+    return dataset.map_batches(read, batch_format="numpy", batch_size=None), missing, len(batches)
+
+
+def text_bytes(folder: Folder, path: str) -> int:
+    """Bytes of the rows of a Parquet file of texts before compression, from its footer."""
+    with folder.filesystem.open_input_file(path) as stream:
+        metadata = pq.ParquetFile(stream).metadata
+    return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
 
 
 def read_slice(folder: Folder, path: str, start: int, stop: int) -> pa.Table:
@@ -145,14 +155,20 @@ def follow(parts: Dataset, context: Context, total: int) -> None:
     limit = max(_FEW, context.recipe.limits.failed_share * (total + output.rows_so_far() + failed_before))
     progress = Progress(context.log, total)
     parts.set_name(f"{context.meter.stage}_{context.iteration}")
-    for part in parts.iter_rows():
-        counts = json.loads(part["counts"])
-        tokens = sum(number for name, _, number in counts if name == "congrad_tokens")
-        progress.add(part["written"], part["failed"], tokens)
+
+    def computed(rows: int) -> None:
+        progress.computed(rows)
         context.progressed()
-        _measure(context.meter, part["written"], part["failed"], counts, progress.left)
-        if failed_before + progress.failed > limit:
-            raise RunDirectoryError(_too_many_failed(output, context.recipe.limits.failed_share))
+
+    with heard(context.notify(), context.log, computed):
+        for part in parts.iter_rows():
+            counts = json.loads(part["counts"])
+            tokens = sum(number for name, _, number in counts if name == "congrad_tokens")
+            progress.add(part["written"], part["failed"], tokens)
+            context.progressed()
+            _measure(context.meter, part["written"], part["failed"], counts, progress.left)
+            if failed_before + progress.failed > limit:
+                raise RunDirectoryError(_too_many_failed(output, context.recipe.limits.failed_share))
 
 
 def _counts(rows: Sequence[Mapping[str, Any]], counted: Counted) -> list[tuple[str, str, int]]:
@@ -224,12 +240,19 @@ def _remove_seen(folder: Folder, paths: Sequence[str], id_column: str, seen: set
 
 
 class Progress:
-    """Prints rows done, rate and time left at most every few seconds."""
+    """Prints rows done, rate and time left at most every few seconds.
+
+    The clock starts with the first sign of work: what it took to start engines and load models tells nothing of
+    the time left. Rows that are computed and not yet written count too; of many at once none may be written yet.
+    """
 
     def __init__(self, log: Log, total: int, every_seconds: float = 10.0) -> None:
         self._log, self._total, self._every = log, total, every_seconds
-        self._written = self.failed = self._tokens = 0
-        self._start = self._last = time.monotonic()
+        self._written = self.failed = self._tokens = self._computed = 0
+        self._start: float | None = None
+        self._at_start = 0
+        self._last = time.monotonic()
+        self._lock = threading.Lock()
 
     @property
     def left(self) -> int:
@@ -237,17 +260,34 @@ class Progress:
         return max(0, self._total - self._written - self.failed)
 
     def add(self, written: int, failed: int = 0, tokens: int = 0) -> None:
-        self._written += written
-        self.failed += failed
-        self._tokens += tokens
+        """So many more rows are written, or in quarantine."""
+        with self._lock:
+            self._written += written
+            self.failed += failed
+            self._tokens += tokens
+            self._tell()
+
+    def computed(self, rows: int) -> None:
+        """So many rows in all have been computed, some of which may be written by now."""
+        with self._lock:
+            self._computed = rows
+            self._tell()
+
+    def _tell(self) -> None:
         now = time.monotonic()
-        done = self._written + self.failed
-        if now - self._last < self._every and done < self._total:
+        finished = self._written + self.failed
+        done = min(self._total, max(finished, self._computed))
+        if self._start is None:
+            self._start, self._at_start = now, done
+        if now - self._last < self._every and finished < self._total:
             return
         self._last = now
-        seconds = max(now - self._start, 1e-9)
-        rate = done / seconds
-        left = (self._total - done) / rate if rate else 0.0
-        failed_text = f", {self.failed} failed" if self.failed else ""
-        token_text = f", {self._tokens / seconds:.0f} tokens/s" if self._tokens else ""
-        self._log(f"{done}/{self._total} rows{failed_text}, {rate:.1f} rows/s{token_text}, {left:.0f} s left")
+        seconds = now - self._start
+        rate = (done - self._at_start) / seconds if seconds > 1.0 else 0.0
+        text = f"{done}/{self._total} rows"
+        text += f", {self.failed} failed" if self.failed else ""
+        if rate:
+            text += f", {rate:.2g} rows/s" if rate < 10 else f", {rate:.0f} rows/s"
+            text += f", {self._tokens / seconds:.0f} tokens/s" if self._tokens else ""
+            text += f", {(self._total - done) / rate:.0f} s left" if done < self._total else ""
+        self._log(text)

@@ -17,8 +17,9 @@ from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Folder, RunDirectoryError
 from congrad_ray.stages.attempts import attempts
 from congrad_ray.stages.base import Context, Outcome, Stage
+from congrad_ray.stages.notices import heard
 from congrad_ray.stages.replicas import LANGUAGE_GRADIENTS, SketchReplica, SummingReplica
-from congrad_ray.stages.rows import PartWriter, Progress, follow, outcome_of, read_missing_batches
+from congrad_ray.stages.rows import PartWriter, Progress, follow, outcome_of, read_missing_batches, text_bytes
 from congrad_ray.tables import MESSAGES, sketches_schema
 
 if TYPE_CHECKING:
@@ -26,9 +27,15 @@ if TYPE_CHECKING:
 
     from congrad_ray.gradient.exact import LayerVectors
 
+# What a kill can cost, and what a part holds: so many pairs, or of long ones so many bytes of text. On a CPU that
+# is a minute of work or so for a model of some hundred million parameters.
 _PAIRS_PER_TASK = 64
-# About the pairs of a micro-batch; one drawn pair has its whole micro-batch audited.
+_TASK_BYTES = {"cpu": 2**15, "cuda": 2**21}
+# About the pairs of a micro-batch; one drawn pair has its whole micro-batch audited, which takes up to half as
+# long again. So a sixth of the micro-batches is a twelfth of the time.
 _PAIRS_PER_AUDIT = 8
+_AUDITED_SHARE = 1 / 6
+_BYTES_PER_TOKEN = 4  # of UTF-8, on the high side for text in many scripts
 
 
 def run(context: Context) -> Outcome:
@@ -43,28 +50,30 @@ def run(context: Context) -> Outcome:
     schema = pq.read_schema(pairs.files(".parquet")[0], filesystem=pairs.filesystem)
     if schema.field("prompt").type == MESSAGES:
         chat_prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
-    threads = context.profile.threads or max(1, int(pool.cpus))
-    model = (source, recipe, context.profile.device, max(1, int(pool.gpus)), threads)
-    dataset, missing = read_missing_batches(pairs, context.output, "pair_id", _PAIRS_PER_TASK)
+    device, threads = context.profile.device, context.profile.threads_of(pool)
+    model = (source, recipe, device, max(1, int(pool.gpus)), threads)
+    dataset, missing, batches = read_missing_batches(
+        pairs, context.output, "pair_id", _PAIRS_PER_TASK, _TASK_BYTES[device]
+    )
     if missing:
         ids = pairs.read_table(["pair_id", "language"])
         languages = sorted(set(ids["language"].to_pylist()))
         exact = recipe.sketch.method == "exact"
         if exact and not context.output.exists(LANGUAGE_GRADIENTS):
-            _sum_languages(context, dataset, missing, languages, model)
-        least, most = pool_sizes(pool, context.profile, math.ceil(missing / _PAIRS_PER_TASK))
+            _sum_languages(context, dataset, missing, batches, languages, model)
+        least, most = pool_sizes(pool, context.profile, batches)
         width = len(languages) if exact else recipe.sketch.width
         schema = sketches_schema(width, recipe.sketch.stored_dtype)
         parts = dataset.map_batches(
             SketchReplica,
             fn_constructor_args=(
                 *model,
-                frozenset() if exact else _drawn_for_audit(recipe, ids["pair_id"].to_pylist()),
+                frozenset() if exact else _drawn_for_audit(recipe, pairs, ids["pair_id"].to_pylist(), device),
                 context.output if exact else None,
                 attempts(),
                 # By the replica itself: a batch is safe once it is computed and goes through no other process.
                 PartWriter(context.output, schema, "pair_id", _counted),
-                context.log,
+                context.notify(),
             ),
             batch_format="pyarrow",
             batch_size=None,
@@ -79,6 +88,8 @@ def run(context: Context) -> Outcome:
         raise RunDirectoryError(f"not one pair could be sketched: {context.output.quarantine_counts()}")
     summary = _summary(context.output)
     context.output.write_json("summary.json", summary)
+    if summary["audit"] is None and recipe.sketch.audit_pairs and recipe.sketch.method == "count_sketch":
+        context.log("no audit: the stage is so short that one would take more than a tenth of it, or every pair")
     if summary["audit"]:
         context.log(
             "audit: cosines of {pairs} pairs differ from exact ones by {error:.4f} (root mean square), rank "
@@ -96,8 +107,11 @@ def _counted(row: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def _drawn_for_audit(recipe: Recipe, ids: list[str]) -> frozenset[str]:
-    count = min(len(ids), math.ceil(recipe.sketch.audit_pairs / _PAIRS_PER_AUDIT))
+def _drawn_for_audit(recipe: Recipe, pairs: Folder, ids: list[str], device: str) -> frozenset[str]:
+    """Pairs whose micro-batches are audited: as many as asked for, within a tenth of the stage's time."""
+    tokens = sum(text_bytes(pairs, path) for path in pairs.files(".parquet")) / _BYTES_PER_TOKEN
+    batches = int(_AUDITED_SHARE * tokens / recipe.sketch.batch_tokens(device))
+    count = min(len(ids), batches, math.ceil(recipe.sketch.audit_pairs / _PAIRS_PER_AUDIT))
     return frozenset(random.Random(recipe.sketch.seed).sample(sorted(ids), count))
 
 
@@ -122,7 +136,7 @@ def _summary(output: Folder) -> dict[str, Any]:
 
 
 def _sum_languages(
-    context: Context, dataset: Dataset, total: int, languages: list[str], model: tuple[Any, ...]
+    context: Context, dataset: Dataset, total: int, batches: int, languages: list[str], model: tuple[Any, ...]
 ) -> None:
     """First pass of the exact method: writes the mean of c * u of every language, whole, to the stage's folder."""
     import ray
@@ -132,7 +146,7 @@ def _sum_languages(
 
     profile = context.profile
     pool = profile.sketchers
-    least, most = pool_sizes(pool, profile, math.ceil(total / _PAIRS_PER_TASK))
+    least, most = pool_sizes(pool, profile, batches)
     have = ray.cluster_resources()
     fitting = [int((have.get("CPU", 0) - profile.data_cpus) // pool.cpus)]
     if pool.gpus:
@@ -141,13 +155,14 @@ def _sum_languages(
     replica: Any = ray.remote(SummingReplica).options(
         num_cpus=pool.cpus, num_gpus=pool.gpus or None, memory=pool.memory_bytes, resources=pool.resources or None
     )
-    actors = [replica.remote(*model, languages, context.log) for _ in range(count)]
+    actors = [replica.remote(*model, languages, context.notify()) for _ in range(count)]
     context.log("first of two passes: the languages' gradients")
     progress = Progress(context.log, total)
-    batches: Any = dataset.iter_batches(batch_format="pyarrow", batch_size=_PAIRS_PER_TASK)
-    for rows in ActorPool(actors).map_unordered(lambda actor, batch: actor.add.remote(batch), batches):
-        progress.add(rows)
-        context.progressed()
+    tables: Any = dataset.iter_batches(batch_format="pyarrow", batch_size=None)
+    with heard(context.notify(), context.log):
+        for rows in ActorPool(actors).map_unordered(lambda actor, table: actor.add.remote(table), tables):
+            progress.add(rows)
+            context.progressed()
     sums: LayerVectors = {}
     counts = np.zeros(len(languages))
     for actor in actors:

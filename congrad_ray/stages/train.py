@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -16,6 +15,7 @@ from congrad_ray.models import policy, policy_input
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Folder
 from congrad_ray.stages.base import Context, Outcome, Stage
+from congrad_ray.stages.notices import heard
 from congrad_ray.training.loop import FAILURE, REFERENCE_GAP, TrainingJob, train_worker
 from congrad_ray.training.metrics import Row, read_metrics
 from congrad_ray.training.schedule import TrainingError, make_schedule
@@ -58,7 +58,8 @@ def run(context: Context) -> Outcome:
         policy=source,
         selection=selection,
         output=context.output,
-        threads=context.profile.threads or max(1, math.floor(workers.cpus)),
+        threads=context.profile.threads_of(workers),
+        notify=context.notify(),
     )
     context.log(
         f"{pairs} pairs, {schedule.total_steps} steps of up to {train.batch_size} pairs: {workers.num_workers} "
@@ -71,7 +72,10 @@ def run(context: Context) -> Outcome:
             f"pairs in steps of up to train.batch_size {train.batch_size} make passes of {busy} pairs at most; "
             "lower trainers.num_workers in the profile, or raise train.batch_size"
         )
-    with _progress(context, schedule.total_steps):
+    with (
+        _progress(context, schedule.total_steps),
+        heard(job.notify, context.log, lambda pairs: context.progressed()),
+    ):
         _fit(context, job)
     rows = read_metrics(context.output)
     (context.output / _RAY_TRAIN).delete()

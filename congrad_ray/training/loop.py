@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -20,6 +20,7 @@ from congrad_ray.preference.loss import dpo_loss
 from congrad_ray.preference.tokenization import tokenize_pair
 from congrad_ray.recipe import Train
 from congrad_ray.rundir import Folder
+from congrad_ray.stages.notices import Notify
 from congrad_ray.training.engine import (
     consolidated_weights,
     gradient_norm,
@@ -58,6 +59,7 @@ class TrainingJob:
     selection: Folder  # holds selected.parquet
     output: Folder
     threads: int
+    notify: Notify = field(default_factory=Notify)
 
 
 class NotFinite(ArithmeticError):
@@ -126,6 +128,8 @@ def train_alone(job: TrainingJob) -> PreTrainedModel:
 
 
 def _start(job: TrainingJob, device: torch.device, rank: int) -> _Worker:
+    job.notify.forward_warnings()
+    job.notify(f"loading {job.policy.name} on each worker")
     torch.set_num_threads(job.threads)
     os.environ["DS_ACCELERATOR"] = device.type
     engine, model = start_engine(job.train, job.schedule, job.policy, device)
@@ -185,6 +189,7 @@ def _optimiser_step(worker: _Worker, step: int) -> tuple[Row, float]:
         # DeepSpeed averages over passes and workers; we want the mean over the pairs of the batch.
         weight = schedule.accumulation * schedule.workers / len(batch) if share else 0.0
         engine.backward(losses.sum() * weight)
+        worker.job.notify.computed(len(share))
         if share:
             sums += pass_sums
             finite = torch.isfinite(losses).tolist()

@@ -101,7 +101,7 @@ def rows(folder: Path, pairs: int, rounds: int) -> dict[str, Any]:
         measure(
             f"{name}: all that is missing",
             lambda run=parts: read_missing_batches(  # type: ignore[misc]
-                run.stage("pairs", 0), run.stage("sketches", 0), "pair_id", _PAIRS_PER_BATCH
+                run.stage("pairs", 0), run.stage("sketches", 0), "pair_id", _PAIRS_PER_BATCH, 2**40
             ),
         )
         measure(f"{name}: doubled rows", lambda done=sketches: outcome_of(done, "pair_id"))  # type: ignore[misc]

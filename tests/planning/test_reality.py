@@ -21,7 +21,6 @@ from congrad_ray.preference.tokenization import chat_prompt_ids, load_tokenizer
 from congrad_ray.profile import load_profile
 from congrad_ray.recipe import Recipe, load_recipe
 from congrad_ray.rundir import RunDirectory
-from congrad_ray.session import CPU_ALLOCATOR
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
@@ -102,9 +101,9 @@ def predicted(run: RunDirectory, recipe: Recipe) -> tuple[dict[str, StageCount],
     counts = {c.stage: c for c in stage_counts(recipe, lengths, Assumptions(bytes_per_token=instruction))}
     shape = read_shapes(recipe).policy
     assumptions = Assumptions(bytes_per_token=text)
-    batch_size = load_profile("local").engines.batch_size
+    profile = load_profile("local")
     stored = {
-        stage: stage_bytes(counts[stage], counts, shape, recipe, lengths, assumptions, batch_size)
+        stage: stage_bytes(counts[stage], counts, shape, recipe, lengths, assumptions, profile)
         for stage in FOLDERS
     }
     return counts, stored
@@ -206,7 +205,7 @@ def test_peak_memory_of_a_replica_on_the_cpu(what: str, model: Path, tmp_path: P
         str(length),
         str(tmp_path),
     ]
-    environment = {**os.environ, **CPU_ALLOCATOR, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False, timeout=1500)
     assert result.returncode == 0, result.stderr
     peak = json.loads(result.stdout.splitlines()[-1])["peak"]

@@ -66,7 +66,7 @@ def test_rows_that_kill_their_workers_are_set_apart_and_no_other_is_lost(tmp_pat
     poison = frozenset(["03", "17", "18"])
     notes = tmp_path / "notes"
     notes.mkdir()
-    dataset, missing = read_missing_batches(source, context.output, "id", 8)
+    dataset, missing, _ = read_missing_batches(source, context.output, "id", 8, 2**30)
     done = dataset.map_batches(
         Killed,
         fn_constructor_args=(attempts(), poison, notes),
@@ -111,7 +111,7 @@ def test_batches_do_not_depend_on_what_is_done(tmp_path: Path) -> None:
     batches += [ids[start : start + 64] for start in range(1500, 2500, 64)]
 
     def found() -> list[list[str]]:
-        dataset, missing = read_missing_batches(source, output, "id", 64)
+        dataset, missing, _ = read_missing_batches(source, output, "id", 64, 2**30)
         blocks = [ray.get(ref)["id"].to_pylist() for ref in dataset.to_arrow_refs()]
         assert missing <= sum(map(len, blocks))
         return sorted(block for block in blocks if block)
@@ -123,3 +123,17 @@ def test_batches_do_not_depend_on_what_is_done(tmp_path: Path) -> None:
     for batch in batches:
         output.write_table(f"{batch[0]}.parquet", pa.table({"id": batch, "language": ["en"] * len(batch)}))
     assert found() == []
+
+
+def test_batches_of_long_rows_are_smaller(tmp_path: Path) -> None:
+    connect(Profile(name="test"), 2)
+    run = RunDirectory.open(tmp_path)
+    source, output = run.stage("source", 0), run.stage("rows", 0)
+    for name, text in (("long", "x" * 1000), ("short", "x")):
+        rows = pa.table(
+            {"id": [f"{name}{number}" for number in range(40)], "text": [f"{text}{n}" for n in range(40)]}
+        )
+        source.write_table(f"{name}.parquet", rows)
+    dataset, missing, batches = read_missing_batches(source, output, "id", 64, 5000)
+    sizes = sorted(batch["id"].count() for batch in dataset.iter_batches(batch_format="pandas", batch_size=None))
+    assert missing == 80 and batches == len(sizes) and sizes[-1] == 40 and 2 <= sizes[0] <= sizes[-2] <= 5

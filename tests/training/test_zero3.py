@@ -1,4 +1,4 @@
-"""ZeRO 3 on two workers whose completions differ in length, with an output embedding that is really partitioned."""
+"""ZeRO 3 on two workers whose completions differ in length, with an output embedding that is partitioned."""
 
 from __future__ import annotations
 
