@@ -127,7 +127,7 @@ def test_a_recipe_is_rehearsed(path: Path, tmp_path: Path) -> None:
             "train.save_steps=1",
         ],
     )
-    profile, run, count = load_profile("local"), RunDirectory.open(tmp_path / "run"), 12
+    profile, run, count = load_profile("local"), RunDirectory.open(tmp_path / "run"), 8
     assert profile.trainers.num_workers == 2
     pairs = run.stage("pairs", 0)
     rows = pairs_of(AutoConfig.from_pretrained(model).vocab_size, count)
