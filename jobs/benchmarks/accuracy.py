@@ -78,34 +78,6 @@ class Way:
         return f"two-sided {self.side} x {self.side}" if self.side else f"count-sketch fold {self.fold}"
 
 
-class _Cached(CountSketch):
-    """A count-sketch that keeps, on a GPU, where the entries of every layer go."""
-
-    def __init__(self, width: int, seed: int, fold: FoldRule) -> None:
-        super().__init__(width, seed, fold)
-        self._places: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def add_(self, table: Tensor, name: str, folded: Tensor) -> None:
-        if not folded.is_cuda:
-            super().add_(table, name, folded)
-            return
-        entries = folded.flatten(1)
-        if name not in self._places:
-            self._places[name] = self._where(name, entries)
-        place, signs = self._places[name]
-        padded = torch.nn.functional.pad(entries, (0, len(place) * self.part - entries.shape[1]))
-        values = padded.unflatten(1, (len(place), self.part))
-        table[:, 0, : self.part] += (values.gather(2, place.expand_as(values)) * signs).sum(1)
-
-    def _where(self, name: str, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """As `CountSketch._all_chunks` works it out: (chunks, width) each."""
-        chunks = self._chunks_of(name, entries.shape[1])
-        bucket = torch.arange(self.part, device=entries.device)
-        place = (bucket - chunks.shifts.to(bucket.device)[:, None]) % self.part
-        signs = self._sign_table.to(bucket.device)[place + chunks.windows.to(bucket.device)[:, None]]
-        return place, (signs * chunks.signs.to(bucket.device)[:, None]).to(torch.int8)
-
-
 class _Projection:
     """Two-sided projections of every layer, one after the other."""
 
@@ -134,7 +106,7 @@ class Sketchers:
     """All ways at once. Ways of one fold and seed share the folded gradients."""
 
     def __init__(self, ways: Sequence[Way], layers: Sequence[str]) -> None:
-        self._counts = {way: _Cached(way.width, way.seed, _fold_rule(way.fold)) for way in ways if way.fold}
+        self._counts = {way: CountSketch(way.width, way.seed, _fold_rule(way.fold)) for way in ways if way.fold}
         self._projections = {way: _Projection(way.side, layers) for way in ways if way.side}
         self._shared: dict[tuple[str, int], list[Way]] = {}
         for way in self._counts:
