@@ -78,7 +78,8 @@ TINY = Sizes((5, 20), (5, 30), 256, 2, 1, 50, (16, 64), 64, 2, 6, 1024, True)
 class Recorder:
     """Writes every measurement as a line of JSON, its failure too; begins none after the time is over."""
 
-    def __init__(self, out: Path, seconds: float) -> None:
+    def __init__(self, out: Path, seconds: float, only: frozenset[str] = frozenset()) -> None:
+        self._only = only
         self._file = out.open("a", encoding="utf-8")
         self._start = time.monotonic()
         self._seconds = seconds
@@ -94,6 +95,8 @@ class Recorder:
         self, what: str, function: Callable[[], dict[str, Any]], **described: Any
     ) -> dict[str, Any] | None:
         """What `function` finds, written; None if it fails or the time is over, which is written too."""
+        if self._only and what not in self._only | {"built"}:
+            return None
         if time.monotonic() - self._start > self._seconds:
             self.write(what, **described, skipped=True)
             return None
@@ -464,6 +467,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, to append to")
     parser.add_argument("--seconds", type=float, default=300.0, help="after which nothing new is begun")
+    parser.add_argument("--only", default="", help="some of the measurements, as sketching,head; all by default")
     parser.add_argument("--tiny", action="store_true", help="everything small, on a CPU too")
     arguments = parser.parse_args()
     sizes = TINY if arguments.tiny else Sizes()
@@ -471,7 +475,7 @@ def main() -> None:
     if device == "cpu" and not arguments.tiny:
         raise SystemExit("no CUDA device; --tiny runs on a CPU")
     torch.backends.cuda.matmul.allow_tf32 = False
-    recorder = Recorder(arguments.out, arguments.seconds)
+    recorder = Recorder(arguments.out, arguments.seconds, frozenset(filter(None, arguments.only.split(","))))
     recorder.write(
         "machine",
         device=torch.cuda.get_device_name() if device == "cuda" else device,
