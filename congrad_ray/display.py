@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from congrad_ray.evaluation.statistics import EVERY_LANGUAGE
+from congrad_ray.judging.unreadable import by_reason
 from congrad_ray.printable import printable
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import RunDirectory, RunDirectoryError, without_keys
@@ -44,6 +45,7 @@ def show_run(directory: RunDirectory, recipe: Recipe) -> None:
             table.add_row(stage.name, label, "", "", "")
     console.print(table)
     for number in range(recipe.iterations):
+        show_stage(directory, "judge", number)
         show_stage(directory, "evaluate", number)
 
 
@@ -51,6 +53,9 @@ def show_stage(directory: RunDirectory, name: str, iteration: int) -> None:
     """The result of a stage that a person wants to see at once."""
     if name == "select":
         show_selection(directory.stage("selection", iteration).read_json("summary.json"))
+    manifest = directory.stage("judgements", iteration).manifest() if name == "judge" else None
+    if manifest and "judgements" in manifest.counters:
+        show_judgements(manifest.counters)
     if name == "evaluate":
         summary = directory.stage("evaluation", iteration).read_json("summary.json")
         if summary:
@@ -103,6 +108,21 @@ def show_overlaps(first: str, second: str) -> None:
         console.print(f"only in 1: {left[0]} pairs, only in 2: {left[1]} pairs")
 
 
+def show_judgements(counters: dict[str, Any]) -> None:
+    """Judgements asked, readable and unreadable by language; `counters` are of the judge stage's manifest."""
+    masses = counters.get("mean_mass") is not None
+    table = Table("language", "asked", "readable", "unreadable", "mean score", title="judgements")
+    if masses:
+        table.add_column("mean mass")
+    for language, row in counters["judgements"].items():
+        cells = [language, str(row["asked"]), str(row["readable"]), by_reason(row["unreadable"])]
+        cells.append("" if row["mean_score"] is None else f"{row['mean_score']:.2f}")
+        if masses:
+            cells.append("" if row["mean_mass"] is None else f"{row['mean_mass']:.2g}")
+        table.add_row(*cells)
+    console.print(table)
+
+
 def show_evaluation(summary: dict[str, Any]) -> None:
     """Changes of true scores and win rates by language; `summary` is the evaluation's summary.json."""
     model, baseline = summary["model"], summary["baseline"]
@@ -121,18 +141,22 @@ def show_evaluation(summary: dict[str, Any]) -> None:
             )
         console.print(table)
     if summary["win_rates"]:
-        table = Table("language", "", "prompts", "win rate", "95%", "unreadable")
+        table = Table("language", "", "prompts", "win rate", "95%", "asked", "readable", "unreadable")
         table.title = f"{model} against {baseline}, judged in both orders"
         for row in summary["win_rates"]:
             known = row["win_rate"] is not None
             table.add_row(
                 *_language_cells(row),
                 str(row["prompts"]),
-                f"{row['win_rate']:.1%}" if known else "",
+                f"{row['win_rate']:.1%}" if known else "too few",
                 f"{row['low']:.1%} .. {row['high']:.1%}" if known else "",
-                str(row["unreadable"]),
+                str(row["asked"]),
+                str(row["readable"]),
+                by_reason(row["unreadable"]),
             )
         console.print(table)
+    for warning in summary["warnings"]:
+        console.print(f"[bold yellow]warning:[/bold yellow] {plain(warning)}")
 
 
 def _language_cells(row: dict[str, Any]) -> tuple[str, str]:

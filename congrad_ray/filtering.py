@@ -13,7 +13,7 @@ from congrad_ray.lock import only_writer
 from congrad_ray.logs import Log
 from congrad_ray.printable import brief
 from congrad_ray.profile import Profile
-from congrad_ray.recipe import Evaluate, Generate, Model, Prompts, Recipe, Select, Sketch, Source, Train
+from congrad_ray.recipe import Evaluate, Generate, Judge, Model, Prompts, Recipe, Select, Sketch, Source, Train
 from congrad_ray.records import (
     BadRow,
     InputError,
@@ -70,6 +70,7 @@ def filter_preferences(
             "model": model,
             "prompts": Prompts(train=source, languages=["und"]),
             "generate": Generate(max_tokens=1),  # nothing is generated
+            "judge": Judge(max_tokens=1),
             "evaluate": Evaluate(max_tokens=1),
             "sketch": sketch_settings,
             "select": selection,

@@ -19,6 +19,7 @@ _ABOUT = ("run", "stage", "iteration")
 COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "congrad_rows": ("rows written (outcome: written) or set apart in quarantine (failed)", ("outcome",)),
     "congrad_tokens": ("tokens of the rows written, prompts and what was generated; evaluate: the latter", ()),
+    "congrad_judgements": ("judgements made", ("language",)),
     "congrad_unreadable_judgements": ("judgements without a score", ("language",)),
     "congrad_attention_padding": ("positions of attention that were padding; the others are its tokens", ()),
     "congrad_attention_tokens": ("positions of attention that were tokens", ()),

@@ -70,6 +70,7 @@ ChatTemplate = Annotated[str, AfterValidator(_template_text)]
 Day = Annotated[str, BeforeValidator(_day), AfterValidator(_iso_day)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+_INSTRUCTION = 512  # tokens, more than any tokenizer makes of the comparison's instruction and a chat template
 TensorType = Literal["float32", "bfloat16"]
 
 
@@ -146,9 +147,17 @@ class Judge(Settings):
     samples: Positive = Field(3, description="judgements per response; 'sampled' only")
     temperature: float = Field(0.7, ge=0, description="'sampled' only")
     top_p: Fraction = 0.9
-    max_tokens: Positive = Field(512, description="'sampled' only")
+    max_tokens: Positive = Field(512, description="'sampled' only; a judgement that is cut off is unreadable")
+    max_length: Positive | None = Field(
+        None, description="tokens of a judgement with all that it is about; null: model.max_length"
+    )
     min_probability_mass: float = Field(
-        0.5, ge=0, le=1, description="'expected_score': less on the score tokens together is unreadable"
+        0.0,
+        ge=0,
+        le=1,
+        description="'expected_score' takes the score tokens alone and divides by their probability together. "
+        "Models spread much of it over other first words, so any is enough by default; it is reported, with a "
+        "warning where it is tiny. Above 0: a judgement with less is unreadable",
     )
 
 
@@ -293,7 +302,15 @@ class Evaluate(Settings):
     top_p: Fraction = 0.9
     max_tokens: Positive = 512
     judge: str = Field("start", description="win rates: 'start' is M_0; else a folder or hub name")
-    judge_max_tokens: Positive = 512
+    judge_max_tokens: Positive = Field(512, description="a comparison that is cut off is unreadable")
+    judge_max_length: Positive | None = Field(
+        None,
+        description="tokens of a comparison with the prompt and both answers; null: enough for the longest of "
+        "them, as far as the judge's positions go",
+    )
+    min_prompts: Positive = Field(
+        10, description="a win rate of fewer prompts with a readable comparison is not shown, only their number"
+    )
 
 
 class Limits(Settings):
@@ -304,6 +321,13 @@ class Limits(Settings):
     )
     failed_share: float = Field(
         0.2, ge=0, le=1, description="share of a stage's rows that may go to quarantine; more stop it"
+    )
+    unreadable_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of judgements that may be unreadable: more stop the judge stage as soon as it can be "
+        "told, and make evaluate warn of its comparisons",
     )
 
 
@@ -324,6 +348,19 @@ class Recipe(Settings):
     evaluate: Evaluate = Evaluate()
     limits: Limits = Limits()
 
+    @property
+    def judgement_length(self) -> int:
+        """Tokens of a judgement: rubric, prompt, response, and what the judge writes."""
+        return self.judge.max_length or self.model.max_length
+
+    @property
+    def comparison_length(self) -> int:
+        """Tokens of a comparison: instruction, prompt, both answers, and the verdict."""
+        evaluate = self.evaluate
+        # A prompt with one answer fits model.max_length.
+        enough = self.model.max_length + evaluate.max_tokens + evaluate.judge_max_tokens + _INSTRUCTION
+        return evaluate.judge_max_length or enough
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         for section, max_tokens in (
@@ -335,6 +372,20 @@ class Recipe(Settings):
                     f"{section}.max_tokens ({max_tokens}) leaves no room for a prompt in model.max_length "
                     f"({self.model.max_length})"
                 )
+        written = self.judge.max_tokens if self.judge.method == "sampled" else 1
+        if self.generate.max_tokens + written >= self.judgement_length:
+            raise ValueError(
+                f"a response of generate.max_tokens ({self.generate.max_tokens}) and a judgement of "
+                f"judge.max_tokens ({written}) leave no room for rubric and prompt in judge.max_length "
+                f"({self.judgement_length}; null: model.max_length): raise it, or lower one of them"
+            )
+        both = 2 * self.evaluate.max_tokens + self.evaluate.judge_max_tokens
+        if both >= self.comparison_length:
+            raise ValueError(
+                f"two answers of evaluate.max_tokens ({self.evaluate.max_tokens}) and a verdict of "
+                f"evaluate.judge_max_tokens ({self.evaluate.judge_max_tokens}) leave no room for the prompt in "
+                f"evaluate.judge_max_length ({self.comparison_length}): raise it, or set it to null"
+            )
         if self.select.per_block and self.sketch.groups == 1:
             raise ValueError("select.per_block needs sketch.groups above 1: one part of a sketch for each block")
         return self

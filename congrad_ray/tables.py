@@ -218,7 +218,8 @@ COMPARISONS = pa.schema(
         _field("baseline", pa.string(), "the model compared with"),
         _field("order", pa.string(), "'model_first' or 'baseline_first'"),
         _field("win", pa.float32(), "1 model wins, 0.5 tie, 0 baseline wins; null unreadable", nullable=True),
-        _field("output", pa.string(), "what the judge wrote"),
+        _field("output", pa.string(), "what the judge wrote", nullable=True),
+        _field("unreadable", pa.string(), "why there is no verdict", nullable=True),
     ]
 )
 

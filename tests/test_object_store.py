@@ -237,6 +237,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "evaluation_per_language": 2,
         },
         "generate": {"max_tokens": 16},
+        "judge": {"max_tokens": 16},
         "evaluate": {"max_tokens": 16},
         "pair": {"language_check": False},
         "sketch": {"width": WIDTH, "dtype": "float32"},

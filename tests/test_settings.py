@@ -30,6 +30,12 @@ def test_every_profile_in_the_repository_is_valid(path: Path) -> None:
         ("train.zero_stage=7", ["train.zero_stage", "0, 1, 2 or 3", "7"]),
         ("generate.max_tokens=abc", ["generate.max_tokens", "integer", "'abc'"]),
         ("generate.max_tokens=5000", ["generate.max_tokens", "5000", "model.max_length"]),
+        (
+            "judge={method: sampled, max_tokens: 200}",
+            ["generate.max_tokens (96)", "(200)", "judge.max_length (256"],
+        ),
+        ("judge.max_length=97", ["generate.max_tokens (96)", "judge.max_tokens (1)", "judge.max_length (97"]),
+        ("evaluate.judge_max_length=704", ["evaluate.max_tokens (96)", "judge_max_tokens (512)", "(704)", "null"]),
         ("generate.top_p=1.5", ["generate.top_p", "less than or equal to 1", "1.5"]),
         ("prompts.languages=[english]", ["prompts.languages.0", "BCP-47", "english"]),
         ("prompts.languages=[]", ["prompts.languages", "at least 1"]),
@@ -46,6 +52,15 @@ def test_a_wrong_setting_names_its_path_its_value_and_what_is_allowed(override: 
         load_recipe(DEMO, [override])
     for text in told:
         assert text in str(error.value)
+
+
+def test_a_comparison_has_room_for_a_prompt_with_two_answers_and_a_verdict() -> None:
+    recipe = load_recipe(RECIPES / "gemma2-2b.yaml")
+    longest = recipe.model.max_length + recipe.evaluate.max_tokens + recipe.evaluate.judge_max_tokens
+    assert recipe.comparison_length > longest + 162  # the instruction in tokens of SmolLM2
+    assert load_recipe(DEMO, ["evaluate.judge_max_length=800"]).comparison_length == 800
+    assert load_recipe(DEMO).judgement_length == 256
+    assert load_recipe(DEMO, ["judge.max_length=300"]).judgement_length == 300
 
 
 def test_all_wrong_settings_are_told_at_once() -> None:

@@ -15,7 +15,7 @@ ORDERS: tuple[Order, ...] = ("model_first", "baseline_first")
 
 _PLACEHOLDER = re.compile(r"\{(prompt|first|second)\}")
 _VERDICT = re.compile(r"verdict[ \t]*[:=：][ \t]*([^\n]*)", re.IGNORECASE)
-_CHOICE = re.compile(r"(?:answer[ _])?(a|b|tie)[.!]?", re.IGNORECASE)
+_CHOICE = re.compile(r"[\[(<\"']*(?:answer[ _])?(a|b|tie)[\])>\"']*[.!]?", re.IGNORECASE)
 
 
 def pairwise_template() -> str:
@@ -30,11 +30,10 @@ def fill_pairwise(template: str, prompt: Sequence[Message], first: str, second: 
 
 
 def read_win(text: str, order: Order) -> float | None:
-    """1 if the judge prefers the model, 0 the baseline, 0.5 a tie; None if the last verdict is none of these."""
-    verdicts = _VERDICT.findall(re.sub(r"[*`]", "", text))
-    choice = _CHOICE.fullmatch(verdicts[-1].strip()) if verdicts else None
+    """1 if the judge prefers the model, 0 the baseline, 0.5 a tie; None if it says none of these or two."""
+    choices = [_CHOICE.fullmatch(verdict.strip()) for verdict in _VERDICT.findall(re.sub(r"[*`]", "", text))]
+    found = {choice and choice[1].lower() for choice in choices}
+    choice = found.pop() if len(found) == 1 else None
     if choice is None:
         return None
-    if choice[1].lower() == "tie":
-        return 0.5
-    return float((choice[1].lower() == "a") == (order == "model_first"))
+    return 0.5 if choice == "tie" else float((choice == "a") == (order == "model_first"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -46,15 +46,19 @@ class ScoreChange:
 
 @dataclass(frozen=True)
 class WinRate:
-    """Share of prompts won against the baseline, a tie counting half.
+    """Share of prompts won against the baseline, a tie counting half; None of too few prompts.
 
-    `consistent`: share of prompts with the same verdict in both orders.
+    `prompts`: those with a verdict that could be read. `asked`: comparisons, of which `readable` have a verdict
+    and the others are counted in `unreadable` by reason. `consistent`: share of prompts with the same verdict in
+    both orders.
     """
 
     language: str
     seen: bool
     prompts: int
-    unreadable: int
+    asked: int
+    readable: int
+    unreadable: dict[str, int]
     win_rate: float | None
     low: float | None
     high: float | None
@@ -133,11 +137,11 @@ def score_changes(answers: Sequence[Row], before: str, after: str, seed: int = 0
     return changes
 
 
-def win_rates(comparisons: Sequence[Row], seed: int = 0) -> list[WinRate]:
+def win_rates(comparisons: Sequence[Row], seed: int = 0, min_prompts: int = 1) -> list[WinRate]:
     """COMPARISONS of one model with one baseline, by language and over all (language '*').
 
     A prompt's win is the mean over the orders that could be read; the rate is the mean over prompts with a win,
-    its interval a bootstrap over prompts.
+    its interval a bootstrap over prompts. There is none where fewer than `min_prompts` have one.
     """
     prompts = []
     for _, rows in _grouped(comparisons, lambda row: (row["prompt_id"],)):
@@ -146,7 +150,9 @@ def win_rates(comparisons: Sequence[Row], seed: int = 0) -> list[WinRate]:
             {
                 **rows[0],
                 "win": fmean(wins) if wins else None,
-                "unreadable": len(rows) - len(wins),
+                "asked": len(rows),
+                "readable": len(wins),
+                "reasons": [row["unreadable"] for row in rows if row["win"] is None],
                 "consistent": float(len(set(wins)) == 1) if len(wins) > 1 else None,
             }
         )
@@ -154,14 +160,18 @@ def win_rates(comparisons: Sequence[Row], seed: int = 0) -> list[WinRate]:
     for (_, unseen, language), group in _by_language_and_all(prompts, lambda row: ""):
         wins = [row["win"] for row in group if row["win"] is not None]
         consistent = [row["consistent"] for row in group if row["consistent"] is not None]
-        low, high = bootstrap_interval(wins, seed) if wins else (None, None)
+        enough = len(wins) >= max(1, min_prompts)
+        low, high = bootstrap_interval(wins, seed) if enough else (None, None)
+        reasons = Counter(reason for row in group for reason in row["reasons"])
         rates.append(
             WinRate(
                 language,
                 not unseen,
                 len(wins),
-                sum(row["unreadable"] for row in group),
-                fmean(wins) if wins else None,
+                sum(row["asked"] for row in group),
+                sum(row["readable"] for row in group),
+                dict(reasons.most_common()),
+                fmean(wins) if enough else None,
                 low,
                 high,
                 fmean(consistent) if consistent else None,

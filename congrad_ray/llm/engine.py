@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -114,6 +114,20 @@ def load_chat_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def with_length(source: ModelSource, max_length: int) -> ModelSource:
+    """The model with another longest sequence (prompt and what it generates) than model.max_length."""
+    return replace(source, settings=source.settings.model_copy(update={"max_length": max_length}))
+
+
+def positions(source: ModelSource) -> int | None:
+    """How many positions a model's configuration says it has, where it does."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source.local_path(), **source.pretrained_arguments())
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def judge_source(name: str, recipe: Recipe) -> ModelSource:
     """A model that judges, by folder, hub name or builtin-world; with its own chat template and revision.
 
@@ -146,16 +160,18 @@ def complete(
     max_tokens: int,
     notify: Notify,
     scored_tokens: Sequence[int] = (),
+    length_setting: str = "model.max_length",
 ) -> Dataset:
     """Asks the model for all `rows`; the result has the columns of `schema` and FAILURE, in any order.
 
     `request` and `answer` run in Ray tasks. `answer` gets the row and its completion and returns a row of
     `schema`. A row that fails keeps the columns of `schema` that it already has, the others are null, and its
     FAILURE is one of 'bad_request' (its messages cannot be rendered), 'prompt_too_long' (prompt tokens +
-    max_tokens exceed `model.max_length`; it is not sent to an engine), 'inference_error' and 'killed_worker' (its
-    engines died, again and again).
+    max_tokens exceed the source's `max_length`; it is not sent to an engine), 'inference_error' and
+    'killed_worker' (its engines died, again and again).
     `max_tokens`: the most that a request asks for, which decides how many go to an engine together.
-    `scored_tokens`: ids whose log-probabilities as the first generated token are wanted.
+    `scored_tokens`: ids whose log-probabilities as the first generated token are wanted; only they are generated.
+    `length_setting`: where the recipe has the source's `max_length`.
 
     Raises MissingChatTemplate or ModelError before any engine starts.
     """
@@ -170,7 +186,8 @@ def complete(
     def prepare(batch: pa.Table) -> pa.Table:
         of_worker = _cached_tokenizer(source)
         prepared = [
-            _prepare(row, request, of_worker, max_length, stop_ids, scored_tokens) for row in batch.to_pylist()
+            _prepare(row, request, of_worker, max_length, stop_ids, scored_tokens, length_setting)
+            for row in batch.to_pylist()
         ]
         return table_of(prepared, _REQUESTS)
 
@@ -208,6 +225,7 @@ def _prepare(
     max_length: int,
     stop_ids: Sequence[int],
     scored_tokens: Sequence[int],
+    length_setting: str = "model.max_length",
 ) -> Row:
     """The row as one of `_REQUESTS`."""
     failed = None
@@ -230,11 +248,12 @@ def _prepare(
         if len(ids) + asked.max_tokens > max_length:
             failed = failure(
                 "prompt_too_long",
-                f"{len(ids)} prompt tokens + {asked.max_tokens} to generate > model.max_length {max_length}",
+                f"{len(ids)} prompt tokens + {asked.max_tokens} to generate > {length_setting} {max_length}",
             )
     sampling["stop_token_ids"] = list(stop_ids)
     if scored_tokens:
-        sampling["logprob_token_ids"] = list(scored_tokens)
+        # vLLM gives log-probabilities before the restriction, so that what the others had is known too.
+        sampling["logprob_token_ids"] = sampling["allowed_token_ids"] = list(scored_tokens)
     return {
         "row": json.dumps(row, ensure_ascii=False),
         "failure": json.dumps(failed) if failed else "",

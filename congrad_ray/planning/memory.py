@@ -8,7 +8,7 @@ from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.rehearsal import sketch_working_bytes, training_working_bytes
 from congrad_ray.planning.shape import BYTES, ModelShape
 from congrad_ray.profile import Profile
-from congrad_ray.recipe import Recipe
+from congrad_ray.recipe import BUILTIN_WORLD, Recipe
 
 GIB = 2**30
 # vLLM's default budget of tokens in one forward pass on data-centre GPUs (max_num_batched_tokens).
@@ -29,8 +29,10 @@ class Memory:
 
 
 def engine_memory(shape: ModelShape, recipe: Recipe, profile: Profile, assumptions: Assumptions) -> Memory:
-    """The least a vLLM engine starts with: one sequence of model.max_length has to fit its KV cache."""
+    """The least a vLLM engine starts with: its longest sequence has to fit its KV cache."""
     engines, width = profile.engines, BYTES[recipe.model.dtype]
+    compared = recipe.comparison_length if recipe.prompts.evaluation.name != BUILTIN_WORLD else 0
+    longest = max(recipe.model.max_length, recipe.judgement_length, compared)
     overhead = _process(profile, assumptions, engines.tensor_parallel_size)
     weights = float(shape.parameters * width)
     if profile.device == "cpu":
@@ -39,7 +41,7 @@ def engine_memory(shape: ModelShape, recipe: Recipe, profile: Profile, assumptio
         return Memory(parts, sum(parts.values()))
     parts = {
         "weights": weights,
-        "kv_cache": kv_bytes_per_token(shape, recipe) * recipe.model.max_length,
+        "kv_cache": kv_bytes_per_token(shape, recipe) * longest,
         # One layer at a time: its input, its output, attention's and the two sides of the MLP; and float32
         # logits of the sampled tokens with the sampler's copy of them.
         "activations": _ENGINE_BATCHED_TOKENS * (4.0 * shape.hidden + 2.0 * shape.intermediate) * width

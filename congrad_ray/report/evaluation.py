@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from congrad_ray.evaluation.statistics import EVERY_LANGUAGE
+from congrad_ray.judging.unreadable import by_reason
 from congrad_ray.rundir import Folder
 
 
@@ -15,7 +16,8 @@ class EvaluationRow:
 
     `decoding`: 'greedy' or 'sampled' answers. `score_*`: their mean true score, 0..1 (built-in world); `change_*`
     bound the mean change with 95 % confidence. `tokens_*`: their mean length. The win rate is that of greedy
-    answers; it counts ties half and both orders.
+    answers; it counts ties half and both orders. It is of `judged` prompts; of `asked` comparisons some were
+    `readable`, and `unreadable` says why the others were not.
     """
 
     decoding: str
@@ -33,7 +35,10 @@ class EvaluationRow:
     win_rate: float | None
     win_low: float | None
     win_high: float | None
-    unreadable: int
+    judged: int
+    asked: int
+    readable: int
+    unreadable: str
 
 
 def evaluation_rows(folder: Folder) -> list[EvaluationRow]:
@@ -75,7 +80,10 @@ def _rows(summary: dict[str, Any], decoding: str) -> list[EvaluationRow]:
                     win_rate=rate.get("win_rate"),
                     win_low=rate.get("low"),
                     win_high=rate.get("high"),
-                    unreadable=rate.get("unreadable", 0),
+                    judged=rate.get("prompts", 0),
+                    asked=rate.get("asked", 0),
+                    readable=rate.get("readable", 0),
+                    unreadable=by_reason(rate.get("unreadable", {})),
                 )
             )
     return rows

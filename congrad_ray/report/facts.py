@@ -66,6 +66,7 @@ class IterationFacts:
     samples: list[tuple[SamplePair, SamplePair]] = field(default_factory=list)  # best kept, worst dropped
     metrics: list[Row] = field(default_factory=list)
     evaluation: list[EvaluationRow] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # of the evaluation
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def gather(run: RunDirectory) -> RunFacts:
 
 
 def _iteration(run: RunDirectory, number: int) -> IterationFacts:
-    selection = run.stage("selection", number)
+    selection, evaluation = run.stage("selection", number), run.stage("evaluation", number)
     scores = selection.read_table(name="scores.parquet") if selection.exists("scores.parquet") else None
     return IterationFacts(
         number=number,
@@ -105,7 +106,8 @@ def _iteration(run: RunDirectory, number: int) -> IterationFacts:
         histograms=_histograms(scores) if scores is not None else [],
         samples=_samples(run.stage("pairs", number), scores) if scores is not None else [],
         metrics=read_metrics(run.stage("policy", number)),
-        evaluation=evaluation_rows(run.stage("evaluation", number)),
+        evaluation=evaluation_rows(evaluation),
+        warnings=(evaluation.read_json("summary.json") or {}).get("warnings", []),
     )
 
 

@@ -97,6 +97,9 @@ def headline(facts: RunFacts, recipe: dict[str, Any]) -> list[tuple[str, str, st
     if seen and seen[-1].win_rate is not None:
         small = f"against {seen[-1].baseline}; {seen[-1].language}"
         found.append((f"{100 * seen[-1].win_rate:.0f} %", "win rate", small))
+    elif seen and seen[-1].asked:
+        small = f"{seen[-1].readable} of {seen[-1].asked} comparisons could be read"
+        found.append(("none", "win rate", small))
     return found
 
 

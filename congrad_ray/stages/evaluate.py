@@ -22,9 +22,21 @@ from congrad_ray.evaluation.statistics import (
     summarise_answers,
     win_rates,
 )
-from congrad_ray.llm.engine import Completion, Request, complete, engine_failures, judge_source, sampling_seed
+from congrad_ray.judging.unreadable import explain, keep_failed
+from congrad_ray.llm.engine import (
+    Completion,
+    Request,
+    complete,
+    engine_failures,
+    judge_source,
+    load_chat_tokenizer,
+    positions,
+    sampling_seed,
+    with_length,
+)
 from congrad_ray.llm.requests import read_requests
 from congrad_ray.models import ModelSource, policy
+from congrad_ray.preference.tokenization import chat_prompt_ids
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import RunDirectoryError, StageFolder
 from congrad_ray.stages.base import Context, Outcome, Stage
@@ -37,9 +49,13 @@ BASELINE = "M_0"
 
 
 def run(context: Context) -> Outcome:
-    """Writes ANSWERS, `comparisons/` and `summary.json`. Raises RunDirectoryError without evaluation prompts."""
+    """Writes ANSWERS, `comparisons/` and `summary.json`.
+
+    Raises RunDirectoryError without evaluation prompts, and ValueError where comparisons do not fit their judge.
+    """
     recipe, output = context.recipe, context.output
     model = f"M_{context.iteration + 1}"
+    judge = _judge(context)
     expected = 0
     if context.iteration == 0:
         expected += _answer(context, policy(recipe, context.run, 0), BASELINE)
@@ -48,9 +64,12 @@ def run(context: Context) -> Outcome:
     if context.iteration > 0:
         first = context.input("evaluation", 0).read_table().to_pylist()
         answers += [row for row in first if row["model"] == BASELINE]
-    comparisons = _compare(context, answers, model)
+    comparisons = _compare(context, judge, answers, model) if judge else []
     changes = score_changes(answers, BASELINE, model, recipe.seed)
-    rates = win_rates(comparisons, recipe.seed)
+    rates = win_rates(comparisons, recipe.seed, recipe.evaluate.min_prompts)
+    warnings = _warnings(recipe, comparisons, rates)
+    for warning in warnings:
+        context.log(f"warning: {warning}")
     output.write_json(
         "summary.json",
         {
@@ -59,11 +78,38 @@ def run(context: Context) -> Outcome:
             "answers": [asdict(summary) for summary in summarise_answers(answers)],
             "score_changes": [asdict(change) for change in changes],
             "win_rates": [asdict(rate) for rate in rates],
+            "warnings": warnings,
         },
     )
     tokens = pc.mean(output.read_table(["response_tokens"])["response_tokens"]).as_py()
     counters = {**_counters(changes, rates), "mean_answer_tokens": round(tokens, 1)}
     return outcome_of(output, "answer_id", counters, expected)
+
+
+def _judge(context: Context) -> ModelSource | None:
+    """The model that compares answers, with room for the longest of them; None where all have a true score.
+
+    Raises ValueError where there is no such room.
+    """
+    recipe, how = context.recipe, context.recipe.evaluate
+    prompts = context.prompts.read_table(["split", "task"])
+    if not pc.any(pc.and_(pc.equal(prompts["split"], "evaluation"), pc.is_null(prompts["task"]))).as_py():
+        return None
+    source = policy(recipe, context.run, 0) if how.judge == "start" else judge_source(how.judge, recipe)
+    length = recipe.comparison_length
+    if how.judge_max_length is None:
+        length = min(length, positions(source) or length)
+    text = fill_pairwise(pairwise_template(), [{"role": "user", "content": ""}], "", "")
+    asked = len(chat_prompt_ids(load_chat_tokenizer(source), [{"role": "user", "content": text}]))
+    needed = asked + 2 * how.max_tokens + how.judge_max_tokens
+    if needed >= length:
+        raise ValueError(
+            f"evaluate: an instruction of {asked} tokens, two answers of evaluate.max_tokens ({how.max_tokens}) "
+            f"and a verdict of evaluate.judge_max_tokens ({how.judge_max_tokens}) are {needed} tokens: no room "
+            f"for a prompt in evaluate.judge_max_length ({length}; null: up to the judge's positions). Raise it, "
+            "lower the other two, or take an evaluate.judge with more positions"
+        )
+    return with_length(source, length)
 
 
 def _answer(context: Context, source: ModelSource, model: str) -> int:
@@ -141,7 +187,7 @@ def _answer_ids(prompts: StageFolder, model: str, decodings: tuple[str, ...]) ->
     return {row_id("answer", identifier, model, decoding, 0) for identifier in ids for decoding in decodings}
 
 
-def _compare(context: Context, answers: list[Row], model: str) -> list[Row]:
+def _compare(context: Context, source: ModelSource, answers: list[Row], model: str) -> list[Row]:
     """The judge's comparisons of greedy answers that have no true score, in both orders; those made are kept."""
     import ray
 
@@ -177,13 +223,15 @@ def _compare(context: Context, answers: list[Row], model: str) -> list[Row]:
         return Request([{"role": "user", "content": text}], recipe.evaluate.judge_max_tokens)
 
     def answer(row: Row, completion: Completion) -> Row:
-        return {**row, "win": read_win(completion.text, row["order"]), "output": completion.text}
+        # A verdict that is cut off may have been followed by another.
+        win = None if completion.truncated else read_win(completion.text, row["order"])
+        why = "truncated" if completion.truncated else "no_verdict" if win is None else None
+        return {**row, "win": win, "output": completion.text, "unreadable": why}
 
     if missing:
-        judge = recipe.evaluate.judge
-        source = policy(recipe, context.run, 0) if judge == "start" else judge_source(judge, recipe)
         context.log(f"{len(missing)} comparisons by {source.name}")
         dataset = ray.data.from_arrow(pa.Table.from_pylist(missing))
+        within = replace(context, output=output)
         compared = complete(
             dataset,
             len(missing),
@@ -193,11 +241,40 @@ def _compare(context: Context, answers: list[Row], model: str) -> list[Row]:
             answer,
             COMPARISONS,
             recipe.evaluate.judge_max_tokens,
-            context.notify(),
-        )
+            within.notify(),
+            length_setting="evaluate.judge_max_length",
+        ).map_batches(lambda batch: keep_failed(batch, COMPARISONS), batch_format="pyarrow", batch_size=None)
         with engine_failures():
-            write_rows(compared, replace(context, output=output), COMPARISONS, "comparison_id", len(missing))
-    return output.read_table().to_pylist() if output.parts() else []
+            write_rows(compared, within, COMPARISONS, "comparison_id", len(missing))
+    found = output.read_table().to_pylist() if output.parts() else []
+    return list({row["comparison_id"]: row for row in found}.values())  # a retried task may write one twice
+
+
+def _warnings(recipe: Recipe, comparisons: list[Row], rates: list[WinRate]) -> list[str]:
+    """What a reader of the win rates has to know. It stops nothing: no later stage needs the comparisons."""
+    how, found = recipe.evaluate, []
+    unreadable = sum(row["win"] is None for row in comparisons)
+    if unreadable > recipe.limits.unreadable_share * len(comparisons):
+        ways_out = {
+            "no_verdict": "the judge does not write the line that it is asked for, such as Verdict: A, or says "
+            "two things: take an evaluate.judge that follows instructions",
+            "truncated": f"raise evaluate.judge_max_tokens ({how.judge_max_tokens})",
+            "prompt_too_long": f"raise evaluate.judge_max_length ({how.judge_max_length or 'null'}), as far as "
+            "the judge has positions, or lower evaluate.max_tokens",
+            "bad_request": "the judge's chat template refuses what it is asked: take another evaluate.judge",
+        }
+        found.append(f"{explain('comparisons', comparisons, ways_out)}\nWin rates are of what is left.")
+    few = [
+        f"{'all' if rate.language == EVERY_LANGUAGE else rate.language} ({rate.prompts})"
+        for rate in rates
+        if rate.prompts < how.min_prompts
+    ]
+    if few:
+        found.append(
+            f"no win rate where fewer than evaluate.min_prompts ({how.min_prompts}) prompts have a verdict that "
+            f"can be read: {', '.join(few)}"
+        )
+    return found
 
 
 def _counters(changes: list[ScoreChange], rates: list[WinRate]) -> dict[str, Any]:
@@ -211,7 +288,9 @@ def _counters(changes: list[ScoreChange], rates: list[WinRate]) -> dict[str, Any
     for rate in rates:
         if rate.language == EVERY_LANGUAGE and rate.win_rate is not None:
             counters[f"win_rate_{'seen' if rate.seen else 'unseen'}"] = round(rate.win_rate, 4)
-    counters["unreadable_comparisons"] = sum(rate.unreadable for rate in rates if rate.language == EVERY_LANGUAGE)
+    everything = [rate for rate in rates if rate.language == EVERY_LANGUAGE]
+    counters["comparisons"] = sum(rate.asked for rate in everything)
+    counters["unreadable_comparisons"] = sum(rate.asked - rate.readable for rate in everything)
     return counters
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from congrad_ray.judging.rubric import load_rubric
+from congrad_ray.judging.rubric import Rubric, load_rubric
 from congrad_ray.judging.scores import expected_score, read_score, score_token_ids
+from congrad_ray.judging.unreadable import Tally, by_reason, counts_by_language, explain, keep_failed
 from congrad_ray.llm.engine import (
     Completion,
     Request,
@@ -25,42 +26,63 @@ from congrad_ray.llm.engine import (
     judge_source,
     load_chat_tokenizer,
     sampling_seed,
+    with_length,
 )
 from congrad_ray.llm.requests import read_requests
 from congrad_ray.models import policy, policy_input
+from congrad_ray.preference.tokenization import chat_prompt_ids
 from congrad_ray.recipe import Recipe
-from congrad_ray.rundir import StageFolder
+from congrad_ray.rundir import RunDirectoryError, StageFolder
 from congrad_ray.stages.base import Context, Outcome, Stage
-from congrad_ray.stages.rows import FAILURE, FAILURE_FIELD, outcome_of, write_rows
+from congrad_ray.stages.rows import Counts, outcome_of, write_rows
 from congrad_ray.tables import JUDGEMENT_SAMPLES, JUDGEMENTS, RESPONSES, row_id, table_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 
 _ROWS_PER_PART = 4096
+# A mean probability of the score tokens below this is told of: what is left over says little.
+_TINY_MASS = 0.01
 
 
 def run(context: Context) -> Outcome:
-    """Judges every response. Raises RubricError, ModelError or ValueError before any engine starts."""
+    """Judges every response. Raises RubricError, ModelError or ValueError before any engine starts.
+
+    Raises RunDirectoryError as soon as more judgements are unreadable than `limits.unreadable_share` allows.
+    """
     output = context.output
     responses = context.input("responses")
-    number = pc.count(responses.read_table(["response_id"])["response_id"]).as_py()
+    languages = responses.read_table(["language"])["language"].value_counts().to_pylist()
+    number = sum(row["counts"] for row in languages)
     samples = StageFolder(output.filesystem, f"{output.path}/samples")
     done = samples.ids("judgement_id")
     asked = context.recipe.judge.samples if context.recipe.judge.method == "sampled" else 1
+    tally = Tally({row["values"]: row["counts"] * asked for row in languages})
+    if done:
+        for language, row in counts_by_language(samples.read_table(["language", "unreadable"])).items():
+            tally.add(language, row["asked"], row["asked"] - row["readable"])
+        _stop_if_unreadable(context, samples, tally)
     if len(done) < number * asked:
-        _ask(replace(context, output=samples), responses, asked, done, number * asked - len(done))
+        _ask(replace(context, output=samples), responses, asked, done, number * asked - len(done), tally)
     _combine(samples, output, asked)
-    return outcome_of(output, "response_id", _counters(samples, output), number)
+    outcome = outcome_of(output, "response_id", _counters(samples, output), number)
+    _warn(context, outcome.counters["judgements"])
+    return outcome
 
 
-def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], missing: int) -> None:
+def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], missing: int, tally: Tally) -> None:
     """Asks the judge what is missing and writes JUDGEMENT_SAMPLES."""
     recipe, judge = context.recipe, context.recipe.judge
     by_policy = judge.model == "policy"
     source = policy(recipe, context.run, context.iteration) if by_policy else judge_source(judge.model, recipe)
+    source = with_length(source, recipe.judgement_length)
     rubric = load_rubric(judge.rubric)
     by_distribution = judge.method == "expected_score"
-    tokens = score_token_ids(load_chat_tokenizer(source).get_vocab()) if by_distribution else []
+    tokenizer = load_chat_tokenizer(source)
+    tokens = score_token_ids(tokenizer.get_vocab()) if by_distribution else []
+    _check_room(recipe, rubric, tokenizer)
     columns = ("response_id", "prompt_id", "language", "prompt", "response")
 
     def judgements_of(response: Row) -> Iterator[Row]:
@@ -77,13 +99,16 @@ def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], m
         return Request(messages, judge.max_tokens, judge.temperature, judge.top_p, seed)
 
     def answer(row: Row, completion: Completion) -> Row:
-        mass = None
+        mass = why = None
         if by_distribution:
             score, mass = expected_score(completion.first_logprobs, tokens)
-            score = score if mass >= judge.min_probability_mass else None
+            if score is None or mass < judge.min_probability_mass:
+                score, why = None, "low_mass"
+        elif completion.truncated:  # the score was still to come, or another one
+            score, why = None, "truncated"
         else:
-            score = read_score(completion.text)
-        why = None if score is not None else "low_mass" if by_distribution else "no_score"
+            score = read_score(completion.text, row["language"])
+            why = "no_score" if score is None else None
         return {
             **row,
             "score": score,
@@ -94,13 +119,13 @@ def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], m
             "output_tokens": completion.response_tokens,
         }
 
-    # A judgement that could not be made is one that cannot be read: the response stays, with a null score.
-    def keep_failed(batch: pa.Table) -> pa.Table:
-        rows = batch.to_pylist()
-        for row in rows:
-            if failed := row[FAILURE]:
-                row.update({"unreadable": failed["reason"], "output": failed["detail"], FAILURE: None})
-        return table_of(rows, pa.schema([*JUDGEMENT_SAMPLES, FAILURE_FIELD]))
+    def check(counts: Counts) -> None:
+        for name, language, number in counts:
+            if name == "congrad_judgements":
+                tally.add(language, number, 0)
+            elif name == "congrad_unreadable_judgements":
+                tally.add(language, 0, number)
+        _stop_if_unreadable(context, context.output, tally)
 
     schema = pa.schema([JUDGEMENT_SAMPLES.field("judgement_id"), *(RESPONSES.field(name) for name in columns)])
     requests = read_requests(responses, judgements_of, schema, done)
@@ -116,15 +141,87 @@ def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], m
         1 if by_distribution else judge.max_tokens,
         context.notify(),
         scored,
-    )
-    answers = answers.map_batches(keep_failed, batch_format="pyarrow", batch_size=None)
+        "judge.max_length" if judge.max_length else "model.max_length",
+    ).map_batches(lambda batch: keep_failed(batch, JUDGEMENT_SAMPLES), batch_format="pyarrow", batch_size=None)
     with engine_failures():
-        write_rows(answers, context, JUDGEMENT_SAMPLES, "judgement_id", missing, _counted)
+        write_rows(answers, context, JUDGEMENT_SAMPLES, "judgement_id", missing, _counted, check)
+
+
+def _check_room(recipe: Recipe, rubric: Rubric, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where a language's rubric leaves no room for the longest response to be judged."""
+    judge, length = recipe.judge, recipe.judgement_length
+    written = judge.max_tokens if judge.method == "sampled" else 1
+    texts = {
+        tag: rubric.fill(tag, judge.method, [{"role": "user", "content": ""}], "")
+        for tag in recipe.prompts.languages
+    }
+    asked = {
+        tag: len(chat_prompt_ids(tokenizer, [{"role": "user", "content": text}])) for tag, text in texts.items()
+    }
+    longest = max(asked, key=lambda tag: asked[tag])
+    needed = asked[longest] + recipe.generate.max_tokens + written
+    if needed >= length:
+        raise ValueError(
+            f"judge: a rubric of {asked[longest]} tokens ({longest}), a response of generate.max_tokens "
+            f"({recipe.generate.max_tokens}) and a judgement of {written} are {needed} tokens: no room for a "
+            f"prompt in judge.max_length ({length}; null: model.max_length). Raise it to {needed} and the tokens "
+            "of your prompts, as far as the judge has positions, or give a folder of shorter texts as judge.rubric"
+        )
+
+
+def _ways_out(recipe: Recipe) -> dict[str, str]:
+    judge = recipe.judge
+    return {
+        "no_score": "the judge does not write the line that the rubric asks for, such as Score: 4, or it says two "
+        "things: set judge.method: expected_score, which needs no such line, or take a judge.model that follows "
+        "instructions",
+        "truncated": f"raise judge.max_tokens ({judge.max_tokens}), or set judge.method: expected_score",
+        "low_mass": f"lower judge.min_probability_mass ({judge.min_probability_mass:g})",
+        "prompt_too_long": f"raise judge.max_length ({recipe.judgement_length})",
+        "bad_request": "the judge's chat template refuses what it is asked: take another judge.model",
+    }
+
+
+def _stop_if_unreadable(context: Context, samples: StageFolder, tally: Tally) -> None:
+    """Raises RunDirectoryError where most judgements cannot be read, with what the judge wrote."""
+    limit = context.recipe.limits.unreadable_share
+    if tally.share() <= limit:
+        return
+    rows = samples.read_table(["unreadable", "output"]).to_pylist()
+    raise RunDirectoryError(
+        f"{explain('judgements', rows, _ways_out(context.recipe))}\n"
+        f"That is more than limits.unreadable_share ({limit:g}) allows, so the stage stops here. All are in "
+        f"{samples.path}. Change the setting and give --redo, or raise limits.unreadable_share and run the same "
+        "command again."
+    )
+
+
+def _warn(context: Context, judgements: dict[str, dict[str, Any]]) -> None:
+    """Tells of the languages that a run goes on with little of."""
+    limit = context.recipe.limits.unreadable_share
+    for language, row in judgements.items():
+        if row["asked"] - row["readable"] > limit * row["asked"]:
+            context.log(
+                f"warning: {language}: {row['readable']} of {row['asked']} judgements can be read "
+                f"({by_reason(row['unreadable'])})"
+            )
+    tiny = {
+        tag: row["mean_mass"]
+        for tag, row in judgements.items()
+        if row["mean_mass"] is not None and row["mean_mass"] < _TINY_MASS
+    }
+    if tiny:
+        context.log(
+            f"warning: the judge gives the score tokens a mean probability of "
+            f"{', '.join(f'{mass:.1g} ({tag})' for tag, mass in tiny.items())}: it would have begun with other "
+            "words, so its scores may say little. Look at the pairs; a judge.model that follows instructions helps"
+        )
 
 
 def _counted(row: Row) -> dict[str, int]:
     return {
         "congrad_tokens": (row["prompt_tokens"] or 0) + (row["output_tokens"] or 0),
+        "congrad_judgements": 1,
         "congrad_unreadable_judgements": int(row["score"] is None),
     }
 
@@ -173,37 +270,33 @@ def _judgement(judgements: list[Row], asked: int) -> Row:
 
 
 def _counters(samples: StageFolder, output: StageFolder) -> dict[str, Any]:
-    """Mean scores by language and what could not be read, by language and reason."""
+    """Mean scores and masses, and judgements asked, readable and unreadable by reason, by language and over all.
+
+    `unreadable` alone counts responses: those of which no judgement could be read.
+    """
     table = output.read_table(["language", "score"])
-    groups = table.group_by("language").aggregate([("score", "mean"), ("score", "count"), ("language", "count")])
-    rows = sorted(groups.to_pylist(), key=lambda row: row["language"])
-    asked = samples.read_table(["unreadable", "prompt_tokens", "output_tokens"])
-    reasons = asked.group_by("unreadable").aggregate([("unreadable", "count")])
+    asked = samples.read_table(["language", "unreadable", "mass", "prompt_tokens", "output_tokens"])
+    judgements = counts_by_language(asked)
+    for language, row in judgements.items():
+        row["mean_score"] = _mean(table.filter(pc.equal(table["language"], language))["score"], 4)
+        row["mean_mass"] = _mean(asked.filter(pc.equal(asked["language"], language))["mass"], None)
     return {
-        "mean_prompt_tokens": _rounded_mean(asked["prompt_tokens"], 1),
-        "mean_output_tokens": _rounded_mean(asked["output_tokens"], 1),
-        "mean_score": _rounded_mean(table["score"], 4),
+        "mean_prompt_tokens": _mean(asked["prompt_tokens"], 1),
+        "mean_output_tokens": _mean(asked["output_tokens"], 1),
+        "mean_score": _mean(table["score"], 4),
+        "mean_mass": _mean(asked["mass"], None),
         "unreadable": table["score"].null_count,
         "unreadable_share": round(table["score"].null_count / len(table), 4),
-        "mean_score_by_language": {
-            row["language"]: round(row["score_mean"], 4) for row in rows if row["score_mean"] is not None
-        },
-        "unreadable_by_language": {
-            row["language"]: row["language_count"] - row["score_count"]
-            for row in rows
-            if row["language_count"] > row["score_count"]
-        },
-        "unreadable_judgements_by_reason": {
-            row["unreadable"]: row["unreadable_count"]
-            for row in sorted(reasons.to_pylist(), key=lambda row: str(row["unreadable"]))
-            if row["unreadable"] is not None
-        },
+        "judgements": judgements,
     }
 
 
-def _rounded_mean(column: pa.ChunkedArray, digits: int) -> float | None:
+def _mean(column: pa.ChunkedArray, digits: int | None) -> float | None:
+    """The mean with so many digits after the point; None: with four that count."""
     mean = pc.mean(column).as_py()
-    return None if mean is None else round(mean, digits)
+    if mean is None or digits is not None:
+        return None if mean is None else round(mean, digits)
+    return float(f"{mean:.4g}")
 
 
 def settings(recipe: Recipe, iteration: int) -> Any:

@@ -89,6 +89,7 @@ def read_slice(folder: Folder, path: str, start: int, stop: int) -> pa.Table:
 
 
 Counted = Callable[[dict[str, Any]], Mapping[str, int]]
+Counts = Sequence[tuple[str, str, int]]  # (metric, language, number)
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def write_rows(
     id_column: str,
     total: int,
     counted: Counted = lambda row: {},
+    check: Callable[[Counts], None] = lambda counts: None,
 ) -> None:
     """Runs `dataset` and writes each of its blocks by a `PartWriter`; see `follow`."""
     writer = PartWriter(context.output, schema, id_column, counted)
@@ -141,14 +143,17 @@ def write_rows(
         return writer(batch)
 
     write.__name__ = f"write_{context.output.path.rsplit('/', 1)[1]}"  # Ray names the operator after it
-    follow(dataset.map_batches(write, batch_format="pyarrow", batch_size=None), context, total)
+    follow(dataset.map_batches(write, batch_format="pyarrow", batch_size=None), context, total, check)
 
 
-def follow(parts: Dataset, context: Context, total: int) -> None:
+def follow(
+    parts: Dataset, context: Context, total: int, check: Callable[[Counts], None] = lambda counts: None
+) -> None:
     """Runs a dataset whose last step is a `PartWriter`, with progress on the log and in the metrics.
 
     Each part is whole or not there: what a kill can cost is the batches in flight. Raises RunDirectoryError when
-    more rows fail than the recipe's `limits.failed_share` of the stage's rows, and more than a few.
+    more rows fail than the recipe's `limits.failed_share` of the stage's rows, and more than a few. `check` gets
+    what each part adds to the metrics, and may raise an error that ends the stage.
     """
     output = context.output
     failed_before = sum(output.quarantine_counts().values())
@@ -169,6 +174,7 @@ def follow(parts: Dataset, context: Context, total: int) -> None:
             _measure(context.meter, part["written"], part["failed"], counts, progress.left)
             if failed_before + progress.failed > limit:
                 raise RunDirectoryError(_too_many_failed(output, context.recipe.limits.failed_share))
+            check(counts)
 
 
 def _counts(rows: Sequence[Mapping[str, Any]], counted: Counted) -> list[tuple[str, str, int]]:

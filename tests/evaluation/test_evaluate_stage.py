@@ -2,15 +2,22 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from congrad_ray.display import console, show_evaluation
+from congrad_ray.evaluation.pairwise import ORDERS
+from congrad_ray.evaluation.statistics import win_rates
 from congrad_ray.execution import run_stage
+from congrad_ray.llm.engine import Completion
+from congrad_ray.models import ModelSource
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import RunDirectory, RunDirectoryError
+from congrad_ray.stages import evaluate
 from congrad_ray.stages.base import Context
 from congrad_ray.stages.evaluate import STAGE, run
 from congrad_ray.tables import ANSWERS, COMPARISONS, PROMPTS, prompt_id, table_of
@@ -46,7 +53,7 @@ def _commit_policy(directory: RunDirectory, iteration: int, model: Path) -> None
     folder.commit("train", iteration, f"policy-{iteration}", {}, {}, 1, 0.0, {})
 
 
-def _recipe(model: Path) -> Recipe:
+def _recipe(model: Path, **evaluate: Any) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "test",
@@ -54,7 +61,8 @@ def _recipe(model: Path) -> Recipe:
             "model": {"name": str(model), "dtype": "float32", "max_length": 512},
             "prompts": {"languages": ["en"], "unseen_languages": ["de"]},
             "generate": {"max_tokens": 16},
-            "evaluate": {"max_tokens": 16, "judge_max_tokens": 8},
+            "judge": {"max_tokens": 16},
+            "evaluate": {"max_tokens": 16, "judge_max_tokens": 8} | evaluate,
         }
     )
 
@@ -65,6 +73,106 @@ def test_no_evaluation_prompt_is_an_error_before_any_engine(tiny_model: Path, tm
     context = Context(_recipe(tiny_model), Profile(name="local"), directory, 0, directory.stage("evaluation", 0))
     with pytest.raises(RunDirectoryError, match=r"no prompt of .* is for evaluation"):
         run(context)
+
+
+def test_the_judge_has_room_for_two_answers_as_far_as_it_has_positions(tiny_model: Path, tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path / "run")
+    _write_prompts(directory, [_row("en", "fox", "evaluation", True, None)])
+
+    def length(**settings: Any) -> int:
+        recipe = _recipe(tiny_model, **settings)
+        context = Context(recipe, Profile(name="local"), directory, 0, directory.stage("evaluation", 0))
+        source = evaluate._judge(context)
+        assert source is not None
+        return source.settings.max_length
+
+    assert length() == 512  # its positions; 512 + 16 + 8 + the instruction would be more
+    assert length(judge_max_length=460) == 460
+    with pytest.raises(
+        ValueError, match=r"two answers of evaluate.max_tokens \(60\).*judge_max_length \(512; null"
+    ):
+        length(max_tokens=60)
+
+
+def test_nothing_is_compared_where_all_have_a_true_score(tiny_model: Path, tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path / "run")
+    task = world_prompts("en", 1, 0, "evaluation")[0].task
+    _write_prompts(directory, [_row("en", "x", "evaluation", True, task), _row("en", "y", "train", True, None)])
+    recipe = _recipe(tiny_model, judge_max_tokens=5000)  # which would never fit
+    assert evaluate._judge(Context(recipe, Profile(name="local"), directory, 0, directory)) is None  # type: ignore[arg-type]
+
+
+def _comparisons(read: int, of: int, language: str = "en") -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt_id": f"{language}{number // 2}",
+            "language": language,
+            "seen": True,
+            "order": ORDERS[number % 2],
+            "win": 1.0 if number < read else None,
+            "output": "Verdict: A" if number < read else "A is longer",
+            "unreadable": None if number < read else "no_verdict",
+        }
+        for number in range(of)
+    ]
+
+
+def test_mostly_unreadable_comparisons_are_told_with_examples_and_no_rate(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_width", 200)
+    recipe = _recipe(tiny_model)
+    rows = _comparisons(1, 32)
+    rates = win_rates(rows, 0, recipe.evaluate.min_prompts)
+    warnings = evaluate._warnings(recipe, rows, rates)
+    assert "31 of 32 comparisons cannot be read" in warnings[0]
+    assert "A is longer" in warnings[0] and "evaluate.judge that follows instructions" in warnings[0]
+    assert "fewer than evaluate.min_prompts (10)" in warnings[1] and "en (1)" in warnings[1]
+    summary = {"model": "M_1", "baseline": "M_0", "score_changes": [], "warnings": warnings}
+    show_evaluation({**summary, "win_rates": [asdict(rate) for rate in rates]})
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "%" not in screen.split("warning:")[0].replace("95%", "")
+    assert "too few" in screen and "31: no_verdict 31" in screen and "warning: 31 of 32" in screen
+
+
+def test_readable_comparisons_give_no_warning(tiny_model: Path) -> None:
+    rows = _comparisons(24, 30)
+    assert evaluate._warnings(_recipe(tiny_model), rows, win_rates(rows, 0, 10)) == []
+
+
+def test_a_comparison_that_is_cut_off_is_not_read(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.data
+
+    found: dict[str, Any] = {}
+
+    def complete(
+        dataset: Any, rows: int, source: Any, profile: Any, request: Any, answer: Any, *_: Any, **__: Any
+    ) -> None:
+        found["answer"] = answer
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "complete", complete)
+    monkeypatch.setattr(ray.data, "from_arrow", lambda table: None)
+    monkeypatch.setattr(Context, "notify", lambda context: None)
+    directory = RunDirectory.open(tmp_path / "run")
+    context = Context(_recipe(tiny_model), Profile(name="local"), directory, 0, directory.stage("evaluation", 0))
+    answers = [
+        {**_row("en", "fox", "evaluation", True, None), "decoding": "greedy", "true_score": None}
+        | {"model": model, "answer_id": model, "response": "x"}
+        for model in ("M_0", "M_1")
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate._compare(context, ModelSource("none", context.recipe.model), answers, "M_1")
+    row = {"order": "model_first"}
+    for text, truncated, expected in (
+        ("Verdict: A", False, (1.0, None)),
+        ("Verdict: A", True, (None, "truncated")),
+        ("A is better", False, (None, "no_verdict")),
+    ):
+        answered = found["answer"](row, Completion(text, 1, 1, truncated))
+        assert (answered["win"], answered["unreadable"]) == expected
 
 
 @pytest.mark.slow
@@ -100,6 +208,10 @@ def test_two_iterations_against_the_start(tiny_model: Path, tmp_path: Path) -> N
         (order, row["prompt_id"]) for order in ("model_first", "baseline_first") for row in free
     )
     summary = output.read_json("summary.json")
+    for rate in summary["win_rates"]:
+        assert rate["asked"] == 4 == rate["readable"] + sum(rate["unreadable"].values())
+        assert rate["win_rate"] is None  # of two prompts
+    assert "fewer than evaluate.min_prompts (10)" in summary["warnings"][-1]
     assert (summary["model"], summary["baseline"]) == ("M_1", "M_0")
     changes = {(c["language"], c["seen"], c["decoding"]): c for c in summary["score_changes"]}
     assert changes["*", True, "greedy"]["count"] == changes["*", False, "greedy"]["count"] == 3

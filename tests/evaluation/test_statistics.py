@@ -67,7 +67,8 @@ def test_summaries_keep_models_and_decodings_apart() -> None:
 def _comparison(
     prompt: str, order: str, win: float | None, language: str = "de", seen: bool = True
 ) -> dict[str, Any]:
-    return {"prompt_id": prompt, "order": order, "win": win, "language": language, "seen": seen}
+    row = {"prompt_id": prompt, "order": order, "win": win, "language": language, "seen": seen}
+    return {**row, "unreadable": "truncated" if win is None else None}
 
 
 def test_win_rate_averages_orders_first_and_counts_what_was_unreadable() -> None:
@@ -85,7 +86,7 @@ def test_win_rate_averages_orders_first_and_counts_what_was_unreadable() -> None
     rates = {(rate.language, rate.seen): rate for rate in win_rates(rows)}
     german = rates["de", True]
     assert german.prompts == 3
-    assert german.unreadable == 3
+    assert (german.asked, german.readable, german.unreadable) == (8, 5, {"truncated": 3})
     assert german.win_rate == pytest.approx((0.5 + 1 + 1) / 3)
     assert german.consistent == 0.5
     assert german == rates["*", True].__class__(**{**rates["*", True].__dict__, "language": "de"})
@@ -95,4 +96,12 @@ def test_win_rate_averages_orders_first_and_counts_what_was_unreadable() -> None
 
 def test_win_rate_of_nothing_readable_is_none() -> None:
     (rate, _) = win_rates([_comparison("p", "model_first", None)])
-    assert (rate.win_rate, rate.low, rate.high, rate.unreadable) == (None, None, None, 1)
+    assert (rate.win_rate, rate.low, rate.high, rate.unreadable) == (None, None, None, {"truncated": 1})
+
+
+def test_there_is_no_win_rate_of_too_few_prompts_only_their_number() -> None:
+    rows = [_comparison(f"p{number}", "model_first", 1.0 if number < 3 else None) for number in range(16)]
+    everything, german = win_rates(rows, min_prompts=4)
+    assert (everything.win_rate, everything.low, everything.high) == (None, None, None)
+    assert (german.prompts, german.asked, german.readable, german.unreadable) == (3, 16, 3, {"truncated": 13})
+    assert win_rates(rows, min_prompts=3)[0].win_rate == 1.0

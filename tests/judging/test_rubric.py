@@ -18,7 +18,7 @@ def test_every_rubric_asks_for_a_score_line_that_is_read_back(language: str) -> 
     rubric = load_rubric("additive")
     text = rubric.fill(language, "sampled", PROMPT, "An answer.")
     label = text.rstrip().rsplit("\n", 1)[-1].split("<")[0]
-    assert read_score(f"...\n{label}4") == 4.0
+    assert read_score(f"...\n{label}4", language) == 4.0
     digit_only = rubric.fill(language, "expected_score", PROMPT, "An answer.")
     assert label not in digit_only
     assert "===" not in text + digit_only

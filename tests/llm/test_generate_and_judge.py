@@ -17,7 +17,7 @@ from congrad_ray.models import named_model, policy
 from congrad_ray.preference.tokenization import chat_prompt_ids
 from congrad_ray.profile import Profile
 from congrad_ray.recipe import Recipe
-from congrad_ray.rundir import RunDirectory
+from congrad_ray.rundir import RunDirectory, RunDirectoryError
 from congrad_ray.stages.generate import STAGE as GENERATE
 from congrad_ray.stages.judge import STAGE as JUDGE
 from congrad_ray.tables import JUDGEMENTS, PROMPTS, RESPONSES, prompt_id, response_id, table_of
@@ -63,7 +63,7 @@ def _recipe(model: Path, rubric: Path, max_length: int = 128, **sections: Any) -
         "prompts": {"languages": ["en", "de"]},
         "generate": {"num_generations": 2, "max_tokens": 16, "temperature": 1.0, "top_p": 1.0},
         "evaluate": {"max_tokens": 16, "judge_max_tokens": 8},
-        "judge": {"rubric": str(rubric), "method": "expected_score", "min_probability_mass": 0.0},
+        "judge": {"rubric": str(rubric), "method": "expected_score"},
     }
     return Recipe.model_validate(values | sections)
 
@@ -120,6 +120,14 @@ def test_eight_prompts_are_answered_and_judged(tiny_model: Path, rubric: Path, t
         assert scores[row["response_id"]] == pytest.approx(expected, abs=1e-4)
         readable += 1
     assert readable == len(scores) - manifest.counters["unreadable"] > 8
+    # The judge is random and wrote a digit all the same; its mass is that before the restriction.
+    asked = (run.stage("judgements", 0) / "samples").read_table().to_pylist()
+    judged = [row for row in asked if row["unreadable"] is None]
+    assert len(judged) == readable and {row["output"] for row in judged} <= set("012345")
+    assert all(0 < row["mass"] < 0.5 for row in judged)
+    for language, row in manifest.counters["judgements"].items():
+        assert row["asked"] == 8 == row["readable"] + sum(row["unreadable"].values()), language
+    assert set(row["unreadable"] for row in asked) <= {None, "prompt_too_long"}
 
 
 @pytest.mark.slow
@@ -135,6 +143,11 @@ def test_sampled_judgements_resume_and_are_averaged(tiny_model: Path, rubric: Pa
     run_stage(GENERATE, recipe, profile, run)
     first = {row["response_id"]: row for row in run.stage("responses", 0).read_table().to_pylist()}
 
+    # A random judge is cut off nearly every time, and that is told before all has been asked.
+    with pytest.raises(RunDirectoryError, match=r"(?s)cannot be read:.*truncated: .*raise judge.max_tokens \(4\)"):
+        run_stage(JUDGE, recipe, profile, run)
+    assert 20 <= (run.stage("judgements", 0) / "samples").read_table().num_rows < 3 * 128
+    recipe = _recipe(tiny_model, rubric, max_length=512, judge=judge, limits={"unreadable_share": 1.0})
     run_stage(JUDGE, recipe, profile, run)
     output = run.stage("judgements", 0)
     before = sorted(output.read_table().to_pylist(), key=lambda row: str(row["response_id"]))

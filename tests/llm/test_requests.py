@@ -44,6 +44,7 @@ def test_a_prepared_row_has_one_beginning_of_sequence_and_its_sampling(tiny_mode
         "seed": 5,
         "stop_token_ids": [1],
         "logprob_token_ids": [7, 8],
+        "allowed_token_ids": [7, 8],
     }
 
 

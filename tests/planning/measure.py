@@ -24,6 +24,7 @@ def recipe_for(max_length: int, **sections: object) -> Recipe:
         "prompts": {"languages": ["en"]},
         "model": {"name": "measured", "dtype": "float32", "max_length": max_length},
         "generate": {"max_tokens": 1},
+        "judge": {"max_tokens": 1},
         "evaluate": {"max_tokens": 1},
         "sketch": {"max_tokens_per_batch": 2 * max_length, "audit_pairs": 0},
         "train": {"batch_size": 2, "micro_batch_size": 1, "zero_stage": 2, "max_steps": 3},

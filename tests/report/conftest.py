@@ -204,12 +204,14 @@ def _answers(run: RunDirectory, languages: list[str]) -> None:
                 text = {"response_tokens": 10 if model == "M_0" else 13, "truncated": False}
                 answers.append({"model": model, **base, **text, "decoding": "greedy", "true_score": score})
             win = None if row == 7 else (0.0 if row == 0 else 0.5 if row in (1, 2) else 1.0)
-            comparisons.append({**base, "order": "model_first", "win": win})
+            why = "truncated" if win is None else None
+            comparisons.append({**base, "order": "model_first", "win": win, "unreadable": why})
     summary = {
         "model": "M_1",
         "baseline": "M_0",
         "answers": [asdict(row) for row in summarise_answers(answers)],
         "score_changes": [asdict(row) for row in score_changes(answers, "M_0", "M_1")],
         "win_rates": [asdict(row) for row in win_rates(comparisons)],
+        "warnings": [],
     }
     run.stage("evaluation", 0).write_json("summary.json", summary)

@@ -89,14 +89,32 @@ def test_evaluation_is_averaged_per_language(tmp_path: Path, make_run: MakeRun) 
         # 1 loss, 2 ties, 4 wins of 7 readable
         assert rows[language].win_rate == pytest.approx(5 / 7)
         assert 0 < rows[language].win_low < 5 / 7 < rows[language].win_high <= 1
-    assert (rows["all seen"].unreadable, rows["all seen"].prompts) == (6, 48)
+    assert (rows["all seen"].asked, rows["all seen"].readable, rows["all seen"].prompts) == (48, 42, 48)
     assert (rows["all seen"].tokens_before, rows["all seen"].tokens_after) == (10, 13)
     text = words(report_of(run, recipe))
     assert "0.250 → 0.500" in text
     assert "0.250 → 0.200" in text
     assert "+0.250 [+0.250, +0.250]" in text
-    assert re.search(r"71 % \[\d+ %, \d+ %\] 6 unreadable", text)
+    assert re.search(r"71 % \[\d+ %, \d+ %\] 48 42 readable, unreadable 6: truncated 6", text)
     assert "10.0 → 13.0" in text
+
+
+def test_an_evaluation_that_could_hardly_be_read_says_so(tmp_path: Path, make_run: MakeRun) -> None:
+    run, recipe = make_run(tmp_path)
+    folder = run.stage("evaluation", 0)
+    summary = folder.read_json("summary.json")
+    for rate in summary["win_rates"]:
+        rate |= {"prompts": 1, "readable": 1, "unreadable": {"no_verdict": rate["asked"] - 1}}
+        rate |= {"win_rate": None, "low": None, "high": None}
+    told = "47 of 48 comparisons cannot be read: <A> is longer"
+    folder.write_json("summary.json", summary | {"warnings": [told]})
+    page = report_of(run, recipe)
+    Page(page)
+    text = words(page)
+    assert "47 of 48 comparisons cannot be read" in text
+    assert "&lt;A&gt; is longer" in page
+    assert "none win rate 1 of 48 comparisons could be read" in text
+    assert "– of 1 prompts 8 1 readable, unreadable 7: no_verdict 7" in text
 
 
 @pytest.mark.parametrize("until", STEPS)

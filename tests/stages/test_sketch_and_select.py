@@ -32,6 +32,7 @@ def recipe_for(model: Path, **sections: Any) -> Recipe:
         "model": {"name": str(model), "dtype": "float32", "max_length": 64},
         "prompts": {"languages": ["en", "de"]},
         "generate": {"max_tokens": 16},
+        "judge": {"max_tokens": 16},
         "evaluate": {"max_tokens": 16},
         "sketch": {"width": WIDTH, "dtype": "float32", "max_tokens_per_batch": 256},
         "train": {"beta": 0.2, "length_penalty": 0.01},
