@@ -32,6 +32,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -134,9 +135,13 @@ class _Side:
         self.length = -(-features // fold)
         self.fold = fold
         bits = _random_bits(features, *stream)
-        self.signs = _random_signs(bits).to(device)
+        self.signs = _random_signs(bits)
+        self._device = device
         self.shifts: list[int] = _random_below(self.length, bits[:fold]).tolist()
-        self._order: _Order | None = None
+
+    @cached_property
+    def _order(self) -> _Order:
+        return _Order.of(torch.tensor(self.shifts), self.signs, self.features, self.length).to(self._device)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """(..., features) to (..., length), in the dtype of `vectors`."""
@@ -146,9 +151,6 @@ class _Side:
 
     def at_once(self, vectors: Tensor) -> Tensor:
         """The same chunks in a few large kernels instead of two small ones each: what an accelerator wants."""
-        if self._order is None:
-            shifts = torch.tensor(self.shifts)
-            self._order = _Order.of(shifts, self.signs.cpu(), self.features, self.length).to(vectors.device)
         return self._order.add_up(vectors)
 
     def in_chunks(self, vectors: Tensor) -> Tensor:

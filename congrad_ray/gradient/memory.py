@@ -15,9 +15,6 @@ from congrad_ray.preference.tokenization import TokenizedPair
 # Of the memory that is free, how much a micro-batch may take: the rest is for what else goes on.
 _SHARE = 0.8
 _SAMPLE_SECONDS = 0.002
-# On a CPU a micro-batch of long rows takes half a minute. So rows of this share of the length are tried first, and
-# the long ones only where so many times as much, for the length and to be safe, might not fit.
-_SHORT, _SAFETY = 1 / 8, 2.0
 
 
 def fitting_token_budget(
@@ -30,18 +27,13 @@ def fitting_token_budget(
     """The largest budget, at most `max_tokens` padded tokens, whose micro-batches fit.
 
     `work` is done on made-up pairs whose rows have `max_length` tokens: first on the smallest micro-batch, whose
-    peak memory foretells that of others, then on the budget found from it. On a CPU far shorter rows are tried
-    before, which is enough where memory is plenty. `free_bytes` is what may be used; by
+    peak memory foretells that of others, then on the budget found from it. `free_bytes` is what may be used; by
     default it is asked from the device, or on a CPU from the system.
 
     Raises ValueError, with the figures, if not even one pair of rows of `max_length` fits.
     """
     longest = 2 * max_length
     available = int(_SHARE * (free_memory(capture.model.device) if free_bytes is None else free_bytes))
-    if capture.model.device.type == "cpu":
-        short = _peak_bytes(capture, work, 1, max(16, int(_SHORT * max_length)))
-        if short is not None and short / _SHORT * _SAFETY * max(1, max_tokens // longest) < available:
-            return max_tokens
     needed = _peak_bytes(capture, work, 1, max_length)
     if needed is None or needed > available:
         raise ValueError(

@@ -288,6 +288,8 @@ class SketchReplica(Replica):
         from congrad_ray.gradient.sketcher import sketch_pairs
 
         length = self.recipe.model.max_length
+        if self._surely_fits(length):
+            return
         self._notify(f"measuring the memory that a pair of up to model.max_length = {length} tokens takes")
 
         def work(tokens: PairTokens) -> object:
@@ -300,6 +302,23 @@ class SketchReplica(Replica):
                 f"they are made with {fitting}"
             )
             self.max_tokens = fitting
+
+    def _surely_fits(self, length: int) -> bool:
+        """On a CPU, where trying takes a minute: whether twice what a plan expects of a micro-batch is free."""
+        from congrad_ray.gradient.memory import free_memory
+        from congrad_ray.planning.rehearsal import sketch_working_bytes
+        from congrad_ray.planning.shape import shape_of
+
+        model = self.capture.model
+        if model.device.type != "cpu":
+            return False
+        pairs = max(1, self.max_tokens // (2 * length))
+        try:
+            shape = shape_of(self.recipe.model.name, model.config, self.recipe.model)
+            expected = sketch_working_bytes(shape, self.recipe, pairs)
+        except Exception:  # a model that cannot be run without numbers: it is tried
+            return False
+        return 2 * expected < free_memory(model.device)
 
 
 def _finite(values: np.ndarray[Any, Any] | None, place: int) -> float | None:

@@ -137,12 +137,9 @@ def test_a_token_budget_that_does_not_fit_is_lowered(
 ) -> None:
     work = _Work(monkeypatch, bytes_per_token=1000)
     with GradientCapture(build_model("llama")) as capture:
-        # On a CPU with plenty of memory short rows are enough to tell.
-        assert fitting_token_budget(capture, work, 1000, 50, free_bytes=10**9) == 1000
-        assert work.positions == [31]
         # A pair of rows of 50 tokens has 99 positions, the first token being shared.
-        assert fitting_token_budget(capture, work, 1000, 50, free_bytes=2_000_000) == 1000
-        assert work.positions == [31, 31, 99]
+        assert fitting_token_budget(capture, work, 1000, 50, free_bytes=10**9) == 1000
+        assert work.positions == [99]
         assert fitting_token_budget(capture, work, 1000, 50, free_bytes=500_000) == 400
         assert fitting_token_budget(capture, work, 10, 50, free_bytes=200_000) == 10  # one pair a batch anyway
         with pytest.raises(ValueError, match=r"max_length = 50 tokens takes 0\.00 GiB.*gradient_checkpointing"):
