@@ -150,13 +150,19 @@ def show_evaluation(summary: dict[str, Any]) -> None:
                 str(row["prompts"]),
                 f"{row['win_rate']:.1%}" if known else "too few",
                 f"{row['low']:.1%} .. {row['high']:.1%}" if known else "",
-                str(row["asked"]),
-                str(row["readable"]),
-                by_reason(row["unreadable"]),
+                *_readings(row),
             )
         console.print(table)
-    for warning in summary["warnings"]:
+    for warning in summary.get("warnings", []):
         console.print(f"[bold yellow]warning:[/bold yellow] {plain(warning)}")
+
+
+def _readings(row: dict[str, Any]) -> tuple[str, str, str]:
+    """How many comparisons were asked for, could be read and could not; older runs know the last alone."""
+    unreadable = row["unreadable"]
+    if isinstance(unreadable, int):
+        return "", "", str(unreadable)
+    return str(row["asked"]), str(row["readable"]), by_reason(unreadable)
 
 
 def _language_cells(row: dict[str, Any]) -> tuple[str, str]:

@@ -185,12 +185,12 @@ class Sketch(Settings):
         "count_sketch",
         description="'exact' goes over the pairs twice and holds a copy of the gradient per language",
     )
-    width: int = Field(32768, ge=64, description="numbers stored per pair")
+    width: int = Field(131072, ge=64, description="numbers stored per pair")
     dtype: Literal["int8", "float16", "float32"] = Field("int8", description="of the numbers stored")
     fold: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         "auto", description="how far layers are shortened before their gradients are formed; auto: by their sides"
     )
-    min_side: int = Field(256, ge=1, description="'auto' leaves this many features of a side, or more")
+    min_side: int = Field(512, ge=1, description="'auto' leaves this many features of a side, or more")
     groups: Positive = Field(1, description="parts of a sketch, each for one block of layers")
     seed: int = Field(0, ge=0)
     layers: Annotated[str, AfterValidator(_regular_expression)] | None = Field(

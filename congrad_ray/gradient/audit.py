@@ -45,6 +45,24 @@ def audit(exact: Float64Array, sketched: Float64Array) -> Audit | None:
     )
 
 
+def expected_overlap(error: float, spread: float, keep: float) -> float:
+    """Share of the best fraction `keep` by sketched scores that the best by exact scores would hold as well.
+
+    `error` is the root mean square error of the sketched scores and `spread` their standard deviation. Exact score
+    and error are taken for normal and independent, so that exact and sketched scores correlate with
+    rho = sqrt(1 - error^2 / spread^2); for one half that makes 1 - arccos(rho) / pi. Measured overlaps are as near
+    to it as their number of pairs lets them (README, "On real models").
+    """
+    from scipy.stats import multivariate_normal, norm
+
+    if not spread > error:
+        return keep  # no better than chance
+    rho = float(np.sqrt(1 - (error / spread) ** 2))
+    edge = norm.ppf(keep)
+    both = multivariate_normal.cdf([edge, edge], cov=[[1.0, rho], [rho, 1.0]], allow_singular=True)
+    return float(both / keep)
+
+
 def rank_correlation(one: Float64Array, other: Float64Array) -> float:
     """Spearman's rank correlation of two arrays (N,): equal values share a rank, NaN if one array is constant."""
     from scipy.stats import rankdata

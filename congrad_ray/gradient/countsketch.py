@@ -87,7 +87,7 @@ class FoldRule:
     """
 
     fold: int | None = None
-    min_side: int = 256
+    min_side: int = 512
 
     def __call__(self, side: int) -> int:
         """The fold of a side of this length; 1 is no folding."""

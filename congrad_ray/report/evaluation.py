@@ -83,10 +83,15 @@ def _rows(summary: dict[str, Any], decoding: str) -> list[EvaluationRow]:
                     judged=rate.get("prompts", 0),
                     asked=rate.get("asked", 0),
                     readable=rate.get("readable", 0),
-                    unreadable=by_reason(rate.get("unreadable", {})),
+                    unreadable=_unreadable(rate.get("unreadable", {})),
                 )
             )
     return rows
+
+
+def _unreadable(counts: dict[str, int] | int) -> str:
+    """By reason; older runs know their number alone."""
+    return str(counts) if isinstance(counts, int) else by_reason(counts)
 
 
 def _answers(summaries: list[dict[str, Any]], model: str, seen: bool, language: str) -> list[dict[str, Any]]:

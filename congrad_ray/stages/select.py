@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from congrad_ray.gradient.audit import expected_overlap
 from congrad_ray.logs import Log
 from congrad_ray.recipe import Select
 from congrad_ray.rundir import Folder, RunDirectoryError
@@ -77,9 +78,11 @@ def run(context: Context) -> Outcome:
         context.meter.set("congrad_pairs", row["pairs"], language=language)
         context.meter.set("congrad_conflicting_share", row["conflicting"], language=language)
         context.meter.set("congrad_kept_share", row["kept"] / row["pairs"], language=language)
+    overlap = _expected_overlap(context, found.cosine, index)
     context.output.write_json(
         "summary.json",
         {
+            "expected_overlap": overlap,
             "languages": languages,
             "settings": settings.model_dump(mode="json"),
             "width": int(np.prod(gradients.shape[1:])),
@@ -92,10 +95,33 @@ def run(context: Context) -> Outcome:
         len(pairs),
         {
             "kept": int(kept.sum()),
+            "expected_overlap": overlap,
             "kept_by_language": {language: row["kept"] for language, row in per_language.items()},
             "conflicting_share": round(float((found.cosine < 0).mean()), 4),
         },
     )
+
+
+def _expected_overlap(context: Context, cosines: Float64Array, index: NDArray[np.int64]) -> float | None:
+    """How far the kept pairs are those that exact gradients would keep, told on the log; None if not known.
+
+    By the error that the sketch stage's audit found, against the spread of the cosines within the languages.
+    """
+    settings = context.recipe.select
+    by_cosine = settings.strategy in ("congrad", "no_surgery") and settings.score == "cosine"
+    audit = (context.input("sketches").read_json("summary.json") or {}).get("audit")
+    if audit is None or not by_cosine or settings.keep_rule not in ("per_language", "overall"):
+        return None
+    of_language = index if settings.keep_rule == "per_language" else np.zeros_like(index)
+    means = np.bincount(of_language, cosines) / np.maximum(1, np.bincount(of_language))
+    spread = float((cosines - means[of_language]).std())
+    overlap = round(expected_overlap(audit["error"], spread, settings.keep), 4)
+    context.log(
+        f"about {overlap:.0%} of the kept pairs are those that exact gradients would keep: cosines are off by "
+        f"{audit['error']:.4f} (audit of the sketches) and spread by {spread:.4f}; a larger sketch.width brings "
+        "them nearer"
+    )
+    return overlap
 
 
 def surgery_of(settings: Select) -> Surgery:

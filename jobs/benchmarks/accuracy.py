@@ -58,7 +58,7 @@ from congrad_ray.surgery.scores import PairProducts, Surgery, make_direction
 from congrad_ray.surgery.scores import agreement as agreement_with
 
 Float64Array = NDArray[np.float64]
-FOLDS = {"auto": FoldRule(), "auto512": FoldRule(min_side=512)}  # and plain numbers
+FOLDS = {"auto256": FoldRule(min_side=256), "auto512": FoldRule(min_side=512)}  # and plain numbers
 AUDITED = 8  # pairs that an audit compares with each other
 DRAWS = 200  # of pairs, for the spread of rank correlations of a few
 MOST_PAIRS = 32  # of a micro-batch: their gradients of one layer exist together
@@ -612,7 +612,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of a row; longer pairs are left out")
     parser.add_argument("--pairs", default="200", help="numbers of pairs, as 200,1000,all")
     parser.add_argument("--draw-seed", type=int, default=0)
-    parser.add_argument("--folds", default="auto,auto512,1,2,4", help="auto leaves sides of 256, auto512 of 512")
+    parser.add_argument("--folds", default="auto256,auto512,1,2,4", help="auto512 leaves sides of 512")
     parser.add_argument("--widths", default="8192,16384,32768,65536,131072,262144,524288")
     parser.add_argument("--sides", default="", help="of two-sided projections, as 8,16")
     parser.add_argument("--seeds", type=int, default=3, help="of sketches")

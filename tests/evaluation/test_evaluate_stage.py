@@ -48,8 +48,8 @@ def _write_prompts(directory: RunDirectory, rows: list[dict[str, Any]]) -> None:
 
 def _commit_policy(directory: RunDirectory, iteration: int, model: Path) -> None:
     folder = directory.stage("policy", iteration)
-    shutil.copytree(model, folder.path)
     folder.begin(f"policy-{iteration}", False, "train")
+    shutil.copytree(model, folder.path, dirs_exist_ok=True)
     folder.commit("train", iteration, f"policy-{iteration}", {}, {}, 1, 0.0, {})
 
 

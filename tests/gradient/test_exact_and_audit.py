@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from congrad_ray.gradient import memory
-from congrad_ray.gradient.audit import audit, cosines_with_others, rank_correlation
+from congrad_ray.gradient.audit import audit, cosines_with_others, expected_overlap, rank_correlation
 from congrad_ray.gradient.capture import GradientCapture
 from congrad_ray.gradient.countsketch import CountSketch, FoldRule
 from congrad_ray.gradient.exact import add_weighted_sums_, dots_and_norms, gram_matrix, pair_gradient
@@ -85,6 +85,18 @@ def test_audit_tells_error_and_ranks() -> None:
     # Ties share a rank: ranks 0, 1.5, 1.5, 3 against 0, 1, 2, 3.
     assert rank_correlation(np.array([1.0, 2.0, 2.0, 3.0]), exact) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
     assert np.isnan(rank_correlation(np.zeros(4), exact))
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.2])
+def test_the_overlap_that_an_error_leaves_is_that_of_drawn_scores(keep: float) -> None:
+    random = np.random.default_rng(0)
+    exact, error = random.normal(0, 0.09, 200_000), random.normal(0, 0.03, 200_000)
+    sketched = exact + error
+    kept = [values >= np.quantile(values, 1 - keep) for values in (exact, sketched)]
+    measured = (kept[0] & kept[1]).sum() / kept[0].sum()
+    assert expected_overlap(0.03, float(sketched.std()), keep) == pytest.approx(measured, abs=0.003)
+    assert expected_overlap(0.0, 0.1, keep) == pytest.approx(1.0, abs=1e-6)
+    assert expected_overlap(0.2, 0.1, keep) == keep
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("float16", 5e-4), ("int8", 0.01)])

@@ -149,7 +149,7 @@ def test_seeds_are_stable_and_of_31_bits() -> None:
 
 
 def test_engines_on_a_cpu_compute_whole_prompts(tiny_model: Path) -> None:
-    config = engine._processor_config(_source(tiny_model), Profile(name="local", threads=3), 1000)
+    config = engine._processor_config(_source(tiny_model), Profile(name="local", threads=3), 1000, 8)
     assert config.engine_kwargs["enable_chunked_prefill"] is False
     assert config.engine_kwargs["max_num_batched_tokens"] >= config.engine_kwargs["max_model_len"] == 64
     assert config.runtime_env is not None
@@ -167,7 +167,7 @@ def test_engine_settings_on_gpus_share_the_bundle_over_tensor_parallel_workers(t
             "trainers": {"gpus": 1.0},
         }
     )
-    config = engine._processor_config(_source(tiny_model), profile, 1000)
+    config = engine._processor_config(_source(tiny_model), profile, 1000, 64)
     assert config.placement_group_config is not None
     assert config.placement_group_config["bundles"] == [{"CPU": 2.0, "GPU": 1.0}] * 4
     assert config.engine_kwargs["tensor_parallel_size"] == 4
