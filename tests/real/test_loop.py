@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def run_killed(command: list[str], folder: Path, rays: str) -> dict[str, bytes]:
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         for left in left_over(rays):
             kill(left)
