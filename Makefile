@@ -7,7 +7,7 @@ RUN ?= runs/demo
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow lint lock install clean
+.PHONY: demo test test-slow test-real lint lock install clean
 install: .venv/.installed
 
 .venv/.installed: requirements-cpu.lock pyproject.toml cluster/install
@@ -19,10 +19,14 @@ demo: install
 	$(BIN)/congrad run jobs/recipes/demo.yaml --run $(RUN)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not real"
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not real"
+
+# Real models from CONGRAD_REAL_MODELS (default ~/.cache/congrad_ray/real), real text from CONGRAD_SHARED (../shared).
+test-real: install
+	$(BIN)/python -m pytest -m real
 
 lint: install
 	$(BIN)/ruff check .

@@ -34,11 +34,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real multilingual text, where it lies beside the repository."""
-    path = Path(__file__).resolve().parents[2] / "shared" / "data"
+def shared() -> Path:
+    """The folder of real text and tools: CONGRAD_SHARED, or `shared` beside the repository; it may be missing."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    return Path(os.environ.get("CONGRAD_SHARED", beside)).expanduser()
+
+
+@pytest.fixture(scope="session")
+def shared_data(shared: Path) -> Path:
+    """The folder of real multilingual text, where there is one."""
+    path = shared / "data"
     if not path.is_dir():
-        pytest.skip("no real data beside the repository")
+        pytest.skip(f"no real data in {path} (CONGRAD_SHARED)")
     return path
 
 

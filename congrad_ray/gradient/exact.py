@@ -71,9 +71,10 @@ class GramVisitor(_Visitor):
     def visit(self, name: str, kept: Tensor, gradients: Tensor, starts: Sequence[int]) -> None:
         rows = max(1, _ENTRIES // (len(self.gram) * kept.shape[1]))
         for d in gradients.float().split(rows, dim=1):
-            parts = [(d[part].T @ kept[part].float()).flatten() for _, part in pair_segments(starts)]
-            block = torch.stack(parts)
-            self.gram.add_((block @ block.T).to(self.gram.device))
+            block = torch.stack([d[part].T @ kept[part].float() for _, part in pair_segments(starts)])
+            # Row by row of the weight, summed in float64: one product over millions of entries loses digits.
+            products = block.transpose(0, 1) @ block.permute(1, 2, 0)
+            self.gram.add_(products.sum(0, dtype=torch.float64).to(self.gram.device))
 
 
 def gram_matrix(capture: GradientCapture, batch: PairTokens) -> Tensor:

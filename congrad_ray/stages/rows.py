@@ -256,7 +256,7 @@ class Progress:
         self._log, self._total, self._every = log, total, every_seconds
         self._written = self.failed = self._tokens = self._computed = 0
         self._start: float | None = None
-        self._at_start = 0
+        self._at_start = self._tokens_at_start = 0
         self._last = time.monotonic()
         self._lock = threading.Lock()
 
@@ -284,7 +284,7 @@ class Progress:
         finished = self._written + self.failed
         done = min(self._total, max(finished, self._computed))
         if self._start is None:
-            self._start, self._at_start = now, done
+            self._start, self._at_start, self._tokens_at_start = now, done, self._tokens
         if now - self._last < self._every and finished < self._total:
             return
         self._last = now
@@ -294,6 +294,7 @@ class Progress:
         text += f", {self.failed} failed" if self.failed else ""
         if rate:
             text += f", {rate:.2g} rows/s" if rate < 10 else f", {rate:.0f} rows/s"
-            text += f", {self._tokens / seconds:.0f} tokens/s" if self._tokens else ""
+            tokens = self._tokens - self._tokens_at_start
+            text += f", {tokens / seconds:.0f} tokens/s" if tokens else ""
             text += f", {(self._total - done) / rate:.0f} s left" if done < self._total else ""
         self._log(text)

@@ -17,7 +17,7 @@ from torch import Tensor
 from congrad_ray.models import ModelSource
 from congrad_ray.preference.batching import PairBatch, collate_pairs
 from congrad_ray.preference.loss import dpo_loss
-from congrad_ray.preference.tokenization import tokenize_pair
+from congrad_ray.preference.tokenization import Messages, tokenize_pair
 from congrad_ray.recipe import Train
 from congrad_ray.rundir import Folder
 from congrad_ray.stages.notices import Notify
@@ -306,9 +306,17 @@ def _save_policy(worker: _Worker) -> None:
 
 
 def _text_lengths(pairs: pa.Table) -> list[int]:
-    """Characters of each pair: all that dealing out micro-batches needs, without tokenising the whole table."""
+    """Characters of each pair: all that dealing out micro-batches needs, without tokenising the whole table.
+
+    A text is a string or chat messages: `congrad filter` takes both.
+    """
+    names = ("prompt", "chosen", "rejected")
+
+    def length(text: str | Messages) -> int:
+        return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
+
     return [
-        sum(len(message["content"]) for name in ("prompt", "chosen", "rejected") for message in row[name])
-        for batch in pairs.select(["prompt", "chosen", "rejected"]).to_batches()
+        sum(length(row[name]) for name in names)
+        for batch in pairs.select(names).to_batches()
         for row in batch.to_pylist()
     ]

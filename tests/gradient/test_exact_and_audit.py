@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from congrad_ray.gradient import memory
 from congrad_ray.gradient.audit import audit, cosines_with_others, expected_overlap, rank_correlation
 from congrad_ray.gradient.capture import GradientCapture
 from congrad_ray.gradient.countsketch import CountSketch, FoldRule
-from congrad_ray.gradient.exact import add_weighted_sums_, dots_and_norms, gram_matrix, pair_gradient
+from congrad_ray.gradient.exact import GramVisitor, add_weighted_sums_, dots_and_norms, gram_matrix, pair_gradient
 from congrad_ray.gradient.memory import fitting_token_budget
 from congrad_ray.gradient.sketcher import sketch_pairs
 from congrad_ray.gradient.storage import to_storage
@@ -156,3 +157,16 @@ def test_the_probe_measures_real_memory(build_model: BuildModel) -> None:
         with pytest.raises(ValueError, match=r"takes 0\.06 GiB"):
             fitting_token_budget(capture, hungry, 256, 64, free_bytes=2**20)
         assert fitting_token_budget(capture, hungry, 256, 64) == 256  # what the machine has free
+
+
+def test_inner_products_over_a_large_layer_keep_their_digits() -> None:
+    """Their error is that of the gradients, not of adding up a million products in float32."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, gradients = (torch.randn(200, size, generator=generator) for size in (576, 1536))
+    visitor = GramVisitor(SimpleNamespace(pairs=5, input_ids=inputs))  # type: ignore[arg-type]
+    visitor.visit("layer", inputs, gradients, range(0, 201, 40))
+    parts = [slice(start, start + 40) for start in range(0, 200, 40)]
+    exact = torch.stack([(gradients[part].double().T @ inputs[part].double()).flatten() for part in parts])
+    expected = exact @ exact.T
+    norms = expected.diagonal().sqrt()
+    assert ((visitor.gram - expected).abs() / (norms[:, None] * norms)).max() < 1e-7

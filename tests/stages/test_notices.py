@@ -88,6 +88,16 @@ def test_rows_computed_and_not_written_yet_are_progress(clock: list[float]) -> N
     assert lines[-1].startswith("100/100 rows, 2 failed") and "left" not in lines[-1]
 
 
+def test_the_first_rows_that_come_written_start_the_clock(clock: list[float]) -> None:
+    """Of the time that they took nothing is known, so neither they nor their tokens count in the rate."""
+    lines: list[str] = []
+    progress = Progress(lines.append, 40, every_seconds=10)
+    progress.add(30, tokens=3000)
+    clock[0] += 10
+    progress.add(10, tokens=1000)
+    assert lines[-1] == "40/40 rows, 1 rows/s, 100 tokens/s"
+
+
 def test_without_ray_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     notify = Notify()
     notify("loading a model")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 import torch
@@ -24,7 +25,7 @@ from congrad_ray.recipe import Model, Prompts, Recipe, Train
 from congrad_ray.rundir import RunDirectory
 from congrad_ray.stages.base import Context, Outcome
 from congrad_ray.stages.train import STAGE
-from congrad_ray.training.loop import TrainingJob, train_alone
+from congrad_ray.training.loop import TrainingJob, _text_lengths, train_alone
 from congrad_ray.training.metrics import read_metrics
 from congrad_ray.training.schedule import TrainingError, learning_rate, make_schedule
 
@@ -162,6 +163,13 @@ def test_one_process_alone_gives_the_weights_of_plain_pytorch(
     expected = plain_training(tiny_model, preference_rows(tiny_model, 13), recipe.train)
     assert largest_difference(expected, weights_of(tiny_model)) > 1e-3
     assert largest_difference(trained, expected) < 2e-5
+
+
+def test_pairs_of_strings_are_dealt_out_as_pairs_of_messages() -> None:
+    """`congrad filter` keeps plain strings as they are."""
+    texts = {"prompt": "who", "chosen": "a cat", "rejected": "me"}
+    messages = {name: [{"role": "user", "content": text}] for name, text in texts.items()}
+    assert [_text_lengths(pa.Table.from_pylist([row])) for row in (texts, messages)] == [[10], [10]]
 
 
 @pytest.mark.slow
