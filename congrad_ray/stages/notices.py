@@ -87,11 +87,29 @@ def notify_of(stage: str) -> Notify:
 
 
 @contextmanager
+def looking(look: Callable[[], None], every_seconds: float) -> Iterator[None]:
+    """Calls `look` from a thread while the body runs, and once more at its end."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(every_seconds):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        look()
+
+
+@contextmanager
 def heard(notify: Notify, log: Log, computed: Callable[[int], None] = lambda rows: None) -> Iterator[None]:
     """While the body runs, what workers say goes to `log`; `computed` gets the rows computed since its start."""
     import ray
 
-    ended = threading.Event()
     get: Any = ray.get  # whose annotations miss a single reference with a timeout
     before = get(notify.actor.news.remote(notify.stage))[1]
     seen = before
@@ -108,15 +126,5 @@ def heard(notify: Notify, log: Log, computed: Callable[[int], None] = lambda row
             seen = rows
             computed(rows - before)
 
-    def watch() -> None:
-        while not ended.wait(_LOOK_EVERY):
-            look()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with looking(look, _LOOK_EVERY):
         yield
-    finally:
-        ended.set()
-        thread.join()
-        look()

@@ -15,7 +15,7 @@ from congrad_ray.models import policy, policy_input
 from congrad_ray.recipe import Recipe
 from congrad_ray.rundir import Folder
 from congrad_ray.stages.base import Context, Outcome, Stage
-from congrad_ray.stages.notices import heard
+from congrad_ray.stages.notices import heard, looking
 from congrad_ray.training.loop import FAILURE, REFERENCE_GAP, TrainingJob, train_worker
 from congrad_ray.training.metrics import Row, read_metrics
 from congrad_ray.training.schedule import TrainingError, make_schedule
@@ -176,7 +176,6 @@ def _out_of_memory(context: Context, said: str) -> str:
 @contextmanager
 def _progress(context: Context, total_steps: int, every_seconds: float = 5.0) -> Iterator[None]:
     """Logs the newest line of the metrics while the body runs: the workers write it, the driver only looks."""
-    stop = threading.Event()
     rows = read_metrics(context.output)
     seen = rows[-1]["step"] if rows else 0.0
 
@@ -194,18 +193,8 @@ def _progress(context: Context, total_steps: int, every_seconds: float = 5.0) ->
         for name, column in _GAUGES.items():
             context.meter.set(name, rows[-1][column])
 
-    def watch() -> None:
-        while not stop.wait(every_seconds):
-            look()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with looking(look, every_seconds):
         yield
-    finally:
-        stop.set()
-        thread.join()
-        look()
 
 
 def _line(row: Row, total_steps: int) -> str:
