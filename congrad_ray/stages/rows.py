@@ -256,7 +256,8 @@ class Progress:
         self._log, self._total, self._every = log, total, every_seconds
         self._written = self.failed = self._tokens = self._computed = 0
         self._start: float | None = None
-        self._at_start = self._tokens_at_start = 0
+        self._at_start = 0
+        self._ended = False
         self._last = time.monotonic()
         self._lock = threading.Lock()
 
@@ -284,17 +285,18 @@ class Progress:
         finished = self._written + self.failed
         done = min(self._total, max(finished, self._computed))
         if self._start is None:
-            self._start, self._at_start, self._tokens_at_start = now, done, self._tokens
-        if now - self._last < self._every and finished < self._total:
+            self._start, self._at_start = now, done
+        ends = finished >= self._total
+        if self._ended or (now - self._last < self._every and not ends):
             return
-        self._last = now
+        self._last, self._ended = now, ends
         seconds = now - self._start
         rate = (done - self._at_start) / seconds if seconds > 1.0 else 0.0
         text = f"{done}/{self._total} rows"
         text += f", {self.failed} failed" if self.failed else ""
         if rate:
             text += f", {rate:.2g} rows/s" if rate < 10 else f", {rate:.0f} rows/s"
-            tokens = self._tokens - self._tokens_at_start
-            text += f", {tokens / seconds:.0f} tokens/s" if tokens else ""
+            # Of rows that are computed only, the tokens are not known yet: they are taken for as long as the others.
+            text += f", {rate * self._tokens / finished:.0f} tokens/s" if self._tokens else ""
             text += f", {(self._total - done) / rate:.0f} s left" if done < self._total else ""
         self._log(text)

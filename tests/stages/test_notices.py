@@ -82,10 +82,13 @@ def test_rows_computed_and_not_written_yet_are_progress(clock: list[float]) -> N
     assert lines[-1] == "21/100 rows, 2 rows/s, 40 s left"  # nothing new within ten seconds
     clock[0] += 10
     progress.add(16, failed=2, tokens=160)
+    # 320 tokens in 34 rows, 33 of them in the 20 seconds since the first.
     assert lines[-1] == "34/100 rows, 2 failed, 1.6 rows/s, 16 tokens/s, 40 s left"
     clock[0] += 1
     progress.add(66)
     assert lines[-1].startswith("100/100 rows, 2 failed") and "left" not in lines[-1]
+    progress.computed(100)
+    assert len(lines) == 4  # the end is told once
 
 
 def test_the_first_rows_that_come_written_start_the_clock(clock: list[float]) -> None:
