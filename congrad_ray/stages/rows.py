@@ -296,7 +296,7 @@ class Progress:
         text += f", {self.failed} failed" if self.failed else ""
         if rate:
             text += f", {rate:.2g} rows/s" if rate < 10 else f", {rate:.0f} rows/s"
-            # Of rows that are computed only, the tokens are not known yet: they are taken for as long as the others.
+            # Of rows that are only computed the tokens are not known: they are taken for as long as the others.
             text += f", {rate * self._tokens / finished:.0f} tokens/s" if self._tokens else ""
             text += f", {(self._total - done) / rate:.0f} s left" if done < self._total else ""
         self._log(text)
