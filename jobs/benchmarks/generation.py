@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,11 @@ def by_stage(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def alone(folder: Path) -> dict[str, Any]:
     """The same by `vllm.LLM`."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, EngineArgs, SamplingParams
 
     asked = json.loads((folder / "requests.json").read_text())
-    llm = LLM(asked["model"], **asked["engine"])
+    known = {field.name for field in fields(EngineArgs)}  # Ray's processor adds some of its own
+    llm = LLM(asked["model"], **{name: value for name, value in asked["engine"].items() if name in known})
     prompts: Any = [{"prompt_token_ids": request["ids"]} for request in asked["requests"]]
     sampling = [SamplingParams(**request["sampling"]) for request in asked["requests"]]
     start = time.monotonic()
