@@ -54,9 +54,18 @@ class Assumptions(Settings):
         1.5, ge=0, description="GiB of a GPU for the CUDA context, cuBLAS and NCCL of one process"
     )
     process_gib: float = Field(0.5, ge=0, description="GiB of a Python process with torch and transformers")
-    allocator_overhead: float = Field(
-        0.1, ge=0, description="what an allocator holds beyond the tensors, as a share of the working memory"
+    allocator_overhead: float | None = Field(
+        None,
+        ge=0,
+        description="what an allocator holds beyond the tensors, as a share of the working memory; null: 0.1, and "
+        "0.35 on a CPU, where glibc keeps freed blocks",
     )
+
+    def overhead(self, device: str) -> float:
+        """`allocator_overhead` on a device."""
+        if self.allocator_overhead is not None:
+            return self.allocator_overhead
+        return 0.35 if device == "cpu" else 0.1
 
 
 def load_assumptions(overrides: Sequence[str] = ()) -> Assumptions:

@@ -80,7 +80,7 @@ def sketch_memory(
         fixed["language_gradients"] = 4.0 * entries * len(recipe.prompts.languages)
 
     def memory(pairs: int, note: str = "") -> Memory:
-        working = sketch_working_bytes(shape, recipe, pairs) * (1 + assumptions.allocator_overhead)
+        working = sketch_working_bytes(shape, recipe, pairs) * (1 + assumptions.overhead(profile.device))
         parts = {**fixed, "activations": working}
         return Memory(parts, sum(parts.values()), note)
 
@@ -122,7 +122,8 @@ def training_memory(shape: ModelShape, recipe: Recipe, profile: Profile, assumpt
         filled = min(count, _REDUCE_BUCKET) if profile.device == "cpu" else _REDUCE_BUCKET
         parts["reduce_bucket"] = width * float(filled)
     standing = sum(parts.values())
-    working = training_working_bytes(shape, recipe, train.micro_batch_size) * (1 + assumptions.allocator_overhead)
+    overhead = 1 + assumptions.overhead(profile.device)
+    working = overhead * training_working_bytes(shape, recipe, train.micro_batch_size)
     parts["activations"] = working
     # The shares' gradients in float32; on a CPU, AdamW makes two tensors as large as its weights besides.
     step = 4 * share * ((0 if no_master else 1) + (2 if profile.device == "cpu" else 0))

@@ -185,7 +185,6 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("what", ["sketch", "train"])
 def test_peak_memory_of_a_replica_on_the_cpu(what: str, model: Path, tmp_path: Path) -> None:
-    """With the allocator's setting that workers on a CPU run with."""
     length = 1024
     sys.path.insert(0, str(Path(__file__).parent))
     from measure import WORKERS, recipe_for
