@@ -366,6 +366,9 @@ def _cpu_environment(profile: Profile) -> dict[str, str]:
         # vLLM would pin every engine of a node to the same cores; threads that wait for a busy core spin.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(profile.threads_of(profile.engines)),
+        # Decoding is many small products, between which threads should not sleep: libgomp's own default, which
+        # comes before the waiting that other workers are told (session.connect).
+        "GOMP_SPINCOUNT": "300000",
         # Without it the first request with log-probabilities waits for a C++ compilation of the sampler.
         "TORCH_COMPILE_DISABLE": "1",
     }
