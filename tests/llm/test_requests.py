@@ -154,6 +154,8 @@ def test_engines_on_a_cpu_compute_whole_prompts(tiny_model: Path) -> None:
     assert config.engine_kwargs["max_num_batched_tokens"] >= config.engine_kwargs["max_model_len"] == 64
     assert config.runtime_env is not None
     assert config.runtime_env["env_vars"]["OMP_NUM_THREADS"] == "3"
+    # Not the waiting that replicas are told: decoding would take a third longer and more.
+    assert int(config.runtime_env["env_vars"]["GOMP_SPINCOUNT"]) > 0
 
 
 def test_engine_settings_on_gpus_share_the_bundle_over_tensor_parallel_workers(tiny_model: Path) -> None:

@@ -19,6 +19,7 @@ from congrad_ray.stages import select
 from congrad_ray.stages.reducer import Layout, language_gradients, sums_of
 from congrad_ray.stages.replicas import SketchReplica
 from congrad_ray.stages.rows import FAILURE
+from congrad_ray.stages.sketch import _drawn_for_audit
 from congrad_ray.surgery.scores import Agreement
 from congrad_ray.surgery.shares import moving_average_shares
 from congrad_ray.tables import PAIRS, sketch_bytes, sketch_numbers, sketches_schema, table_of
@@ -394,3 +395,33 @@ def test_the_order_of_parts_makes_no_difference(tmp_path: Path) -> None:
 
 def one_each(batch: pa.Table) -> np.ndarray:
     return np.ones(len(batch))
+
+
+@pytest.mark.parametrize(("pairs", "drawn"), [(8, 0), (40, 1), (80, 2), (400, 4)])
+def test_audits_stay_within_their_share_of_the_micro_batches(
+    tmp_path: Path, tiny_model: Path, pairs: int, drawn: int
+) -> None:
+    recipe = recipe_for(tiny_model, sketch={"width": WIDTH, "audit_pairs": 32, "max_tokens_per_batch": 1000})
+    folder = RunDirectory.open(tmp_path).stage("pairs", 0)
+    ids = [f"pair-{number:03}" for number in range(pairs)]
+    random = np.random.default_rng(0)
+    texts = ["".join(map(chr, random.integers(97, 123, 600))) for _ in ids]  # 150 tokens by four bytes each
+    folder.write_table("pairs.parquet", pa.table({"pair_id": ids, "prompt": texts}))
+    found = _drawn_for_audit(recipe, folder, ids, "cpu")
+    assert len(found) == drawn and found <= set(ids)
+
+
+def test_the_memory_probe_is_left_out_where_memory_is_plenty(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for free in (2**40, 2**20):
+        monkeypatch.setattr("congrad_ray.gradient.memory.free_memory", lambda device, free=free: free)
+        try:
+            SketchReplica(
+                ModelSource(str(tiny_model), recipe_for(tiny_model).model), recipe_for(tiny_model), "cpu", 1, 1
+            )
+        except ValueError:  # a megabyte is too little for any pair
+            assert free == 2**20
+        said.append("measuring the memory" in capsys.readouterr().out)
+    assert said == [False, True]
