@@ -111,20 +111,24 @@ def heard(notify: Notify, log: Log, computed: Callable[[int], None] = lambda row
     import ray
 
     get: Any = ray.get  # whose annotations miss a single reference with a timeout
-    before = get(notify.actor.news.remote(notify.stage))[1]
-    seen = before
+    before: int | None = None
+    seen = 0
 
     def look() -> None:
-        nonlocal seen
+        nonlocal before, seen
         try:
             lines, rows = get(notify.actor.news.remote(notify.stage), timeout=10)
         except Exception:  # a Ray that does not answer is the watchdog's matter
             return
         for line in lines:
             log(line)
+        if before is None:
+            before = seen = rows
         if rows > seen:
             seen = rows
             computed(rows - before)
+
+    look()
 
     with looking(look, _LOOK_EVERY):
         yield
