@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 _MAX_WIDTH = 2**31
-# Entries of a layer up to which its order is kept on an accelerator, 8 bytes each: folded layers have fewer.
+# Entries of a layer up to which its order is kept on an accelerator, 5 bytes each: folded layers have fewer.
 _KEPT_ORDER = 2**19
 
 
@@ -105,7 +105,7 @@ class _Order:
     """Chunks of features turned and signed, as one reordering: place p of chunk k gets feature index[k, p]."""
 
     index: Tensor  # int32, (chunks * length,)
-    signs: Tensor  # float32, (chunks, length); 0 where a chunk has no such feature
+    signs: Tensor  # int8, (chunks, length); 0 where a chunk has no such feature
 
     @classmethod
     def of(cls, shifts: Tensor, signs: Tensor, features: int, length: int) -> _Order:
@@ -116,7 +116,7 @@ class _Order:
         ] * length
         there = index < features
         index = torch.where(there, index, 0)
-        return cls(index.flatten().int(), torch.where(there, signs[index], 0.0))
+        return cls(index.flatten().int(), torch.where(there, signs[index], 0.0).to(torch.int8))
 
     def to(self, device: torch.device) -> _Order:
         return _Order(self.index.to(device), self.signs.to(device))
