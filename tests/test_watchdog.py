@@ -166,3 +166,19 @@ cli.main(["hang"])
     assert ended.returncode == 1
     assert "error: hang was stopped, for nothing came of it" in ended.stderr
     assert "interrupted" not in ended.stderr and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("unmet", [[], ["waiting for: CPU 3 for a task or actor (1)"]])
+def test_a_wait_is_told_of_when_something_is_missing_and_not_while_all_runs(
+    output: StageFolder, monkeypatch: pytest.MonkeyPatch, unmet: list[str]
+) -> None:
+    monkeypatch.setattr(watchdog, "_LOOK_EVERY", 0.05)
+    monkeypatch.setattr(watchdog, "_TELL_EVERY", 0.1)
+    monkeypatch.setattr(watchdog, "_TELL_IF_ALL_RUNS", 60.0)
+    monkeypatch.setattr(watchdog, "unmet", lambda: unmet)
+    monkeypatch.setattr(watchdog, "what_waits", lambda: "\n".join(unmet))
+    lines: list[str] = []
+    with watched("sketch", 60.0, output, lines.append):
+        time.sleep(0.6)
+    assert bool(lines) == bool(unmet)
+    assert all("nothing for" in line and "waiting for" in line for line in lines)
