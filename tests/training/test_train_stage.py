@@ -21,7 +21,7 @@ from congrad_ray.preference.logprobs import completion_logprobs
 from congrad_ray.preference.loss import dpo_loss
 from congrad_ray.preference.tokenization import load_tokenizer, tokenize_pair
 from congrad_ray.profile import Profile, Workers
-from congrad_ray.recipe import Model, Prompts, Recipe, Train
+from congrad_ray.recipe import Judge, Model, Prompts, Recipe, Train
 from congrad_ray.rundir import RunDirectory
 from congrad_ray.stages.base import Context, Outcome
 from congrad_ray.stages.train import STAGE
@@ -36,6 +36,7 @@ def recipe_of(model: Path, dtype: str = "float32", **train: Any) -> Recipe:
         name="test",
         model=Model(name=str(model), dtype=dtype, max_length=600),  # type: ignore[arg-type]
         prompts=Prompts(languages=["en", "sw"]),
+        judge=Judge(max_tokens=16),
         train=Train(**values),
     )
 
