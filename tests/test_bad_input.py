@@ -324,7 +324,8 @@ def check_override(override: str, place: Place) -> None:
 def check_judgement(judged: tuple[str, dict[int, float]], place: Place) -> None:
     text, logprobs = judged
     for candidate in (text, f"Score: {text}", f"{text}\nScore: 4/{text}"):
-        assert (score := read_score(candidate)) is None or 0 <= score <= 5
+        for language in ("en", "fr", "xx"):
+            assert (score := read_score(candidate, language)) is None or 0 <= score <= 5
     assert read_win(f"Verdict: {text}", "model_first") in (None, 0.0, 0.5, 1.0)
     score, mass = expected_score(logprobs, [[k] for k in range(6)])
     assert score is None or (math.isfinite(mass) and 0 <= score <= 5 + 1e-9)
