@@ -111,9 +111,8 @@ class _Order:
     def of(cls, shifts: Tensor, signs: Tensor, features: int, length: int) -> _Order:
         """Of chunks of `length`, each turned by its shift; `signs` (features,). All on one device."""
         place = torch.arange(length, device=shifts.device)
-        index = (place - shifts[:, None]) % length + torch.arange(len(shifts), device=shifts.device)[
-            :, None
-        ] * length
+        chunk = torch.arange(len(shifts), device=shifts.device)[:, None]
+        index = chunk * length + (place - shifts[:, None]) % length
         there = index < features
         index = torch.where(there, index, 0)
         return cls(index.flatten().int(), torch.where(there, signs[index], 0.0).to(torch.int8))

@@ -129,6 +129,5 @@ def heard(notify: Notify, log: Log, computed: Callable[[int], None] = lambda row
             computed(rows - before)
 
     look()
-
     with looking(look, _LOOK_EVERY):
         yield
