@@ -29,6 +29,7 @@ from typing import Any
 
 import psutil
 import yaml
+
 from faults.cluster import kill, left_over
 from faults.command import ROOT, SETTINGS
 from faults.compare import DETERMINED, compare_table
@@ -116,9 +117,9 @@ class Cluster:
     def submit(self, command: str, run: Path, model: Path | None) -> list[str]:
         settings = {**self.settings, **({"model.name": model} if model else {})}
         return [
-            *(sys.executable, "-m", "congrad_ray.cli", "submit", command),
+            *(sys.executable, "-m", "congrad_ray", "submit", command),
             *(str(self.source / "jobs" / "recipes" / "demo.yaml"), "--run", str(run)),
-            *("--profile", str(self.source / "cluster" / "profiles" / "autoscaling.yaml")),
+            *("--profile", str(self.source / "cluster" / "autoscaling-profile.yaml")),
             *("--address", self.head.dashboard),
             *(f"--set={name}={value}" for name, value in settings.items()),
         ]
@@ -158,7 +159,7 @@ def local_cluster(folder: Path) -> Iterator[Cluster]:
         shutil.copytree(ROOT / name, source / name, dirs_exist_ok=True)
     for name in (".rayignore", "pyproject.toml"):
         shutil.copy(ROOT / name, source / name)
-    (source / "cluster" / "profiles" / "autoscaling.yaml").write_text(yaml.safe_dump(PROFILE))
+    (source / "cluster" / "autoscaling-profile.yaml").write_text(yaml.safe_dump(PROFILE))
     temporary = tempfile.mkdtemp(prefix="scaling-")  # Ray's sockets lie there: a short name
     environment = head_environment() | {
         "RAY_TMPDIR": temporary,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
 from heads import RAY, free_port, head_environment
 from tiny_models import TEXTS, make_tiny_model
 
@@ -73,7 +74,7 @@ def filter_command() -> Callable[[Path, Path, str | Path], list[str]]:
 
     def command(preferences: Path, model: Path, out: str | Path) -> list[str]:
         return [
-            *(sys.executable, "-m", "congrad_ray.cli", "filter", str(preferences), "--model", str(model)),
+            *(sys.executable, "-m", "congrad_ray", "filter", str(preferences), "--model", str(model)),
             *("--out", str(out), "--width", "512", "--max-length", "256", "--chat"),
         ]
 

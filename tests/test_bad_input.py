@@ -19,28 +19,29 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from congrad_ray import filtering
-from congrad_ray.cli import main
-from congrad_ray.evaluation.pairwise import read_win
-from congrad_ray.judging.rubric import RubricError, load_rubric
-from congrad_ray.judging.scores import expected_score, read_score
-from congrad_ray.models import ModelError, named_model
-from congrad_ray.preference.pairs import BestAndWorst, JudgedResponse, best_and_worst
-from congrad_ray.preference.tokenization import MissingChatTemplate, chat_prompt_ids, tokenize_pair
-from congrad_ray.printable import brief, printable, shown
-from congrad_ray.profile import Profile, load_profile
-from congrad_ray.recipe import Model, Prompts, Recipe, Select, Source, load_recipe
-from congrad_ray.records import InputError, read_records
-from congrad_ray.rundir import RunDirectory, fingerprint
-from congrad_ray.settings import SettingsError, apply_overrides, parse_yaml, to_yaml, validate
-from congrad_ray.stages import prompts, select
-from congrad_ray.stages.base import Context
-from congrad_ray.surgery.keep import keep_above, keep_top_fraction, keep_within_tokens
-from congrad_ray.tables import prompt_id
+from congrad_ray.cli.main import main
+from congrad_ray.config.printable import brief, printable, shown
+from congrad_ray.config.profile import Profile, load_profile
+from congrad_ray.config.recipe import Model, Prompts, Recipe, Select, Source, load_recipe
+from congrad_ray.config.settings import SettingsError, apply_overrides, parse_yaml, to_yaml, validate
+from congrad_ray.data.records import InputError, read_records
+from congrad_ray.data.tables import prompt_id
+from congrad_ray.modeling.source import ModelError, named_model
+from congrad_ray.modeling.tokenization import MissingChatTemplate, chat_prompt_ids, tokenize_pair
+from congrad_ray.pipeline import filtering
+from congrad_ray.rundir.directory import RunDirectory, fingerprint
+from congrad_ray.runtime.context import Context
+from congrad_ray.stages.evaluate.pairwise import read_win
+from congrad_ray.stages.judge.rubric import RubricError, load_rubric
+from congrad_ray.stages.judge.scores import expected_score, read_score
+from congrad_ray.stages.pair.best_and_worst import BestAndWorst, JudgedResponse, best_and_worst
+from congrad_ray.stages.prompts import stage as prompts
+from congrad_ray.stages.select import stage as select
+from congrad_ray.stages.select.keep import keep_above, keep_top_fraction, keep_within_tokens
 
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
 DEMO = parse_yaml((RECIPES / "demo.yaml").read_text())
-LOCAL = parse_yaml((RECIPES.parents[1] / "cluster" / "profiles" / "local.yaml").read_text())
+LOCAL = parse_yaml((RECIPES.parents[1] / "congrad_ray" / "config" / "profiles" / "local.yaml").read_text())
 
 # --- what is generated --------------------------------------------------------------------------------------
 

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from congrad_ray.gradient import audit, capture, countsketch, exact, layers, memory, shared_prompts, sketcher
-from congrad_ray.gradient import storage
-from congrad_ray.preference import batching, logprobs, loss, packing, tokenization
-from congrad_ray.surgery import directions, keep, scores
+from congrad_ray.stages.sketch import audit, capture, countsketch, exact, layers, memory, shared_prompts, sketcher
+from congrad_ray.stages.sketch import storage
+from congrad_ray.modeling import batching, logprobs, loss, packing, tokenization
+from congrad_ray.stages.select import directions, keep, scores
 
 config = LlamaConfig(
     vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

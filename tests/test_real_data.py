@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from congrad_ray.execution import run_stage
-from congrad_ray.profile import Profile
-from congrad_ray.recipe import Recipe, Source
-from congrad_ray.records import clean_language, clean_messages, read_records
-from congrad_ray.rundir import RunDirectory
-from congrad_ray.settings import validate
-from congrad_ray.stages import prompts
+from congrad_ray.config.profile import Profile
+from congrad_ray.config.recipe import Recipe, Source
+from congrad_ray.config.settings import validate
+from congrad_ray.data.records import clean_language, clean_messages, read_records
+from congrad_ray.pipeline.runner import run_stage
+from congrad_ray.rundir.directory import RunDirectory
+from congrad_ray.stages.prompts import stage as prompts
 
 
 def languages_of(path: Path) -> set[str]:

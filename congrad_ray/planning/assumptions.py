@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from congrad_ray.settings import Settings, apply_overrides, validate
+from congrad_ray.config.settings import Settings, apply_overrides, validate
 
 Share = Annotated[float, Field(gt=0, le=1)]
 

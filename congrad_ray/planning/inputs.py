@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from congrad_ray.models import check_models
+from congrad_ray.config.profile import Profile
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.modeling.shape import read_shape
+from congrad_ray.modeling.source import check_models
 from congrad_ray.planning.assumptions import Assumptions
-from congrad_ray.planning.fit import Machine, Node, cluster_machine, most_cpus
 from congrad_ray.planning.plan import Shapes
-from congrad_ray.planning.shape import read_shape
 from congrad_ray.planning.storage import measured_row_bytes
 from congrad_ray.planning.tokens import Lengths, assumed_lengths, with_measured
-from congrad_ray.profile import Profile
-from congrad_ray.recipe import Recipe
-from congrad_ray.rundir import Manifest, RunDirectory
-from congrad_ray.session import connect, machine, this_machine
+from congrad_ray.rundir.directory import Manifest, RunDirectory
+from congrad_ray.runtime.resources import Machine, Node, cluster_machine, most_cpus
+from congrad_ray.runtime.session import connect, machine, this_machine
 
 _FOLDERS = (
     ("generate", "responses"),

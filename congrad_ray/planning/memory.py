@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from congrad_ray.config.profile import Profile
+from congrad_ray.config.recipe import BUILTIN_WORLD, Recipe
+from congrad_ray.modeling.rehearsal import sketch_working_bytes, training_working_bytes
+from congrad_ray.modeling.shape import BYTES, ModelShape
 from congrad_ray.planning.assumptions import Assumptions
-from congrad_ray.planning.rehearsal import sketch_working_bytes, training_working_bytes
-from congrad_ray.planning.shape import BYTES, ModelShape
-from congrad_ray.profile import Profile
-from congrad_ray.recipe import BUILTIN_WORLD, Recipe
 
 GIB = 2**30
 # vLLM's default budget of tokens in one forward pass on data-centre GPUs (max_num_batched_tokens).
 _ENGINE_BATCHED_TOKENS = 8192
-# training.engine.deepspeed_config: elements of the buffer in which gradients wait to be reduced.
+# stages.train.engine.deepspeed_config: elements of the buffer in which gradients wait to be reduced.
 _REDUCE_BUCKET = 50_000_000
 # DeepSpeed's default stage3_max_live_parameters: elements of gathered weights alive at a time.
 _LIVE_PARAMETERS = 1_000_000_000
@@ -71,7 +71,7 @@ def sketch_memory(
     wanted = max(1, budget // longest)
     fixed = {
         "weights": float(shape.parameters * BYTES[recipe.model.dtype]),
-        "sketch_tables": 0.0,  # the map works places out; see gradient.countsketch
+        "sketch_tables": 0.0,  # the map works places out; see stages.sketch.countsketch
         "sketches": 8.0 * wanted * settings.width,  # float32, with what turns over the end
         "process": _process(profile, assumptions, devices),
     }

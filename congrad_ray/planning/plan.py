@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from congrad_ray.config.profile import NodeType, Profile
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.settings import SettingsType
+from congrad_ray.modeling.shape import ModelShape
 from congrad_ray.planning.assumptions import Assumptions
-from congrad_ray.planning.fit import Machine, StageNeed, needs
 from congrad_ray.planning.memory import (
     GIB,
     Memory,
@@ -16,13 +19,10 @@ from congrad_ray.planning.memory import (
     sketch_memory,
     training_memory,
 )
-from congrad_ray.planning.shape import ModelShape
 from congrad_ray.planning.storage import checkpoint_bytes, stage_bytes
 from congrad_ray.planning.tokens import Lengths, StageCount, stage_counts
 from congrad_ray.planning.work import seconds, stage_flops
-from congrad_ray.profile import NodeType, Profile
-from congrad_ray.recipe import Recipe
-from congrad_ray.settings import SettingsType
+from congrad_ray.runtime.resources import Machine, StageNeed, needs
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,9 @@ from functools import cache
 import pyarrow as pa
 import torch
 
-from congrad_ray.gradient.storage import to_storage
-from congrad_ray.planning.assumptions import Assumptions
-from congrad_ray.planning.shape import BYTES, ModelShape
-from congrad_ray.planning.tokens import Lengths, StageCount
-from congrad_ray.profile import Profile
-from congrad_ray.recipe import Recipe
-from congrad_ray.rundir import Manifest, parquet_bytes
-from congrad_ray.tables import (
+from congrad_ray.config.profile import Profile
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.data.tables import (
     ANSWERS,
     JUDGEMENT_SAMPLES,
     JUDGEMENTS,
@@ -28,10 +23,15 @@ from congrad_ray.tables import (
     sketch_bytes,
     sketches_schema,
 )
+from congrad_ray.modeling.shape import BYTES, ModelShape
+from congrad_ray.planning.assumptions import Assumptions
+from congrad_ray.planning.tokens import Lengths, StageCount
+from congrad_ray.rundir.directory import Manifest, parquet_bytes
+from congrad_ray.stages.sketch.storage import to_storage
 
 # 32 hexadecimal digits hold 16 bytes, and zstd finds nearly all of that.
 _ID_BYTES = 18.0
-# As the stages write them: stages.sketch._PAIRS_PER_TASK and _TASK_BYTES, stages.judge._ROWS_PER_PART.
+# As the stages write them: stages.sketch.stage, stages.judge.stage.
 _PAIRS_PER_PART, _JUDGEMENTS_PER_PART = 64, 4096
 _PART_BYTES = {"cpu": 2**15, "cuda": 2**21}
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from congrad_ray.evaluation.pairwise import pairwise_template
-from congrad_ray.judging.rubric import load_rubric
+from congrad_ray.config.recipe import BUILTIN_WORLD, Recipe
 from congrad_ray.planning.assumptions import Assumptions
-from congrad_ray.planning.fit import rows_of
-from congrad_ray.recipe import BUILTIN_WORLD, Recipe
-from congrad_ray.rundir import Manifest
+from congrad_ray.rundir.directory import Manifest
+from congrad_ray.runtime.resources import rows_of
+from congrad_ray.stages.evaluate.pairwise import pairwise_template
+from congrad_ray.stages.judge.rubric import load_rubric
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from congrad_ray.gradient.countsketch import FoldRule
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.modeling.shape import ModelShape
 from congrad_ray.planning.assumptions import Assumptions
-from congrad_ray.planning.shape import ModelShape
 from congrad_ray.planning.tokens import Lengths, StageCount
-from congrad_ray.recipe import Recipe
+from congrad_ray.stages.sketch.countsketch import FoldRule
 
 
 def forward_flops(shape: ModelShape, tokens: float, context: float, predicted: float) -> float:
@@ -66,7 +66,7 @@ def _train_flops(
 ) -> float:
     """Three times the forward (Kaplan et al. 2020: 6 per parameter and token), four with checkpointing.
 
-    The logits are always computed a second time in the backward (`preference.logprobs`).
+    The logits are always computed a second time in the backward (`modeling.logprobs`).
     """
     row = lengths.prompt + lengths.paired_response
     tokens = count.trained * (1 + assumptions.training_padding)

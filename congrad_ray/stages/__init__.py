@@ -1,1 +1,1 @@
-"""One module per stage; here alone Ray Data and Ray Train meet the core. A stage reads tables and writes one."""
+"""The stages, one folder each: `stage.py` is what runs on Ray, beside it the stage's algorithm."""

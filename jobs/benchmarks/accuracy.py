@@ -42,20 +42,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from congrad_ray.gradient.audit import cosines_with_others, rank_correlation
-from congrad_ray.gradient.capture import GradientCapture, completion_sums, pair_segments
-from congrad_ray.gradient.countsketch import CountSketch, FoldRule
-from congrad_ray.gradient.exact import LayerVectors, add_weighted_sums_
-from congrad_ray.gradient.layers import target_layers
-from congrad_ray.gradient.shared_prompts import attention_over
-from congrad_ray.gradient.sketcher import sketch_pairs
-from congrad_ray.gradient.storage import to_storage
-from congrad_ray.preference.batching import token_budget_batches
-from congrad_ray.preference.packing import PairTokens
-from congrad_ray.preference.tokenization import TokenizedPair, load_tokenizer, tokenize_pair
-from congrad_ray.surgery.keep import keep_top_fraction
-from congrad_ray.surgery.scores import PairProducts, Surgery, make_direction
-from congrad_ray.surgery.scores import agreement as agreement_with
+from congrad_ray.modeling.batching import token_budget_batches
+from congrad_ray.modeling.packing import PairTokens
+from congrad_ray.modeling.tokenization import TokenizedPair, load_tokenizer, tokenize_pair
+from congrad_ray.stages.select.keep import keep_top_fraction
+from congrad_ray.stages.select.scores import PairProducts, Surgery, make_direction
+from congrad_ray.stages.select.scores import agreement as agreement_with
+from congrad_ray.stages.sketch.audit import cosines_with_others, rank_correlation
+from congrad_ray.stages.sketch.capture import GradientCapture, completion_sums, pair_segments
+from congrad_ray.stages.sketch.countsketch import CountSketch, FoldRule
+from congrad_ray.stages.sketch.exact import LayerVectors, add_weighted_sums_
+from congrad_ray.stages.sketch.layers import target_layers
+from congrad_ray.stages.sketch.shared_prompts import attention_over
+from congrad_ray.stages.sketch.sketcher import sketch_pairs
+from congrad_ray.stages.sketch.storage import to_storage
 
 Float64Array = NDArray[np.float64]
 FOLDS = {"auto256": FoldRule(min_side=256), "auto512": FoldRule(min_side=512)}  # and plain numbers
@@ -319,7 +319,7 @@ def _fold_variance(parts: list[float], rule: FoldRule, outputs: int, inputs: int
 
         p |xy^T + yx^T|^2 / 2 + q |x^T y + y^T x|^2 / 2 + p q (|x|^2 |y|^2 + <x, y>^2 + |xy^T|^2 + |x^T y|^2).
 
-    For x = y of rank one this is what `gradient.countsketch` names.
+    For x = y of rank one this is what `stages.sketch.countsketch` names.
     """
     p, q = (rule(outputs) - 1) / outputs, (rule(inputs) - 1) / inputs
     return p * parts[0] + q * parts[1] + p * q * parts[2]

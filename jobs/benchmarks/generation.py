@@ -23,16 +23,16 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 def by_stage(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Runs prompts and generate; leaves what vLLM alone shall do in `folder`/requests.json."""
-    from congrad_ray.execution import run_stage
-    from congrad_ray.llm.engine import _cpu_environment, _processor_config, end_of_turn_ids
-    from congrad_ray.models import policy
-    from congrad_ray.pipeline import STAGES
-    from congrad_ray.preference.tokenization import chat_prompt_ids
-    from congrad_ray.profile import load_profile
-    from congrad_ray.recipe import Recipe
-    from congrad_ray.rundir import RunDirectory
-    from congrad_ray.settings import validate
-    from congrad_ray.stages import notices
+    from congrad_ray.config.profile import load_profile
+    from congrad_ray.config.recipe import Recipe
+    from congrad_ray.config.settings import validate
+    from congrad_ray.modeling.source import policy
+    from congrad_ray.modeling.tokenization import chat_prompt_ids
+    from congrad_ray.pipeline.order import STAGES
+    from congrad_ray.pipeline.runner import run_stage
+    from congrad_ray.rundir.directory import RunDirectory
+    from congrad_ray.runtime import notices
+    from congrad_ray.runtime.engines import _cpu_environment, _processor_config, end_of_turn_ids
 
     notices._LOOK_EVERY = 0.1  # "vLLM is ready" is the start of the clock
     source = {"name": str(arguments.prompts)}

@@ -39,16 +39,16 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from congrad_ray.gradient.audit import rank_correlation
-from congrad_ray.gradient.capture import GradientCapture, completion_sums
-from congrad_ray.gradient.countsketch import CountSketch, FoldRule
-from congrad_ray.gradient.shared_prompts import attention_over
-from congrad_ray.gradient.sketcher import sketch_pairs
-from congrad_ray.preference.batching import collate_pairs, token_budget_batches
-from congrad_ray.preference.logprobs import completion_logprobs, summed_logprobs
-from congrad_ray.preference.loss import dpo_loss
-from congrad_ray.preference.packing import PairTokens
-from congrad_ray.preference.tokenization import TokenizedPair
+from congrad_ray.modeling.batching import collate_pairs, token_budget_batches
+from congrad_ray.modeling.logprobs import completion_logprobs, summed_logprobs
+from congrad_ray.modeling.loss import dpo_loss
+from congrad_ray.modeling.packing import PairTokens
+from congrad_ray.modeling.tokenization import TokenizedPair
+from congrad_ray.stages.sketch.audit import rank_correlation
+from congrad_ray.stages.sketch.capture import GradientCapture, completion_sums
+from congrad_ray.stages.sketch.countsketch import CountSketch, FoldRule
+from congrad_ray.stages.sketch.shared_prompts import attention_over
+from congrad_ray.stages.sketch.sketcher import sketch_pairs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "tests" / "planning" / "configs"
 WIDTH = 32768

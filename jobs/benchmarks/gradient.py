@@ -33,15 +33,15 @@ from small_llama import Shape, load_pairs, prepare, random_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from congrad_ray.gradient.capture import GradientCapture, completion_sums
-from congrad_ray.gradient.countsketch import CountSketch, FoldRule
-from congrad_ray.gradient.exact import pair_gradient
-from congrad_ray.gradient.memory import PeakResidentMemory
-from congrad_ray.gradient.shared_prompts import attention_over
-from congrad_ray.gradient.sketcher import sketch_pairs
-from congrad_ray.preference.batching import collate_pairs, token_budget_batches
-from congrad_ray.preference.packing import PairTokens
-from congrad_ray.preference.tokenization import TokenizedPair
+from congrad_ray.modeling.batching import collate_pairs, token_budget_batches
+from congrad_ray.modeling.packing import PairTokens
+from congrad_ray.modeling.tokenization import TokenizedPair
+from congrad_ray.stages.sketch.capture import GradientCapture, completion_sums
+from congrad_ray.stages.sketch.countsketch import CountSketch, FoldRule
+from congrad_ray.stages.sketch.exact import pair_gradient
+from congrad_ray.stages.sketch.memory import PeakResidentMemory
+from congrad_ray.stages.sketch.shared_prompts import attention_over
+from congrad_ray.stages.sketch.sketcher import sketch_pairs
 
 HERE = Path(__file__).resolve().parent
 FOLDS = (1, 2, 4, 8)

@@ -28,17 +28,19 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from selection import LANGUAGES, held_memory, recipe_for, timed, write_tables
 
-from congrad_ray.models import policy
-from congrad_ray.profile import Profile
-from congrad_ray.recipe import Recipe
-from congrad_ray.rundir import RunDirectory, StageFolder
-from congrad_ray.session import connect
-from congrad_ray.settings import validate
-from congrad_ray.stages import pair, select, sketch
-from congrad_ray.stages.base import Context, Outcome
-from congrad_ray.stages.replicas import SketchReplica
-from congrad_ray.stages.rows import FAILURE_FIELD, PartWriter, outcome_of, read_missing_batches
-from congrad_ray.tables import JUDGEMENTS, PAIRS, RESPONSES, sketch_bytes, sketches_schema, table_of
+from congrad_ray.config.profile import Profile
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.settings import validate
+from congrad_ray.data.tables import JUDGEMENTS, PAIRS, RESPONSES, sketch_bytes, sketches_schema, table_of
+from congrad_ray.modeling.source import policy
+from congrad_ray.rundir.directory import RunDirectory, StageFolder
+from congrad_ray.runtime.context import Context, Outcome
+from congrad_ray.runtime.rows import FAILURE_FIELD, PartWriter, outcome_of, read_missing_batches
+from congrad_ray.runtime.session import connect
+from congrad_ray.stages.pair import stage as pair
+from congrad_ray.stages.select import stage as select
+from congrad_ray.stages.sketch import stage as sketch
+from congrad_ray.stages.sketch.replicas import SketchReplica
 
 _WIDTH, _DTYPE = 256, "float16"
 _RESPONSES_PER_PROMPT = 4

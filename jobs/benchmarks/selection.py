@@ -23,14 +23,14 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from congrad_ray.profile import Profile
-from congrad_ray.recipe import Recipe
-from congrad_ray.rundir import RunDirectory
-from congrad_ray.session import connect
-from congrad_ray.settings import validate
-from congrad_ray.stages import select
-from congrad_ray.stages.base import Context
-from congrad_ray.tables import PAIRS, sketch_bytes, sketches_schema, table_of
+from congrad_ray.config.profile import Profile
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.settings import validate
+from congrad_ray.data.tables import PAIRS, sketch_bytes, sketches_schema, table_of
+from congrad_ray.rundir.directory import RunDirectory
+from congrad_ray.runtime.context import Context
+from congrad_ray.runtime.session import connect
+from congrad_ray.stages.select import stage as select
 
 LANGUAGES = ("de", "el", "en", "es", "fr", "hi", "ru", "tr")
 _PAIRS_PER_PART = 2048

@@ -12,10 +12,10 @@ import jsonschema
 import pytest
 import yaml
 
-from congrad_ray.pipeline import STAGES
-from congrad_ray.profile import load_profile
-from congrad_ray.recipe import load_recipe
-from congrad_ray.render import ray_cluster, ray_job
+from congrad_ray.config.profile import load_profile
+from congrad_ray.config.recipe import load_recipe
+from congrad_ray.deploy.render import ray_cluster, ray_job
+from congrad_ray.pipeline.order import STAGES
 
 Schema = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from congrad_ray.pipeline import STAGES
+from congrad_ray.pipeline.order import STAGES
 
 Schema = dict[str, Any]
 Problems = Callable[[dict[str, Any], Schema], list[str]]

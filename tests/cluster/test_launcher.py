@@ -11,8 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from congrad_ray.profile import load_profile
-from congrad_ray.render import launcher
+from congrad_ray.config.profile import load_profile
+from congrad_ray.deploy.render import launcher
 
 
 @pytest.mark.parametrize("name", ["aws-spot", "gcp-spot"])

@@ -76,7 +76,7 @@ class Recipe:
     def arguments(self, run: Path, until: str | None = None) -> list[str]:
         settings = {"model.name": self.model, **SETTINGS}
         return [
-            *(sys.executable, "-m", "congrad_ray.cli", "run", str(RECIPE), "--run", str(run)),
+            *(sys.executable, "-m", "congrad_ray", "run", str(RECIPE), "--run", str(run)),
             *("--profile", str(self.profile), *(["--until", until] if until else [])),
             *(f"--set={name}={value}" for name, value in settings.items()),
         ]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from congrad_ray.planning.shape import ModelShape, read_shape
-from congrad_ray.recipe import Model, Recipe
-from congrad_ray.settings import validate
+from congrad_ray.config.recipe import Model, Recipe
+from congrad_ray.config.settings import validate
+from congrad_ray.modeling.shape import ModelShape, read_shape
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -7,12 +7,12 @@ import json
 import sys
 from pathlib import Path
 
-from congrad_ray.gradient.memory import PeakResidentMemory
-from congrad_ray.models import ModelSource
-from congrad_ray.recipe import Recipe
-from congrad_ray.rundir import RunDirectory
-from congrad_ray.settings import validate
-from congrad_ray.tables import PAIRS, SELECTED, table_of
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.settings import validate
+from congrad_ray.data.tables import PAIRS, SELECTED, table_of
+from congrad_ray.modeling.source import ModelSource
+from congrad_ray.rundir.directory import RunDirectory
+from congrad_ray.stages.sketch.memory import PeakResidentMemory
 
 WORKERS = 1
 
@@ -34,7 +34,7 @@ def recipe_for(max_length: int, **sections: object) -> Recipe:
 
 def rows(source: ModelSource, max_length: int, count: int) -> list[dict[str, object]]:
     """Pairs whose rows have `max_length` tokens, or a few less."""
-    from congrad_ray.preference.tokenization import tokenize_pair
+    from congrad_ray.modeling.tokenization import tokenize_pair
 
     tokenizer = source.load_tokenizer()
 
@@ -62,7 +62,7 @@ def rows(source: ModelSource, max_length: int, count: int) -> list[dict[str, obj
 def sketch(source: ModelSource, max_length: int) -> None:
     import pyarrow as pa
 
-    from congrad_ray.stages.replicas import SketchReplica
+    from congrad_ray.stages.sketch.replicas import SketchReplica
 
     replica = SketchReplica(source, recipe_for(max_length), "cpu", 1, 2)
     fields = [PAIRS.field(name) for name in ("pair_id", "language", "prompt", "chosen", "rejected")]
@@ -71,8 +71,8 @@ def sketch(source: ModelSource, max_length: int) -> None:
 
 
 def train(source: ModelSource, max_length: int, scratch: Path) -> None:
-    from congrad_ray.training.loop import TrainingJob, train_alone
-    from congrad_ray.training.schedule import make_schedule
+    from congrad_ray.stages.train.loop import TrainingJob, train_alone
+    from congrad_ray.stages.train.schedule import make_schedule
 
     settings = recipe_for(max_length).train
     run = RunDirectory.open(scratch)

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from congrad_ray.models import ModelError
-from congrad_ray.planning import rehearsal
+from congrad_ray.config.profile import load_profile
+from congrad_ray.config.recipe import Model, Recipe
+from congrad_ray.config.settings import SettingsError
+from congrad_ray.data.tables import PAIRS, SCORES
+from congrad_ray.modeling import rehearsal
+from congrad_ray.modeling.rehearsal import sketch_working_bytes, training_working_bytes
+from congrad_ray.modeling.shape import ModelShape, read_shape
+from congrad_ray.modeling.source import ModelError
 from congrad_ray.planning.assumptions import Assumptions, load_assumptions
-from congrad_ray.planning.fit import cluster_machine
 from congrad_ray.planning.memory import GIB, kv_bytes_per_token, training_memory
 from congrad_ray.planning.plan import Plan, Shapes, make_plan
-from congrad_ray.planning.rehearsal import sketch_working_bytes, training_working_bytes
-from congrad_ray.planning.shape import ModelShape, read_shape
 from congrad_ray.planning.storage import (
     file_bytes,
     measured_row_bytes,
@@ -25,11 +28,8 @@ from congrad_ray.planning.storage import (
 )
 from congrad_ray.planning.tokens import assumed_lengths, stage_counts, with_measured
 from congrad_ray.planning.work import forward_flops, stage_flops
-from congrad_ray.profile import load_profile
-from congrad_ray.recipe import Model, Recipe
-from congrad_ray.rundir import Manifest
-from congrad_ray.settings import SettingsError
-from congrad_ray.tables import PAIRS, SCORES
+from congrad_ray.rundir.directory import Manifest
+from congrad_ray.runtime.resources import cluster_machine
 
 ASSUMED = Assumptions()
 

@@ -11,16 +11,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from congrad_ray.judging.rubric import load_rubric
+from congrad_ray.config.profile import load_profile
+from congrad_ray.config.recipe import Recipe, load_recipe
+from congrad_ray.modeling.tokenization import chat_prompt_ids, load_tokenizer
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.inputs import known_lengths, read_shapes
 from congrad_ray.planning.memory import sketch_memory, training_memory
 from congrad_ray.planning.storage import stage_bytes
 from congrad_ray.planning.tokens import StageCount, rubric_bytes, stage_counts
-from congrad_ray.preference.tokenization import chat_prompt_ids, load_tokenizer
-from congrad_ray.profile import load_profile
-from congrad_ray.recipe import Recipe, load_recipe
-from congrad_ray.rundir import RunDirectory
+from congrad_ray.rundir.directory import RunDirectory
+from congrad_ray.stages.judge.rubric import load_rubric
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
@@ -124,7 +124,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Re
         "pair.truncated=keep",
     ]
     demo = ROOT / "jobs" / "recipes" / "demo.yaml"
-    arguments = [sys.executable, "-m", "congrad_ray.cli", "run", str(demo), "--run", str(folder / "run")]
+    arguments = [sys.executable, "-m", "congrad_ray", "run", str(demo), "--run", str(folder / "run")]
     subprocess.run([*arguments, *(f"--set={setting}" for setting in settings)], check=True, timeout=2500)
     return RunDirectory.open(folder / "run"), load_recipe(demo, settings)
 

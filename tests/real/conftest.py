@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from faults.cluster import kill, left_over
 
 Row = dict[str, Any]

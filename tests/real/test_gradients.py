@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from congrad_ray.gradient.capture import GradientCapture, pair_segments
-from congrad_ray.gradient.countsketch import CountSketch
-from congrad_ray.gradient.exact import pair_gradient
-from congrad_ray.gradient.sketcher import audited_sketches
-from congrad_ray.models import named_model
-from congrad_ray.preference.batching import collate_pairs
-from congrad_ray.preference.tokenization import TokenizedPair, tokenize_pair
-from congrad_ray.recipe import Model
+from congrad_ray.config.recipe import Model
+from congrad_ray.modeling.batching import collate_pairs
+from congrad_ray.modeling.source import named_model
+from congrad_ray.modeling.tokenization import TokenizedPair, tokenize_pair
+from congrad_ray.stages.sketch.capture import GradientCapture, pair_segments
+from congrad_ray.stages.sketch.countsketch import CountSketch
+from congrad_ray.stages.sketch.exact import pair_gradient
+from congrad_ray.stages.sketch.sketcher import audited_sketches
 
 pytestmark = pytest.mark.real
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from faults.cluster import kill, left_over
 
-from congrad_ray.pipeline import STAGES
-from congrad_ray.rundir import RunDirectory
-from congrad_ray.training.metrics import read_metrics
+from congrad_ray.pipeline.order import STAGES
+from congrad_ray.rundir.directory import RunDirectory
+from congrad_ray.stages.train.metrics import read_metrics
+from faults.cluster import kill, left_over
 
 pytestmark = pytest.mark.real
 
@@ -34,7 +34,7 @@ Settings = dict[str, object]
 
 def congrad(verb: str, *arguments: object, settings: Settings | None = None) -> list[str]:
     overrides = [f"--set={key}={value}" for key, value in (settings or {}).items()]
-    return [sys.executable, "-m", "congrad_ray.cli", verb, *map(str, arguments), *overrides]
+    return [sys.executable, "-m", "congrad_ray", verb, *map(str, arguments), *overrides]
 
 
 def run_to_end(command: list[str]) -> str:

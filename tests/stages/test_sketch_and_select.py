@@ -9,20 +9,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from congrad_ray.execution import run_stage
-from congrad_ray.models import ModelSource
-from congrad_ray.profile import Profile
-from congrad_ray.recipe import Recipe, Select
-from congrad_ray.rundir import RunDirectory, RunDirectoryError, StageFolder
-from congrad_ray.settings import validate
-from congrad_ray.stages import select
-from congrad_ray.stages.reducer import Layout, language_gradients, sums_of
-from congrad_ray.stages.replicas import SketchReplica
-from congrad_ray.stages.rows import FAILURE
-from congrad_ray.stages.sketch import _drawn_for_audit
-from congrad_ray.surgery.scores import Agreement
-from congrad_ray.surgery.shares import moving_average_shares
-from congrad_ray.tables import PAIRS, sketch_bytes, sketch_numbers, sketches_schema, table_of
+from congrad_ray.config.profile import Profile
+from congrad_ray.config.recipe import Recipe, Select
+from congrad_ray.config.settings import validate
+from congrad_ray.data.tables import PAIRS, sketch_bytes, sketch_numbers, sketches_schema, table_of
+from congrad_ray.modeling.source import ModelSource
+from congrad_ray.pipeline.runner import run_stage
+from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, StageFolder
+from congrad_ray.runtime.rows import FAILURE
+from congrad_ray.stages.select import stage as select
+from congrad_ray.stages.select.reducer import Layout, language_gradients, sums_of
+from congrad_ray.stages.select.scores import Agreement
+from congrad_ray.stages.select.shares import moving_average_shares
+from congrad_ray.stages.sketch.replicas import SketchReplica
+from congrad_ray.stages.sketch.stage import _drawn_for_audit
 
 WIDTH = 256
 
@@ -72,10 +72,10 @@ ROWS = [
 def test_a_replica_writes_the_sketch_of_autograds_gradient(tiny_model: Path, dtype: str) -> None:
     import torch
 
-    from congrad_ray.gradient.countsketch import CountSketch
-    from congrad_ray.gradient.exact import pair_gradient
-    from congrad_ray.preference.batching import collate_pairs
-    from congrad_ray.preference.tokenization import tokenize_pair
+    from congrad_ray.modeling.batching import collate_pairs
+    from congrad_ray.modeling.tokenization import tokenize_pair
+    from congrad_ray.stages.sketch.countsketch import CountSketch
+    from congrad_ray.stages.sketch.exact import pair_gradient
 
     recipe = recipe_for(tiny_model, sketch={"width": WIDTH, "dtype": dtype, "max_tokens_per_batch": 256})
     source = ModelSource(str(tiny_model), recipe.model)
@@ -416,7 +416,7 @@ def test_the_memory_probe_is_left_out_where_memory_is_plenty(
 ) -> None:
     said = []
     for free in (2**40, 2**20):
-        monkeypatch.setattr("congrad_ray.gradient.memory.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("congrad_ray.stages.sketch.memory.free_memory", lambda device, free=free: free)
         try:
             SketchReplica(
                 ModelSource(str(tiny_model), recipe_for(tiny_model).model), recipe_for(tiny_model), "cpu", 1, 1

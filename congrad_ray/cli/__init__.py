@@ -1,0 +1,1 @@
+"""The command `congrad`: arguments in, tables on the screen out."""

@@ -1,0 +1,1 @@
+"""What to do (the recipe) and where (the profile): strict settings, read from YAML."""

@@ -1,0 +1,396 @@
+"""WHAT to do: the strict models of a recipe YAML. Where it runs is the profile's matter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import langcodes
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from congrad_ray.config.chat_template import CHAT_TEMPLATE_DATE, is_jinja
+from congrad_ray.config.settings import Settings, apply_overrides, local_path, read_yaml, validate
+from congrad_ray.stages.select.directions import DirectionMethod
+from congrad_ray.stages.select.scores import LeaveOut
+
+BUILTIN_WORLD = "builtin-world"
+Strategy = Literal["congrad", "all", "random", "reward_gap", "own_language", "no_surgery", "length_balanced"]
+
+
+def _language_tag(tag: str) -> str:
+    if not langcodes.tag_is_valid(tag):
+        raise ValueError("not a BCP-47 language tag; examples: en, pt-BR, zh-Hant")
+    return langcodes.standardize_tag(tag)
+
+
+def _template_text(template: str) -> str:
+    """Workers on other nodes may not have the file, and the template's text decides results: it is read here.
+
+    A plain word that is no file is the name of one of the tokenizer's templates.
+    """
+    if is_jinja(template):
+        return template
+    try:
+        path = local_path(template)
+        if not path.exists() and re.fullmatch(r"[\w-]+", template):
+            return template
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the chat template: {error}") from error
+    if not is_jinja(text):
+        raise ValueError("the file of the chat template has neither {{ nor {% in it: no Jinja")
+    return text
+
+
+def _day(value: Any) -> Any:
+    # YAML makes a date of 2024-07-26 where it is not quoted.
+    return value.isoformat() if type(value) is date else value
+
+
+def _iso_day(text: str) -> str:
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise ValueError("not a day as in 2024-07-26") from error
+
+
+def _regular_expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return text
+
+
+Language = Annotated[str, AfterValidator(_language_tag)]
+ChatTemplate = Annotated[str, AfterValidator(_template_text)]
+Day = Annotated[str, BeforeValidator(_day), AfterValidator(_iso_day)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+_INSTRUCTION = 512  # tokens, more than any tokenizer makes of the comparison's instruction and a chat template
+TensorType = Literal["float32", "bfloat16"]
+
+
+class Model(Settings):
+    """The model to align."""
+
+    name: str = Field(BUILTIN_WORLD, description="a folder, a Hugging Face hub name, or builtin-world")
+    revision: str | None = Field(None, description="commit or branch on the hub")
+    dtype: TensorType = "bfloat16"
+    chat_template: ChatTemplate | None = Field(
+        None,
+        description="a Jinja file (or its text) that replaces the tokenizer's template, or the name of one of its "
+        "templates; null: its only one, or 'default'",
+    )
+    chat_template_date: Day = Field(
+        CHAT_TEMPLATE_DATE,
+        description="what templates that write today's date are told, so that token ids do not change by day",
+    )
+    max_length: Positive = Field(2048, description="tokens of a prompt with one response")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class Source(Settings):
+    """Where prompts are read from."""
+
+    name: str = Field(BUILTIN_WORLD, description="a .jsonl or .parquet path, a hub dataset, or builtin-world")
+    config: str | None = Field(None, description="configuration of the hub dataset")
+    split: str = Field("train", description="split of the hub dataset")
+    revision: str | None = None
+    kinds: list[str] | None = Field(None, description="builtin-world only: kinds of task; null: all")
+    prompt_column: str = "prompt"
+    language_column: str = "language"
+    language_names: dict[str, Language] = Field(
+        default_factory=dict, description="the source's own names of languages to BCP-47 tags, {Hindi: hi}"
+    )
+
+
+class Prompts(Settings):
+    """Which prompts, in which languages."""
+
+    train: Source = Source()
+    evaluation: Source = Source()
+    languages: list[Language] = Field(min_length=1, description="trained on")
+    unseen_languages: list[Language] = Field(default_factory=list, description="only evaluated on")
+    train_per_language: Positive = 1000
+    evaluation_per_language: Positive = 100
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        every = self.languages + self.unseen_languages
+        repeated = sorted({tag for tag in every if every.count(tag) > 1})
+        if repeated:
+            raise ValueError(f"languages named twice, or both seen and unseen: {', '.join(repeated)}")
+        return self
+
+
+class Generate(Settings):
+    """Sampling of responses; the defaults are those of Self-Rewarding Language Models (2401.10020)."""
+
+    num_generations: int = Field(4, ge=2)
+    temperature: float = Field(0.7, gt=0)
+    top_p: Fraction = 0.9
+    max_tokens: Positive = 512
+
+
+class Judge(Settings):
+    """How responses are scored."""
+
+    model: str = Field("policy", description="'policy' judges itself; else a folder or hub name")
+    rubric: str = Field("additive", description="a built-in rubric's name or a folder of <language>.txt")
+    method: Literal["expected_score", "sampled"] = Field(
+        "sampled", description="expected value over the score token, or the mean of sampled judgements"
+    )
+    samples: Positive = Field(3, description="judgements per response; 'sampled' only")
+    temperature: float = Field(0.7, ge=0, description="'sampled' only")
+    top_p: Fraction = 0.9
+    max_tokens: Positive = Field(512, description="'sampled' only; a judgement that is cut off is unreadable")
+    max_length: Positive | None = Field(
+        None, description="tokens of a judgement with all that it is about; null: model.max_length"
+    )
+    min_probability_mass: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="'expected_score' takes the score tokens alone and divides by their probability together. "
+        "Models spread much of it over other first words, so any is enough by default; it is reported, with a "
+        "warning where it is tiny. Above 0: a judgement with less is unreadable",
+    )
+
+
+class Pair(Settings):
+    """How judged responses become preference pairs."""
+
+    min_margin: float = Field(0.0, ge=0, description="pairs whose scores differ by no more than this are dropped")
+    truncated: Literal["drop", "reject_only", "keep"] = Field(
+        "reject_only", description="a truncated response may not be paired, only as rejected, or freely"
+    )
+    language_check: bool = True
+    wrong_language: Literal["drop", "reject_only"] = Field(
+        "reject_only", description="what becomes of a response in another language than its prompt"
+    )
+    language_confidence: float = Field(
+        0.5, ge=0, le=1, description="a response counts as wrong only if the identifier is this sure"
+    )
+    language_min_characters: int = Field(10, ge=0, description="shorter responses are not checked")
+
+
+class Sketch(Settings):
+    """What is kept of every pair's gradient; the README has the measurements behind the defaults."""
+
+    method: Literal["count_sketch", "exact"] = Field(
+        "count_sketch",
+        description="'exact' goes over the pairs twice and holds a copy of the gradient per language",
+    )
+    width: int = Field(131072, ge=64, description="numbers stored per pair")
+    dtype: Literal["int8", "float16", "float32"] = Field("int8", description="of the numbers stored")
+    fold: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+        "auto", description="how far layers are shortened before their gradients are formed; auto: by their sides"
+    )
+    min_side: int = Field(512, ge=1, description="'auto' leaves this many features of a side, or more")
+    groups: Positive = Field(1, description="parts of a sketch, each for one block of layers")
+    seed: int = Field(0, ge=0)
+    layers: Annotated[str, AfterValidator(_regular_expression)] | None = Field(
+        None, description="regular expression on module names; null: every linear layer"
+    )
+    compute_dtype: TensorType | None = Field(None, description="of the products; null: the model's")
+    average_log_prob: bool = Field(
+        False, description="mean log-probabilities, for losses that use them (SimPO, IPO, ORPO); DPO does not"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
+    max_tokens_per_batch: Positive | None = Field(
+        None, description="padded tokens of both responses in a micro-batch; null: 8192, on a CPU 4096"
+    )
+    audit_pairs: int = Field(
+        32,
+        ge=0,
+        description="at most about so many pairs are checked against exact gradients, fewer where that would "
+        "take more than a tenth of the stage's time",
+    )
+
+    def batch_tokens(self, device: str) -> int:
+        """`max_tokens_per_batch` on a device: on a CPU smaller micro-batches cost nothing and show progress."""
+        return self.max_tokens_per_batch or (4096 if device == "cpu" else 8192)
+
+    @property
+    def stored_dtype(self) -> str:
+        """The NumPy dtype of the numbers in the sketch column."""
+        return "float32" if self.method == "exact" else self.dtype
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        if self.width % self.groups:
+            raise ValueError(f"width ({self.width}) should be a multiple of groups ({self.groups})")
+        return self
+
+
+class Select(Settings):
+    """Which pairs are kept: how the direction is made, how a pair is scored against it, and the keep rule."""
+
+    strategy: Strategy = Field(
+        "congrad",
+        description="'congrad' goes by the settings below; the others are baselines under the same keep rule. "
+        "reward_gap: largest difference of the judge's scores; own_language: cosine with the own language's "
+        "gradient; no_surgery: cosine with the plain mean; length_balanced: responses of like length",
+    )
+    direction: DirectionMethod = Field("pcgrad", description="how the languages' gradients become one direction")
+    orders: Positive = Field(1, description="random orders of projection to average over (pcgrad, gradvac)")
+    per_block: bool = Field(False, description="a surgery for each of sketch.groups blocks of layers")
+    leave_out: LeaveOut = Field(
+        "nothing", description="what is taken out of the direction that a pair is scored against: pair, language"
+    )
+    language_gradient: Literal["mean", "ema"] = Field("mean", description="of a language's pairs")
+    ema_decay: float = Field(0.9, ge=0, lt=1, description="'ema' only")
+    ema_batch_size: Positive = Field(32, description="'ema' only: pairs in a mini-batch")
+    language_weights: dict[Language, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="factors on the languages' gradients, {de: 2}; 1 where not named"
+    )
+    min_pairs: Positive = Field(
+        1, description="a language with fewer pairs takes no part in the direction; its pairs are still scored"
+    )
+    score: Literal["cosine", "dot", "worst_cosine"] = Field(
+        "cosine", description="with the direction; worst_cosine: the least over the languages' gradients"
+    )
+    keep_rule: Literal["per_language", "overall", "threshold", "token_budget"] = Field(
+        "per_language",
+        description="the top fraction of each language or of all; scores above a threshold; the best that fit "
+        "into a number of tokens",
+    )
+    keep: Fraction = Field(0.5, description="top fraction; per_language and overall")
+    threshold: float = Field(0.0, description="keep_rule 'threshold': scores above it")
+    token_budget: Positive | None = Field(
+        None, description="keep_rule 'token_budget': tokens of the kept pairs, prompts counted once"
+    )
+    seed: int = Field(0, ge=0, description="order of projections, mini-batches of ema, strategy 'random'")
+
+    @model_validator(mode="after")
+    def _budget(self) -> Self:
+        if self.keep_rule == "token_budget" and self.token_budget is None:
+            raise ValueError("keep_rule 'token_budget' needs token_budget, a number of tokens")
+        return self
+
+
+class Train(Settings):
+    """Length-penalised DPO with DeepSpeed; names as in TRL's DPOConfig where it has them."""
+
+    beta: float = Field(0.1, gt=0)
+    length_penalty: float = Field(0.0, ge=0, description="alpha of R-DPO (2403.19159), per token")
+    learning_rate: float = Field(5e-7, gt=0)
+    num_train_epochs: Positive = 1
+    max_steps: Positive | None = Field(None, description="optimiser steps; overrides num_train_epochs")
+    batch_size: Positive = Field(32, description="pairs per optimiser step over all workers")
+    micro_batch_size: Positive = Field(2, description="at most so many pairs per worker in one forward pass")
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    gradient_checkpointing: bool = False
+    save_steps: Positive = Field(50, description="optimiser steps between checkpoints")
+    logging_steps: Positive = 1
+    seed: int = Field(0, ge=0)
+
+
+class Evaluate(Settings):
+    """How the model is compared with its starting point."""
+
+    sampled: bool = Field(True, description="one sampled answer per prompt beside the greedy one")
+    temperature: float = Field(0.7, gt=0)
+    top_p: Fraction = 0.9
+    max_tokens: Positive = 512
+    judge: str = Field("start", description="win rates: 'start' is M_0; else a folder or hub name")
+    judge_max_tokens: Positive = Field(512, description="a comparison that is cut off is unreadable")
+    judge_max_length: Positive | None = Field(
+        None,
+        description="tokens of a comparison with the prompt and both answers; null: enough for the longest of "
+        "them, as far as the judge's positions go",
+    )
+    min_prompts: Positive = Field(
+        10, description="a win rate of fewer prompts with a readable comparison is not shown, only their number"
+    )
+
+
+class Limits(Settings):
+    """When a stage is stopped instead of going on in vain; changes no result."""
+
+    stall_timeout_s: float = Field(
+        1800.0, gt=0, description="seconds in which nothing comes of a stage, loading a model included"
+    )
+    failed_share: float = Field(
+        0.2, ge=0, le=1, description="share of a stage's rows that may go to quarantine; more stop it"
+    )
+    unreadable_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of judgements that may be unreadable: more stop the judge stage as soon as it can be "
+        "told, and make evaluate warn of its comparisons",
+    )
+
+
+class Recipe(Settings):
+    """A whole run."""
+
+    name: str = Field(min_length=1)
+    seed: int = Field(0, ge=0, description="of the built-in world, prompt choice and sampling")
+    iterations: Positive = 1
+    model: Model = Model()
+    prompts: Prompts
+    generate: Generate = Generate()
+    judge: Judge = Judge()
+    pair: Pair = Pair()
+    sketch: Sketch = Sketch()
+    select: Select = Select()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    limits: Limits = Limits()
+
+    @property
+    def judgement_length(self) -> int:
+        """Tokens of a judgement: rubric, prompt, response, and what the judge writes."""
+        return self.judge.max_length or self.model.max_length
+
+    @property
+    def comparison_length(self) -> int:
+        """Tokens of a comparison: instruction, prompt, both answers, and the verdict."""
+        evaluate = self.evaluate
+        # A prompt with one answer fits model.max_length.
+        enough = self.model.max_length + evaluate.max_tokens + evaluate.judge_max_tokens + _INSTRUCTION
+        return evaluate.judge_max_length or enough
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for section, max_tokens in (
+            ("generate", self.generate.max_tokens),
+            ("evaluate", self.evaluate.max_tokens),
+        ):
+            if max_tokens >= self.model.max_length:
+                raise ValueError(
+                    f"{section}.max_tokens ({max_tokens}) leaves no room for a prompt in model.max_length "
+                    f"({self.model.max_length})"
+                )
+        written = self.judge.max_tokens if self.judge.method == "sampled" else 1
+        if self.generate.max_tokens + written >= self.judgement_length:
+            raise ValueError(
+                f"a response of generate.max_tokens ({self.generate.max_tokens}) and a judgement of "
+                f"judge.max_tokens ({written}) leave no room for rubric and prompt in judge.max_length "
+                f"({self.judgement_length}; null: model.max_length): raise it, or lower one of them"
+            )
+        both = 2 * self.evaluate.max_tokens + self.evaluate.judge_max_tokens
+        if both >= self.comparison_length:
+            raise ValueError(
+                f"two answers of evaluate.max_tokens ({self.evaluate.max_tokens}) and a verdict of "
+                f"evaluate.judge_max_tokens ({self.evaluate.judge_max_tokens}) leave no room for the prompt in "
+                f"evaluate.judge_max_length ({self.comparison_length}): raise it, or set it to null"
+            )
+        if self.select.per_block and self.sketch.groups == 1:
+            raise ValueError("select.per_block needs sketch.groups above 1: one part of a sketch for each block")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file with `--set` overrides applied. Raises SettingsError."""
+    return validate(Recipe, apply_overrides(read_yaml(Path(path)), overrides), f"recipe {path}")

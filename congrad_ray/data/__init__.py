@@ -1,0 +1,1 @@
+"""Tables: what all of them share, and reading what users bring."""

@@ -1,1 +1,0 @@
-"""Is the model better: true scores, win rates, and how sure one can be of them."""

@@ -1,1 +1,0 @@
-"""Per-pair preference gradients, their count-sketches, and an exact oracle (torch only, no Ray)."""

@@ -1,1 +1,0 @@
-"""LLM as a judge: rubrics by language, and reading scores from what the judge wrote."""

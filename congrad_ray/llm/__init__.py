@@ -1,1 +1,0 @@
-"""vLLM under Ray Data: chat requests in, completions out."""

@@ -1,0 +1,1 @@
+"""Models and preference pairs as tensors: what sketching and training share. Imports no Ray."""

@@ -1,0 +1,56 @@
+"""The order of the stages and iterations, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from congrad_ray.config.profile import Profile
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.pipeline.runner import run_stage
+from congrad_ray.rundir.directory import Manifest, RunDirectory
+from congrad_ray.runtime.lock import only_writer
+from congrad_ray.runtime.logs import Log
+from congrad_ray.stages.base import Stage
+from congrad_ray.stages.evaluate import stage as evaluate
+from congrad_ray.stages.generate import stage as generate
+from congrad_ray.stages.judge import stage as judge
+from congrad_ray.stages.pair import stage as pair
+from congrad_ray.stages.prompts import stage as prompts
+from congrad_ray.stages.report import stage as report
+from congrad_ray.stages.select import stage as select
+from congrad_ray.stages.sketch import stage as sketch
+from congrad_ray.stages.train import stage as train
+
+FIRST: Sequence[Stage] = (prompts.STAGE,)
+ITERATED: Sequence[Stage] = (
+    generate.STAGE,
+    judge.STAGE,
+    pair.STAGE,
+    sketch.STAGE,
+    select.STAGE,
+    train.STAGE,
+    evaluate.STAGE,
+)
+LAST: Sequence[Stage] = (report.STAGE,)
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (*FIRST, *ITERATED, *LAST)}
+
+
+def run_all(
+    recipe: Recipe,
+    profile: Profile,
+    run: RunDirectory,
+    until: str | None = None,
+    redo: bool = False,
+    log: Log = print,
+    after: Callable[[Stage, Manifest], None] = lambda stage, manifest: None,
+) -> None:
+    """All stages of all iterations in order; `until` names the last stage to run (of the last iteration)."""
+    steps = [(stage, 0) for stage in FIRST]
+    steps += [(stage, iteration) for iteration in range(recipe.iterations) for stage in ITERATED]
+    steps += [(stage, recipe.iterations - 1) for stage in LAST]
+    if until is not None:
+        end = max(number for number, (stage, _) in enumerate(steps) if stage.name == until)
+        steps = steps[: end + 1]
+    with only_writer(run, log):
+        for stage, iteration in steps:
+            after(stage, run_stage(stage, recipe, profile, run, iteration, redo, log))

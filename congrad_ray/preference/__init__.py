@@ -1,9 +1,0 @@
-"""Preference pairs as tokens: tokenisation, batches, log-probabilities and the DPO loss (no Ray)."""
-
-# What chat templates that ask for today are told, unless a recipe says otherwise: what Llama 3's fall back to.
-CHAT_TEMPLATE_DATE = "2024-07-26"
-
-
-def is_jinja(template: str) -> bool:
-    """Whether this is the text of a chat template, and not a name or a path."""
-    return "{{" in template or "{%" in template

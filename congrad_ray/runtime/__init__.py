@@ -1,0 +1,1 @@
+"""Running on Ray: connecting, engines, watching, retrying, writing parts, progress and metrics."""

@@ -1,0 +1,65 @@
+"""How far a stage is: rows done, rate and time left, for the person at the screen."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from congrad_ray.runtime.logs import Log
+
+
+class Progress:
+    """Prints rows done, rate and time left at most every few seconds.
+
+    The clock starts with the first sign of work: what it took to start engines and load models tells nothing of
+    the time left. Rows that are computed and not yet written count too; of many at once none may be written yet.
+    """
+
+    def __init__(self, log: Log, total: int, every_seconds: float = 10.0) -> None:
+        self._log, self._total, self._every = log, total, every_seconds
+        self._written = self.failed = self._tokens = self._computed = 0
+        self._start: float | None = None
+        self._at_start = 0
+        self._ended = False
+        self._last = time.monotonic()
+        self._lock = threading.Lock()
+
+    @property
+    def left(self) -> int:
+        """Rows that are still to be done."""
+        return max(0, self._total - self._written - self.failed)
+
+    def add(self, written: int, failed: int = 0, tokens: int = 0) -> None:
+        """So many more rows are written, or in quarantine."""
+        with self._lock:
+            self._written += written
+            self.failed += failed
+            self._tokens += tokens
+            self._tell()
+
+    def computed(self, rows: int) -> None:
+        """So many rows in all have been computed, some of which may be written by now."""
+        with self._lock:
+            self._computed = rows
+            self._tell()
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        finished = self._written + self.failed
+        done = min(self._total, max(finished, self._computed))
+        if self._start is None:
+            self._start, self._at_start = now, done
+        ends = finished >= self._total
+        if self._ended or (now - self._last < self._every and not ends):
+            return
+        self._last, self._ended = now, ends
+        seconds = now - self._start
+        rate = (done - self._at_start) / seconds if seconds > 1.0 else 0.0
+        text = f"{done}/{self._total} rows"
+        text += f", {self.failed} failed" if self.failed else ""
+        if rate:
+            text += f", {rate:.2g} rows/s" if rate < 10 else f", {rate:.0f} rows/s"
+            # Of rows that are only computed the tokens are not known: they are taken for as long as the others.
+            text += f", {rate * self._tokens / finished:.0f} tokens/s" if self._tokens else ""
+            text += f", {(self._total - done) / rate:.0f} s left" if done < self._total else ""
+        self._log(text)

@@ -1,0 +1,230 @@
+"""What will run where, and whether the cluster can ever give it: CPUs and GPUs, as Ray counts them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from congrad_ray.config.profile import Cluster, Engines, Pool, Profile
+from congrad_ray.config.recipe import Recipe
+
+
+class DoesNotFit(ValueError):
+    """The cluster can never give what a stage needs; the text has both numbers."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """Nodes of one kind, `count` of them at most."""
+
+    name: str
+    cpus: float
+    gpus: float
+    count: int = 1
+
+    def holds(self, need: StageNeed) -> int:
+        """How many of the stage's actors one such node has room for."""
+        fitting = [
+            math.floor(have / asked + 1e-9)
+            for have, asked in ((self.cpus, need.actor_cpus), (self.gpus, need.actor_gpus))
+            if asked
+        ]
+        return min(fitting, default=0)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to run on: CPUs and GPUs as Ray counts them, memory in GiB; its nodes where they are known."""
+
+    cpus: float
+    gpus: float
+    memory_gib: float
+    where: str
+    nodes: tuple[Node, ...] = ()
+
+
+def cluster_machine(cluster: Cluster) -> Machine:
+    """What a cluster has when all its nodes are up."""
+    types = [(cluster.head, 1), *((kind, kind.max_nodes) for kind in cluster.workers)]
+    return Machine(
+        sum(kind.cpus * count for kind, count in types),
+        sum(kind.gpus * count for kind, count in types),
+        sum(kind.memory_gib * count for kind, count in types),
+        f"the profile's {cluster.provider} cluster",
+        nodes_of(cluster),
+    )
+
+
+def pool_sizes(pool: Pool, profile: Profile, batches: int) -> tuple[int, int]:
+    """The least and the most actors of a pool for so many batches of work.
+
+    On a cluster that grows (it has a section `cluster`) all that it has room for are asked for at once: an actor
+    that waits brings a node. Left to Ray Data, the next node comes when those that are there are busy, and never
+    where it keeps their CPUs for its other tasks.
+    """
+    most = max(pool.min_actors, min(pool.max_actors, batches))
+    if profile.cluster is None:
+        return pool.min_actors, most
+    whole = cluster_machine(profile.cluster)
+    room = math.floor((whole.cpus - profile.data_cpus) / pool.cpus)
+    if pool.gpus:
+        room = min(room, math.floor(whole.gpus / pool.gpus))
+    all_at_once = max(pool.min_actors, min(most, room))
+    return all_at_once, all_at_once
+
+
+def nodes_of(cluster: Cluster | None) -> tuple[Node, ...]:
+    """The kinds of nodes of a profile's cluster; none where it has no such section."""
+    if cluster is None:
+        return ()
+    head = cluster.head
+    return (
+        Node(head.name, head.cpus, head.gpus),
+        *(Node(kind.name, kind.cpus, kind.gpus, kind.max_nodes) for kind in cluster.workers),
+    )
+
+
+@dataclass(frozen=True)
+class StageNeed:
+    """What one stage asks for. `least_*` must be there for it to move at all, `most_*` is its full pool.
+
+    `actor_*` is what one actor asks of one node; an engine over several GPUs asks in as many bundles, which may
+    lie on several nodes. `least_actors` of them have to run at once.
+    """
+
+    stage: str
+    rows: int
+    what: str
+    least_cpus: float = 0.0
+    least_gpus: float = 0.0
+    most_cpus: float = 0.0
+    most_gpus: float = 0.0
+    actor_cpus: float = 0.0
+    actor_gpus: float = 0.0
+    least_actors: int = 0
+    setting: str = ""
+
+
+def between(least: float, most: float) -> str:
+    """'2' or '1..8'; nothing for none."""
+    if not most:
+        return ""
+    return f"{least:g}" if least == most else f"{least:g}..{most:g}"
+
+
+def _pool(stage: str, rows: int, what: str, pool: Pool, profile: Profile) -> StageNeed:
+    """A pool's actors hold their CPUs all the time; reading and writing needs some beside them."""
+    bundles = pool.tensor_parallel_size if isinstance(pool, Engines) else 1
+    return StageNeed(
+        stage,
+        rows,
+        f"{what}: {between(pool.min_actors, pool.max_actors)}",
+        pool.min_actors * pool.cpus + profile.data_cpus,
+        pool.min_actors * pool.gpus,
+        pool.max_actors * pool.cpus + profile.data_cpus,
+        pool.max_actors * pool.gpus,
+        pool.cpus / bundles,
+        pool.gpus / bundles,
+        pool.min_actors * bundles,
+        "engines" if isinstance(pool, Engines) else "sketchers",
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a recipe asks for in one iteration."""
+
+    training: int  # prompts
+    evaluation: int  # prompts
+    responses: int
+    judgements: int
+    answers: int  # of one model to the evaluation prompts
+
+
+def rows_of(recipe: Recipe) -> Rows:
+    """The numbers of rows that follow from the recipe alone."""
+    prompts = recipe.prompts
+    training = len(prompts.languages) * prompts.train_per_language
+    evaluation = (len(prompts.languages) + len(prompts.unseen_languages)) * prompts.evaluation_per_language
+    responses = training * recipe.generate.num_generations
+    return Rows(
+        training,
+        evaluation,
+        responses,
+        responses * (recipe.judge.samples if recipe.judge.method == "sampled" else 1),
+        evaluation * (2 if recipe.evaluate.sampled else 1),
+    )
+
+
+def needs(recipe: Recipe, profile: Profile) -> list[StageNeed]:
+    """The needs of every stage of one iteration, in order. Rows are upper bounds: pairs may be fewer."""
+    rows = rows_of(recipe)
+    kept = round(rows.training * recipe.select.keep)
+    workers = profile.trainers
+    return [
+        StageNeed("prompts", rows.training + rows.evaluation, "this process"),
+        _pool("generate", rows.responses, "vLLM engines", profile.engines, profile),
+        _pool("judge", rows.judgements, "vLLM engines", profile.engines, profile),
+        StageNeed("pair", rows.training, "this process"),
+        _pool("sketch", rows.training, "model replicas", profile.sketchers, profile),
+        StageNeed("select", rows.training, "Ray Data tasks", profile.data_cpus, 0.0, profile.data_cpus, 0.0),
+        StageNeed(
+            "train",
+            kept * recipe.train.num_train_epochs,
+            f"DeepSpeed workers: {workers.num_workers}, ZeRO {recipe.train.zero_stage}",
+            *(2 * (workers.num_workers * workers.cpus, workers.num_workers * workers.gpus)),
+            workers.cpus,
+            workers.gpus,
+            workers.num_workers,
+            "trainers",
+        ),
+        _pool("evaluate", 2 * rows.answers, "vLLM engines", profile.engines, profile),
+        StageNeed("report", rows.evaluation, "this process"),
+    ]
+
+
+def check_fits(need: StageNeed, machine: Machine, cluster: Cluster | None = None) -> None:
+    """Raises DoesNotFit with numbers when the stage's smallest form can never run on `machine`.
+
+    Without this check Ray waits without a word: actors that hold all CPUs starve the map tasks that feed them, and
+    an autoscaler looks for ever for a node as large as an actor that asks for more than any has. `cluster`: the
+    profile's, whose nodes may still be brought up.
+    """
+    # Ray does not tell a driver how far its autoscaler may go (nor that there is one): the profile does.
+    whole = cluster_machine(cluster) if cluster else machine
+    cpus, gpus = max(machine.cpus, whole.cpus), max(machine.gpus, whole.gpus)
+    short = []
+    if need.least_cpus > cpus:
+        short.append(f"{need.least_cpus:g} CPUs, there are {cpus:g}")
+    if need.least_gpus > gpus:
+        short.append(f"{need.least_gpus:g} GPUs, there are {gpus:g}")
+    if short:
+        grows = "" if cluster else " (what an autoscaler may bring is told in the profile's section cluster)"
+        raise DoesNotFit(
+            f"{need.stage} ({need.what}) needs at least {' and '.join(short)} ({whole.where}): lower "
+            f"min_actors, cpus or gpus in the profile, or use a larger cluster{grows}"
+        )
+    nodes = dict.fromkeys((*machine.nodes, *nodes_of(cluster)))
+    if not nodes or not need.setting:
+        return
+    asked = f"{need.actor_cpus:g} CPUs" + (f" and {need.actor_gpus:g} GPUs" if need.actor_gpus else "")
+    listed = ", ".join(
+        f"{node.name}: {node.cpus:g} CPUs" + (f", {node.gpus:g} GPUs" if node.gpus else "") for node in nodes
+    )
+    if not any(node.holds(need) for node in nodes):
+        raise DoesNotFit(
+            f"{need.stage} ({need.what}) needs {asked} on one node, and no node has them ({listed}): lower "
+            f"{need.setting}.cpus or {need.setting}.gpus in the profile, or use larger nodes"
+        )
+    # Nodes that are there and those of the profile may be the same, so each view counts by itself.
+    room = max(sum(node.holds(need) * node.count for node in view) for view in (machine.nodes, nodes_of(cluster)))
+    if room < need.least_actors:
+        raise DoesNotFit(
+            f"{need.stage} ({need.what}) needs {need.least_actors} times {asked} at once, and the nodes have room "
+            f"for {room} ({listed}): lower {need.setting} in the profile, or use more nodes"
+        )
+
+
+def most_cpus(recipe: Recipe, profile: Profile) -> float:
+    """CPUs of the hungriest stage with its full pool: what a Ray started for this run is given."""
+    return max(need.most_cpus for need in needs(recipe, profile))

@@ -1,0 +1,243 @@
+"""Streaming rows from one table to the next: read what is missing, write what comes, keep failures apart."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from congrad_ray.data.tables import quarantined, row_id, table_of
+from congrad_ray.rundir.directory import Folder, RunDirectoryError, StageFolder
+from congrad_ray.runtime.context import Context, Outcome
+from congrad_ray.runtime.metrics import COUNTERS, Meter
+from congrad_ray.runtime.notices import heard
+from congrad_ray.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+# So many failed rows never stop a stage, however few rows it has.
+_FEW = 10
+
+FAILURE = "failure"  # column: null in a good row, else {"reason": ..., "detail": ...}
+FAILURE_FIELD = pa.field(FAILURE, pa.struct([("reason", pa.string()), ("detail", pa.string())]))
+
+
+def failure(reason: str, detail: object) -> dict[str, str]:
+    """The value of the FAILURE column of a row that goes to quarantine."""
+    return {"reason": reason, "detail": str(detail)}
+
+
+def read_missing_batches(
+    folder: Folder, output: StageFolder, id_column: str, batch_size: int, batch_bytes: int
+) -> tuple[Dataset, int, int]:
+    """A Ray dataset of the rows of `folder` that are to be done, how many they are, and in how many batches.
+
+    A block is a batch: consecutive rows of one file, `batch_size` of them, or fewer where rows of the file's mean
+    size would be more than `batch_bytes`. Those of which all rows are in `output` are left out. Which rows go
+    together does not depend on what is done already, so that results whose last bits depend on their company are
+    the same after a kill: a batch is the unit of work.
+    """
+    import ray
+
+    done = output.ids(id_column)
+    batches, missing = [], 0
+    for path in folder.files(".parquet"):
+        ids = folder.read_parquet(path, [id_column])[0].to_pylist()
+        size = max(1, min(batch_size, batch_bytes * len(ids) // max(1, text_bytes(folder, path))))
+        for start in range(0, len(ids), size):
+            new = sum(identifier not in done for identifier in ids[start : start + size])
+            missing += new
+            if new:
+                batches.append({"path": path, "start": start, "stop": start + size})
+
+    def read(batch: dict[str, Any]) -> pa.Table:
+        return read_slice(folder, str(batch["path"][0]), int(batch["start"][0]), int(batch["stop"][0]))
+
+    dataset = ray.data.from_items(batches, override_num_blocks=max(1, len(batches)))
+    return dataset.map_batches(read, batch_format="numpy", batch_size=None), missing, len(batches)
+
+
+def text_bytes(folder: Folder, path: str) -> int:
+    """Bytes of the rows of a Parquet file of texts before compression, from its footer."""
+    with folder.filesystem.open_input_file(path) as stream:
+        metadata = pq.ParquetFile(stream).metadata
+    return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+
+
+def read_slice(folder: Folder, path: str, start: int, stop: int) -> pa.Table:
+    """Rows `start` to `stop` of a Parquet file; of its row groups only those that hold them are read."""
+    with folder.filesystem.open_input_file(path) as stream:
+        file = pq.ParquetFile(stream, page_checksum_verification=True)
+        first = 0
+        groups, skipped = [], 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if first + rows <= start:
+                skipped += rows
+            elif first < stop:
+                groups.append(group)
+            first += rows
+        return file.read_row_groups(groups).slice(start - skipped, stop - start)
+
+
+Counted = Callable[[dict[str, Any]], Mapping[str, int]]
+Counts = Sequence[tuple[str, str, int]]  # (metric, language, number)
+
+
+@dataclass(frozen=True)
+class PartWriter:
+    """Writes a table as a Parquet part of a stage, in whichever process it is called. Cheap to send to workers.
+
+    A row whose FAILURE column is set goes to the stage's `quarantine/`. `counted`: what a good row adds to which
+    of `metrics.COUNTERS`.
+    """
+
+    output: StageFolder
+    schema: pa.Schema
+    id_column: str
+    counted: Counted = lambda row: {}
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Returns what `follow` wants to know of the part."""
+        rows = batch.to_pylist()
+        failed = [row for row in rows if row.get(FAILURE)]
+        good = [row for row in rows if not row.get(FAILURE)]
+        # By its rows: a write that is tried again replaces its first try, and files have the same order in every
+        # run, which fixes the last bits of sums over them.
+        name = f"part-{row_id(*(row[self.id_column] for row in rows))}.parquet"
+        why = [(row, row[FAILURE]) for row in failed]
+        self.output.write_quarantine(
+            (
+                quarantined(row[self.id_column], row.get("language"), found["reason"], found["detail"])
+                for row, found in why
+            ),
+            name,
+        )
+        if good:
+            self.output.write_table(name, table_of(good, self.schema))
+        counts = json.dumps(_counts(good, self.counted))
+        return pa.table({"written": [len(good)], "failed": [len(failed)], "counts": [counts]})
+
+
+def write_rows(
+    dataset: Dataset,
+    context: Context,
+    schema: pa.Schema,
+    id_column: str,
+    total: int,
+    counted: Counted = lambda row: {},
+    check: Callable[[Counts], None] = lambda counts: None,
+) -> None:
+    """Runs `dataset` and writes each of its blocks by a `PartWriter`; see `follow`."""
+    writer = PartWriter(context.output, schema, id_column, counted)
+
+    def write(batch: pa.Table) -> pa.Table:
+        return writer(batch)
+
+    write.__name__ = f"write_{context.output.path.rsplit('/', 1)[1]}"  # Ray names the operator after it
+    follow(dataset.map_batches(write, batch_format="pyarrow", batch_size=None), context, total, check)
+
+
+def follow(
+    parts: Dataset, context: Context, total: int, check: Callable[[Counts], None] = lambda counts: None
+) -> None:
+    """Runs a dataset whose last step is a `PartWriter`, with progress on the log and in the metrics.
+
+    Each part is whole or not there: what a kill can cost is the batches in flight. Raises RunDirectoryError when
+    more rows fail than the recipe's `limits.failed_share` of the stage's rows, and more than a few. `check` gets
+    what each part adds to the metrics, and may raise an error that ends the stage.
+    """
+    output = context.output
+    failed_before = sum(output.quarantine_counts().values())
+    limit = max(_FEW, context.recipe.limits.failed_share * (total + output.rows_so_far() + failed_before))
+    progress = Progress(context.log, total)
+    parts.set_name(f"{context.meter.stage}_{context.iteration}")
+
+    def computed(rows: int) -> None:
+        progress.computed(rows)
+        context.progressed()
+
+    with heard(context.notify(), context.log, computed):
+        for part in parts.iter_rows():
+            counts = json.loads(part["counts"])
+            tokens = sum(number for name, _, number in counts if name == "congrad_tokens")
+            progress.add(part["written"], part["failed"], tokens)
+            context.progressed()
+            _measure(context.meter, part["written"], part["failed"], counts, progress.left)
+            if failed_before + progress.failed > limit:
+                raise RunDirectoryError(_too_many_failed(output, context.recipe.limits.failed_share))
+            check(counts)
+
+
+def _counts(rows: Sequence[Mapping[str, Any]], counted: Counted) -> list[tuple[str, str, int]]:
+    """What rows add to metrics, as (metric, language, number)."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        for name, number in counted(dict(row)).items():
+            sums[name, str(row.get("language") or "")] += number
+    return [(name, language, number) for (name, language), number in sums.items()]
+
+
+def _measure(meter: Meter, written: int, failed: int, counts: Sequence[tuple[str, str, int]], left: int) -> None:
+    meter.count("congrad_rows", written, outcome="written")
+    meter.count("congrad_rows", failed, outcome="failed")
+    meter.set("congrad_rows_left", left)
+    for name, language, number in counts:
+        by_language = "language" in COUNTERS[name][1]
+        meter.count(name, number, **({"language": language} if by_language else {}))
+
+
+def _too_many_failed(output: StageFolder, share: float) -> str:
+    rows = (output / "quarantine").read_table(["reason", "detail"]).to_pylist()
+    examples = {row["reason"]: row["detail"] for row in reversed(rows)}
+    counts = Counter(row["reason"] for row in rows)
+    listed = "\n".join(
+        f"  {reason}: {counts[reason]} rows, such as: {examples[reason]}" for reason in sorted(counts)
+    )
+    return (
+        f"{len(rows)} rows are in quarantine, more than limits.failed_share ({share:g}) of all:\n{listed}\n"
+        f"They are in {output.path}/quarantine. Mend the cause and give --redo, or raise limits.failed_share and "
+        "run the same command again."
+    )
+
+
+def outcome_of(
+    output: StageFolder, id_column: str, counters: dict[str, Any] | None = None, expected: int | None = None
+) -> Outcome:
+    """The outcome of a stage whose parts a `PartWriter` wrote.
+
+    Rows that a retried task wrote twice are removed, and those in quarantine that another try brought through.
+    Raises RunDirectoryError where not all of the `expected` rows are there or in quarantine.
+    """
+    seen: set[str] = set()
+    _remove_seen(output, output.parts(), id_column, seen)
+    rows = len(seen)
+    quarantine = output / "quarantine"
+    _remove_seen(quarantine, quarantine.files(".parquet"), "row_id", seen)
+    quarantined_rows = output.quarantine_counts()
+    failed = sum(quarantined_rows.values())
+    if expected is not None and rows + failed != expected:
+        raise RunDirectoryError(
+            f"{expected} rows were asked for, but {output.path} has {rows} and {failed} in quarantine: has "
+            "something deleted files there? Run the stage again; what is there is kept."
+        )
+    return Outcome(rows, {**(counters or {}), "quarantined": quarantined_rows})
+
+
+def _remove_seen(folder: Folder, paths: Sequence[str], id_column: str, seen: set[str]) -> None:
+    """Removes the rows of Parquet files whose id is in `seen`, and adds the other ids to it."""
+    for path, ids in zip(paths, folder.ids_by_part(paths, id_column), strict=True):
+        fresh = []
+        for identifier in ids:
+            fresh.append(identifier not in seen)
+            seen.add(identifier)
+        if not any(fresh):
+            folder.filesystem.delete_file(path)
+        elif not all(fresh):
+            folder.write_table(path.rsplit("/", 1)[1], folder.read_parquet(path).filter(pa.array(fresh)))

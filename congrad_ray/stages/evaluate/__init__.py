@@ -1,0 +1,1 @@
+"""The trained policy against its starting point: comparisons and statistics."""

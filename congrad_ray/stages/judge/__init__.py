@@ -1,0 +1,1 @@
+"""Scores of responses: rubrics, reading a judgement, what could not be read."""

@@ -1,0 +1,158 @@
+"""prompts: the training and evaluation prompts of the run, cleaned, de-duplicated, seen and unseen."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Any
+
+from congrad_ray.config.printable import brief
+from congrad_ray.config.recipe import BUILTIN_WORLD, Recipe, Source
+from congrad_ray.data.records import BadRow, InputError, clean_language, clean_messages, file_digest, read_records
+from congrad_ray.data.tables import PROMPTS, prompt_id, quarantined, row_id, table_of
+from congrad_ray.runtime.context import Context, Outcome
+from congrad_ray.stages.base import Stage
+
+Row = dict[str, Any]
+
+
+def run(context: Context) -> Outcome:
+    """Evaluation prompts are drawn first; training prompts are drawn from the rest, so none is in both."""
+    recipe = context.recipe
+    wanted = recipe.prompts
+    seen, unseen = set(wanted.languages), set(wanted.unseen_languages)
+    bad: list[Row] = []
+    evaluation, skipped = _collect(wanted.evaluation, recipe, "evaluation", seen | unseen, bad)
+    if wanted.train == wanted.evaluation and wanted.train.name != BUILTIN_WORLD:
+        train = evaluation
+    else:
+        train, skipped_train = _collect(wanted.train, recipe, "train", seen, bad)
+        skipped += skipped_train
+    context.output.write_quarantine(bad, "quarantine.parquet")
+    rows: list[Row] = []
+    taken: set[str] = set()
+    for language in [*wanted.languages, *wanted.unseen_languages]:
+        rows += _draw(
+            evaluation[language],
+            "evaluation",
+            wanted.evaluation_per_language,
+            language,
+            wanted,
+            taken,
+            context,
+        )
+    for language in wanted.languages:
+        rows += _draw(train[language], "train", wanted.train_per_language, language, wanted, taken, context)
+    context.output.write_table("prompts.parquet", table_of(rows, PROMPTS))
+    return Outcome(
+        len(rows),
+        {
+            "other_languages": skipped,
+            "train": _by_language(rows, "train"),
+            "evaluation": _by_language(rows, "evaluation"),
+            "quarantined": context.output.quarantine_counts(),
+        },
+    )
+
+
+def _by_language(rows: list[Row], split: str) -> dict[str, int]:
+    return dict(sorted(Counter(row["language"] for row in rows if row["split"] == split).items()))
+
+
+def _collect(
+    source: Source, recipe: Recipe, split: str, languages: set[str], bad: list[Row]
+) -> tuple[dict[str, dict[str, Row]], int]:
+    """The usable prompts of a source by language and id, and how many were in languages nobody asked for."""
+    found: dict[str, dict[str, Row]] = defaultdict(dict)
+    if source.name == BUILTIN_WORLD:
+        for row in _world_rows(source, recipe, split, languages):
+            found[row["language"]][row["prompt_id"]] = row
+        return found, 0
+    skipped = 0
+    for record in read_records(source, (source.prompt_column, source.language_column)):
+        language = None
+        try:
+            if record.problem:
+                raise BadRow(*record.problem)
+            language = clean_language(record.values.get(source.language_column), source.language_names)
+            if language not in languages:
+                skipped += 1
+                continue
+            messages = clean_messages(record.values.get(source.prompt_column), "prompt", "user")
+        except BadRow as error:
+            bad.append(quarantined(record.place, language, error.reason, str(error)))
+            continue
+        identifier = prompt_id(language, messages)
+        found[language].setdefault(
+            identifier, {"prompt_id": identifier, "language": language, "prompt": messages, "task": None}
+        )
+    return found, skipped
+
+
+def _world_rows(source: Source, recipe: Recipe, split: str, languages: set[str]) -> list[Row]:
+    from congrad_ray.world.tasks import KINDS, world_prompts
+
+    wanted = recipe.prompts
+    kinds = KINDS if source.kinds is None else source.kinds
+    rows = []
+    for language in sorted(languages):
+        if split == "train":
+            drawn = world_prompts(language, wanted.train_per_language, recipe.seed, "train", kinds)
+        else:
+            drawn = world_prompts(language, wanted.evaluation_per_language, recipe.seed, "evaluation", kinds)
+        for prompt in drawn:
+            messages = [{"role": "user", "content": prompt.prompt}]
+            rows.append(
+                {
+                    "prompt_id": prompt_id(language, messages),
+                    "language": language,
+                    "prompt": messages,
+                    "task": prompt.task,
+                }
+            )
+    return rows
+
+
+def _draw(
+    candidates: dict[str, Row],
+    split: str,
+    count: int,
+    language: str,
+    wanted: Any,
+    taken: set[str],
+    context: Context,
+) -> list[Row]:
+    """`count` of the candidates, drawn by a seeded hash of their ids: the same on every machine."""
+    seed = context.recipe.seed
+    free = sorted((i for i in candidates if i not in taken), key=lambda i: row_id("draw", seed, i))
+    if not free and (split == "train" or count):
+        source = brief(getattr(wanted, split).name)
+        bad = context.output.quarantine_counts()
+        raise InputError(
+            f"prompts.{split} ({source}) has no usable {split} prompt in '{language}'"
+            + (" left after the evaluation prompts" if candidates else "")
+            + ": take the language out of the recipe, name it under language_names, or add prompts"
+            + (f"; rows put aside by reason: {bad}, see {context.output.path}/quarantine" if bad else "")
+        )
+    if len(free) < count:
+        context.log(f"only {len(free)} {split} prompts in '{language}', {count} asked for")
+    chosen = free[:count]
+    taken.update(chosen)
+    seen = language in wanted.languages
+    return [{**candidates[i], "split": split, "seen": seen} for i in chosen]
+
+
+def _settings(recipe: Recipe, iteration: int) -> Any:
+    files = [file_digest(source.name) for source in (recipe.prompts.train, recipe.prompts.evaluation)]
+    return [recipe.prompts.model_dump(mode="json"), recipe.seed, files]
+
+
+STAGE = Stage(
+    name="prompts",
+    folder="prompts",
+    summary="reading and cleaning prompts",
+    inputs=lambda iteration: [],
+    settings=_settings,
+    run=run,
+    each_iteration=False,
+    uses_ray=False,
+)

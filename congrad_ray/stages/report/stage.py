@@ -1,0 +1,31 @@
+"""report: RUN/report.html, of whatever the run has so far."""
+
+from __future__ import annotations
+
+from congrad_ray.runtime.context import Context, Outcome
+from congrad_ray.stages.base import Stage
+from congrad_ray.stages.report.facts import gather
+from congrad_ray.stages.report.html import render
+
+
+def run(context: Context) -> Outcome:
+    """Writes the page at the run's root; a run that stopped early gets the parts that exist."""
+    facts = gather(context.run)
+    page = render(facts, context.recipe.model_dump(mode="json"))
+    context.run.write_bytes("report.html", page.encode())
+    finished = sum(stage.manifest is not None for stage in facts.stages)
+    context.log(f"{context.run.path}/report.html: {finished} of {len(facts.stages)} stages that were begun")
+    return Outcome(finished, {"iterations": len(facts.iterations), "bytes": len(page.encode())})
+
+
+STAGE = Stage(
+    name="report",
+    folder="report",
+    summary="one HTML file about the run",
+    inputs=lambda iteration: [],
+    settings=lambda recipe, iteration: recipe.model_dump(mode="json"),
+    run=run,
+    each_iteration=False,
+    uses_ray=False,
+    always=True,
+)

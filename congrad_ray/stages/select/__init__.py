@@ -1,0 +1,1 @@
+"""Which pairs are kept: directions, scores and keep rules over the sketches."""

@@ -1,0 +1,75 @@
+"""Rules that turn scores into a selection."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from congrad_ray.stages.select.directions import Float64Array
+
+
+def keep_top_fraction(
+    scores: Float64Array, ids: Sequence[str], fraction: float, groups: Sequence[str] | None = None
+) -> NDArray[np.bool_]:
+    """Keep the ceil(fraction * n) pairs with the highest scores, of each group (language) or of all together.
+
+    Returns a mask (N,) in the order of the arguments. Equal scores go by id in ascending order, so the
+    selection does not depend on the order of the rows. Raises ValueError for a fraction outside (0, 1],
+    lengths that differ, an id that occurs twice, and scores that are not finite (naming the ids).
+    """
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"the fraction to keep is {fraction}; it must be above 0 and at most 1")
+    order = _ranked(scores, ids)
+    names, members = np.unique(np.zeros(len(ids)) if groups is None else np.asarray(groups), return_inverse=True)
+    if len(members) != len(ids):
+        raise ValueError(f"{len(members)} groups and {len(ids)} ids; give one of each a pair")
+    kept = np.zeros(len(ids), dtype=np.bool_)
+    for group in range(len(names)):
+        ranked = order[members[order] == group]
+        # 0.07 * 100 is 7.000000000000001 in floating point; that must not make it 8.
+        kept[ranked[: math.ceil(fraction * len(ranked) - 1e-9)]] = True
+    return kept
+
+
+def keep_above(scores: Float64Array, ids: Sequence[str], threshold: float) -> NDArray[np.bool_]:
+    """Keep the pairs whose score is above `threshold`; a mask (N,). Raises ValueError as `keep_top_fraction`."""
+    _ranked(scores, ids)
+    return np.asarray(np.asarray(scores) > threshold, dtype=np.bool_)
+
+
+def keep_within_tokens(
+    scores: Float64Array, ids: Sequence[str], tokens: Sequence[int], budget: int
+) -> NDArray[np.bool_]:
+    """Keep the pairs with the highest scores as long as their `tokens` together are at most `budget`; a mask (N,).
+
+    The first pair that would exceed the budget ends the selection: a shorter pair with a lower score does not slip
+    in. Raises ValueError as `keep_top_fraction`.
+    """
+    order = _ranked(scores, ids)
+    if len(tokens) != len(ids):
+        raise ValueError(f"{len(tokens)} numbers of tokens and {len(ids)} ids; give one of each a pair")
+    kept = np.zeros(len(ids), dtype=np.bool_)
+    kept[order[np.cumsum(np.asarray(tokens, dtype=np.int64)[order]) <= budget]] = True
+    return kept
+
+
+def _ranked(scores: Float64Array, ids: Sequence[str]) -> NDArray[np.int64]:
+    """The rows by score from the highest, equal scores by id."""
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.shape != (len(ids),):
+        raise ValueError(f"{scores.shape} scores and {len(ids)} ids; give one of each a pair")
+    names = np.asarray(ids, dtype=np.str_)
+    if len(np.unique(names)) != len(names):
+        repeated, _ = Counter(ids).most_common(1)[0]
+        raise ValueError(f"the id {repeated!r} occurs more than once; ids must name one pair each")
+    bad = np.flatnonzero(~np.isfinite(scores)).tolist()
+    if bad:
+        named = ", ".join(f"{ids[row]} ({scores[row]})" for row in bad[:10])
+        raise ValueError(
+            f"{len(bad)} scores are not finite: {named}; look for NaN in these pairs' sketches or scores"
+        )
+    return np.lexsort((names, -scores))

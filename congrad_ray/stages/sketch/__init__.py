@@ -1,0 +1,1 @@
+"""The gradient of every pair, captured and count-sketched."""

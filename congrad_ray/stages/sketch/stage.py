@@ -1,0 +1,198 @@
+"""sketch: the gradient of every pair, count-sketched, by a Ray actor pool of model replicas."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.data.tables import MESSAGES, sketches_schema
+from congrad_ray.modeling.source import policy, policy_input
+from congrad_ray.modeling.tokenization import chat_prompt_ids
+from congrad_ray.rundir.directory import Folder, RunDirectoryError
+from congrad_ray.runtime.attempts import attempts
+from congrad_ray.runtime.context import Context, Outcome
+from congrad_ray.runtime.notices import heard
+from congrad_ray.runtime.progress import Progress
+from congrad_ray.runtime.resources import pool_sizes
+from congrad_ray.runtime.rows import PartWriter, follow, outcome_of, read_missing_batches, text_bytes
+from congrad_ray.stages.base import Stage
+from congrad_ray.stages.sketch.replicas import LANGUAGE_GRADIENTS, SketchReplica, SummingReplica
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+    from congrad_ray.stages.sketch.exact import LayerVectors
+
+# What a kill can cost, and what a part holds: so many pairs, or of long ones so many bytes of text. On a CPU that
+# is a minute of work or so for a model of some hundred million parameters.
+_PAIRS_PER_TASK = 64
+_TASK_BYTES = {"cpu": 2**15, "cuda": 2**21}
+# About the pairs of a micro-batch; one drawn pair has its whole micro-batch audited, which takes up to half as
+# long again. So a sixth of the micro-batches is a twelfth of the time.
+_PAIRS_PER_AUDIT = 8
+_AUDITED_SHARE = 1 / 6
+_BYTES_PER_TOKEN = 4  # of UTF-8, on the high side for text in many scripts
+
+
+def run(context: Context) -> Outcome:
+    """Sketches the pairs that have no sketch yet."""
+    from ray.data import ActorPoolStrategy
+
+    recipe, pool = context.recipe, context.profile.sketchers
+    source = policy(recipe, context.run, context.iteration)
+    # A model that is not there, or cannot chat, should be told before actors start.
+    tokenizer = source.load_tokenizer()
+    pairs = context.input("pairs")
+    schema = pq.read_schema(pairs.files(".parquet")[0], filesystem=pairs.filesystem)
+    if schema.field("prompt").type == MESSAGES:
+        chat_prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
+    device, threads = context.profile.device, context.profile.threads_of(pool)
+    model = (source, recipe, device, max(1, int(pool.gpus)), threads)
+    dataset, missing, batches = read_missing_batches(
+        pairs, context.output, "pair_id", _PAIRS_PER_TASK, _TASK_BYTES[device]
+    )
+    if missing:
+        ids = pairs.read_table(["pair_id", "language"])
+        languages = sorted(set(ids["language"].to_pylist()))
+        exact = recipe.sketch.method == "exact"
+        if exact and not context.output.exists(LANGUAGE_GRADIENTS):
+            _sum_languages(context, dataset, missing, batches, languages, model)
+        least, most = pool_sizes(pool, context.profile, batches)
+        width = len(languages) if exact else recipe.sketch.width
+        schema = sketches_schema(width, recipe.sketch.stored_dtype)
+        parts = dataset.map_batches(
+            SketchReplica,
+            fn_constructor_args=(
+                *model,
+                frozenset() if exact else _drawn_for_audit(recipe, pairs, ids["pair_id"].to_pylist(), device),
+                context.output if exact else None,
+                attempts(),
+                # By the replica itself: a batch is safe once it is computed and goes through no other process.
+                PartWriter(context.output, schema, "pair_id", _counted),
+                context.notify(),
+            ),
+            batch_format="pyarrow",
+            batch_size=None,
+            compute=ActorPoolStrategy(min_size=least, max_size=most),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
+            memory=pool.memory_bytes,
+            resources=pool.resources or None,
+        )
+        follow(parts, context, missing)
+    if not context.output.parts():
+        raise RunDirectoryError(f"not one pair could be sketched: {context.output.quarantine_counts()}")
+    summary = _summary(context.output)
+    context.output.write_json("summary.json", summary)
+    if summary["audit"] is None and recipe.sketch.audit_pairs and recipe.sketch.method == "count_sketch":
+        context.log("no audit: the stage is so short that one would take more than a tenth of it, or every pair")
+    if summary["audit"]:
+        context.log(
+            "audit: cosines of {pairs} pairs differ from exact ones by {error:.4f} (root mean square), rank "
+            "correlation {rank_correlation:.4f}".format(**summary["audit"])
+        )
+    return outcome_of(context.output, "pair_id", summary, pairs.rows_so_far())
+
+
+def _counted(row: dict[str, Any]) -> dict[str, int]:
+    prompt, responses = row["prompt_tokens"], row["chosen_tokens"] + row["rejected_tokens"]
+    return {
+        "congrad_tokens": prompt + responses,
+        "congrad_attention_tokens": 2 * prompt + responses,
+        "congrad_attention_padding": row["attention_padding"],
+    }
+
+
+def _drawn_for_audit(recipe: Recipe, pairs: Folder, ids: list[str], device: str) -> frozenset[str]:
+    """Pairs whose micro-batches are audited: as many as asked for, within a tenth of the stage's time."""
+    tokens = sum(text_bytes(pairs, path) for path in pairs.files(".parquet")) / _BYTES_PER_TOKEN
+    batches = int(_AUDITED_SHARE * tokens / recipe.sketch.batch_tokens(device))
+    count = min(len(ids), batches, math.ceil(recipe.sketch.audit_pairs / _PAIRS_PER_AUDIT))
+    return frozenset(random.Random(recipe.sketch.seed).sample(sorted(ids), count))
+
+
+def _summary(output: Folder) -> dict[str, Any]:
+    """Tokens, padding and the audit, from the rows written; goes to summary.json and the manifest."""
+    from congrad_ray.stages.sketch.audit import audit
+
+    names = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "positions", "attention_padding")
+    table = output.read_table([*names, "audit_exact", "audit_sketched"])
+    prompt, chosen, rejected, positions, padding = (int(np.sum(table[name].to_numpy())) for name in names)
+    audited = table.filter(table["audit_exact"].is_valid())
+    found = audit(audited["audit_exact"].to_numpy(), audited["audit_sketched"].to_numpy())
+    in_attention = 2 * prompt + chosen + rejected
+    return {
+        "prompt_tokens": prompt,
+        "response_tokens": chosen + rejected,
+        "positions": positions,
+        "prompts_shared": positions == prompt + chosen + rejected,
+        "attention_padding_share": round(padding / (padding + in_attention), 4),
+        "audit": None if found is None else asdict(found),
+    }
+
+
+def _sum_languages(
+    context: Context, dataset: Dataset, total: int, batches: int, languages: list[str], model: tuple[Any, ...]
+) -> None:
+    """First pass of the exact method: writes the mean of c * u of every language, whole, to the stage's folder."""
+    import ray
+    import torch
+    from ray.util import ActorPool
+    from safetensors.torch import save
+
+    profile = context.profile
+    pool = profile.sketchers
+    least, most = pool_sizes(pool, profile, batches)
+    have = ray.cluster_resources()
+    fitting = [int((have.get("CPU", 0) - profile.data_cpus) // pool.cpus)]
+    if pool.gpus:
+        fitting.append(int(have.get("GPU", 0) // pool.gpus))
+    count = max(least, min(most, *fitting))
+    replica: Any = ray.remote(SummingReplica).options(
+        num_cpus=pool.cpus, num_gpus=pool.gpus or None, memory=pool.memory_bytes, resources=pool.resources or None
+    )
+    actors = [replica.remote(*model, languages, context.notify()) for _ in range(count)]
+    context.log("first of two passes: the languages' gradients")
+    progress = Progress(context.log, total)
+    tables: Any = dataset.iter_batches(batch_format="pyarrow", batch_size=None)
+    with heard(context.notify(), context.log):
+        for rows in ActorPool(actors).map_unordered(lambda actor, table: actor.add.remote(table), tables):
+            progress.add(rows)
+            context.progressed()
+    sums: LayerVectors = {}
+    counts = np.zeros(len(languages))
+    for actor in actors:
+        part, of_part = ray.get(actor.sums.remote())
+        for name, values in part.items():
+            sums[name] = sums[name] + values if name in sums else values
+        counts += of_part
+        ray.kill(actor)
+    scales = torch.tensor(1.0 / np.maximum(counts, 1.0), dtype=torch.float32)[:, None, None]
+    means = {name: (values * scales).contiguous() for name, values in sums.items()}
+    if not all(bool(values.isfinite().all()) for values in means.values()):
+        raise RunDirectoryError(
+            "the exact gradients hold values that are not finite; sketch.method: count_sketch sets the pairs that "
+            "cause them apart, or try model.dtype: float32"
+        )
+    context.output.write_bytes(LANGUAGE_GRADIENTS, save(means))
+
+
+def _settings(recipe: Recipe, iteration: int) -> Any:
+    sketch = recipe.sketch.model_dump(mode="json", exclude={"max_tokens_per_batch", "audit_pairs"})
+    return [recipe.model.model_dump(mode="json"), sketch, recipe.train.beta, recipe.train.length_penalty]
+
+
+STAGE = Stage(
+    name="sketch",
+    folder="sketches",
+    summary="one forward and one backward per pair, its gradient count-sketched",
+    inputs=lambda iteration: [("pairs", iteration), *policy_input(iteration)],
+    settings=_settings,
+    run=run,
+)

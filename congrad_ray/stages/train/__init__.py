@@ -1,0 +1,1 @@
+"""DPO on the selected pairs with Ray Train and DeepSpeed."""

@@ -1,0 +1,175 @@
+"""`congrad filter` for real: Ray, a tiny model, real processes, a real interrupt."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+LANGUAGES = ("en", "de", "fr")
+
+
+@pytest.fixture(scope="module")
+def write_preferences(preference_rows: Any) -> Callable[[Path, int], Path]:
+    """Writes good rows, one of them twice, and bad ones."""
+
+    def write(path: Path, count: int) -> Path:
+        rows = [{**row, "source": {"row": n}} for n, row in enumerate(preference_rows(count, LANGUAGES))]
+        bad = [{"prompt": "x", "chosen": "", "rejected": "y", "language": "en"}, {"prompt": "x", "language": "en"}]
+        lines = [json.dumps(row) for row in (*rows, rows[0], *bad)]
+        path.write_text("\n".join([*lines, "{broken"]))
+        return path
+
+    return write
+
+
+def kept_rows(out: Path) -> list[dict[str, object]]:
+    return pq.read_table(out / "selected.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_preferences: Any, filter_command: Any
+) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("filter")
+    preferences = write_preferences(folder / "preferences.jsonl", 300)
+    subprocess.run(filter_command(preferences, tiny_model, folder / "out"), check=True, timeout=300)
+    return preferences, folder / "out"
+
+
+def test_the_kept_pairs_come_out_in_the_shape_they_went_in(undisturbed: tuple[Path, Path]) -> None:
+    _, out = undisturbed
+    rows = kept_rows(out)
+    assert len(rows) == 150
+    assert {tuple(sorted(row)) for row in rows} == {
+        ("chosen", "congrad_score", "language", "prompt", "rejected", "source")
+    }
+    numbers = [row["source"]["row"] for row in rows]  # type: ignore[index]
+    assert numbers == sorted(numbers), "the input's order is kept"
+    scores = pq.read_table(out / "scores.parquet").to_pylist()
+    assert len(scores) == 300 and sum(row["kept"] for row in scores) == 150
+    summary = json.loads((out / "summary.json").read_text())
+    assert {language: row["kept"] for language, row in summary["per_language"].items()} == {
+        "de": 50,
+        "en": 50,
+        "fr": 50,
+    }
+    manifest = json.loads((out / "work" / "iteration-0" / "pairs" / "_manifest.json").read_text())
+    assert manifest["counters"]["quarantined"] == {"chosen_empty": 1, "missing_column": 1, "not_json": 1}
+    assert manifest["counters"]["duplicates"] == 1
+
+
+def test_exact_scores_are_those_of_autograds_gradients(
+    tmp_path: Path, tiny_model: Path, write_preferences: Any, filter_command: Any
+) -> None:
+    import torch
+
+    from congrad_ray.config.recipe import Model
+    from congrad_ray.modeling.batching import collate_pairs
+    from congrad_ray.modeling.source import ModelSource
+    from congrad_ray.modeling.tokenization import tokenize_pair
+    from congrad_ray.stages.select.directions import direction_weights
+    from congrad_ray.stages.sketch.exact import pair_gradient
+
+    preferences = write_preferences(tmp_path / "preferences.jsonl", 24)
+    call = filter_command(preferences, tiny_model, tmp_path / "out")
+    more = ["--exact", "--keep", "1", "--length-penalty", "0.01", "--select", "score=dot"]
+    subprocess.run([*call, *more], check=True, timeout=300)
+    found = {row["prompt"]: row["congrad_score"] for row in kept_rows(tmp_path / "out")}
+
+    source = ModelSource(str(tiny_model), Model(dtype="float32"))
+    tokenizer, model = source.load_tokenizer(), source.load_model("cpu")
+    rows = [json.loads(line) for line in preferences.read_text().splitlines()[:24]]
+    gradients, coefficients = [], []
+    for row in rows:
+        texts = zip(("user", "assistant", "assistant"), ("prompt", "chosen", "rejected"), strict=True)
+        messages = [[{"role": role, "content": row[name]}] for role, name in texts]
+        pair = tokenize_pair(tokenizer, *messages, 256)
+        exact = pair_gradient(model, collate_pairs([pair], 2))
+        gradients.append(torch.cat([values.flatten() for values in exact.values()]).double().numpy())
+        longer = len(pair.chosen_ids) - len(pair.rejected_ids)
+        coefficients.append(0.1 / (1 + np.exp(0.01 * longer)))
+    u = np.stack(gradients)
+    weighted = u * np.array(coefficients)[:, None]
+    names = np.array([row["language"] for row in rows])
+    means = np.stack([weighted[names == name].mean(axis=0) for name in sorted(set(names))])
+    direction = direction_weights(means @ means.T, "pcgrad") @ means
+    expected = u @ direction
+    tolerance = 1e-5 * float(np.abs(expected).max())
+    assert [found[row["prompt"]] for row in rows] == pytest.approx(expected.tolist(), abs=tolerance)
+    scores = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
+    cosines = expected / np.linalg.norm(u, axis=1) / np.linalg.norm(direction)
+    assert sorted(row["cosine"] for row in scores) == pytest.approx(sorted(cosines), abs=1e-5)
+
+
+def test_a_model_without_a_chat_template_is_told_before_actors_start(
+    undisturbed: tuple[Path, Path], tiny_model: Path, tmp_path: Path, filter_command: Any
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "chat_template.jinja").unlink()
+    result = subprocess.run(
+        filter_command(undisturbed[0], model, tmp_path / "out"),
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "has no chat template" in result.stderr and "--chat-template" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_second_run_skips_everything(
+    undisturbed: tuple[Path, Path], tiny_model: Path, filter_command: Any
+) -> None:
+    preferences, out = undisturbed
+    before = kept_rows(out)
+    again = subprocess.run(
+        filter_command(preferences, tiny_model, out), check=True, timeout=300, capture_output=True, text=True
+    )
+    assert again.stdout.count("done already") == 3
+    assert kept_rows(out) == before
+
+
+# Ctrl-C in every stage, this one among them, is in the end-to-end tests.
+@pytest.mark.parametrize(
+    "stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+)
+def test_an_interrupted_run_goes_on_and_gives_the_same_selection(
+    undisturbed: tuple[Path, Path], tiny_model: Path, tmp_path: Path, stop: signal.Signals, filter_command: Any
+) -> None:
+    preferences, expected = undisturbed
+    process = subprocess.Popen(
+        filter_command(preferences, tiny_model, tmp_path / "out"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    sketches = tmp_path / "out" / "work" / "iteration-0" / "sketches"
+    try:
+        end = time.monotonic() + 240
+        while not list(sketches.glob("*.parquet")):
+            assert process.poll() is None and time.monotonic() < end, "no part was written before the end"
+            time.sleep(0.05)
+        process.send_signal(stop)
+        process.wait(60)
+    finally:
+        # The driver's death is the test; what is left of its Ray would disturb the next.
+        if process.poll() is None or stop == signal.SIGKILL:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == (130 if stop != signal.SIGKILL else -signal.SIGKILL)
+    parts = set(sketches.glob("*.parquet"))
+    assert not (sketches / "_manifest.json").exists() and parts
+    subprocess.run(filter_command(preferences, tiny_model, tmp_path / "out"), check=True, timeout=300)
+    assert parts <= set(sketches.glob("*.parquet")), "rows that were there are not computed again"
+    first, second = kept_rows(expected), kept_rows(tmp_path / "out")
+    assert [row["source"] for row in first] == [row["source"] for row in second]

@@ -1,0 +1,20 @@
+"""A run directory made on 27 November 2026, before the package had its present folders, is still a finished one."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+OLD = Path(__file__).parent / "old-run"
+
+
+def test_every_stage_of_an_older_run_is_skipped(tmp_path: Path) -> None:
+    folder = tmp_path / "old-run"
+    shutil.copytree(OLD, folder)
+    before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    command = [sys.executable, "-m", "congrad_ray", "run", "recipe.yaml", "--run", "run"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("done already") == 8  # the report is written each time
+    changed = {path for path, data in before.items() if path.read_bytes() != data}
+    assert {str(path.relative_to(folder / "run").parts[0]) for path in changed} <= {"report", "report.html"}

@@ -1,0 +1,228 @@
+"""The evaluate stage with real engines: true scores, comparisons in both orders, and a later iteration."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from congrad_ray.cli.display import console, show_evaluation
+from congrad_ray.config.profile import Profile
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.data.tables import ANSWERS, COMPARISONS, PROMPTS, prompt_id, table_of
+from congrad_ray.modeling.source import ModelSource
+from congrad_ray.pipeline.runner import run_stage
+from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
+from congrad_ray.runtime.context import Context
+from congrad_ray.runtime.engines import Completion
+from congrad_ray.stages.evaluate import stage as evaluate
+from congrad_ray.stages.evaluate.pairwise import ORDERS
+from congrad_ray.stages.evaluate.stage import STAGE, run
+from congrad_ray.stages.evaluate.statistics import win_rates
+from congrad_ray.world.score import true_score
+from congrad_ray.world.tasks import world_prompts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_is_stopped_after() -> Iterator[None]:
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+def _row(language: str, content: str, split: str, seen: bool, task: str | None) -> dict[str, Any]:
+    messages = [{"role": "user", "content": content}]
+    values = {"prompt_id": prompt_id(language, messages), "language": language, "prompt": messages}
+    return {**values, "split": split, "seen": seen, "task": task}
+
+
+def _write_prompts(directory: RunDirectory, rows: list[dict[str, Any]]) -> None:
+    folder = directory.stage("prompts", None)
+    folder.begin("fingerprint", False, "prompts")
+    folder.write_table("part-0.parquet", table_of(rows, PROMPTS))
+    folder.commit("prompts", None, "fingerprint", {}, {}, len(rows), 0.0, {})
+
+
+def _commit_policy(directory: RunDirectory, iteration: int, model: Path) -> None:
+    folder = directory.stage("policy", iteration)
+    folder.begin(f"policy-{iteration}", False, "train")
+    shutil.copytree(model, folder.path, dirs_exist_ok=True)
+    folder.commit("train", iteration, f"policy-{iteration}", {}, {}, 1, 0.0, {})
+
+
+def _recipe(model: Path, **evaluate: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "iterations": 2,
+            "model": {"name": str(model), "dtype": "float32", "max_length": 512},
+            "prompts": {"languages": ["en"], "unseen_languages": ["de"]},
+            "generate": {"max_tokens": 16},
+            "judge": {"max_tokens": 16},
+            "evaluate": {"max_tokens": 16, "judge_max_tokens": 8} | evaluate,
+        }
+    )
+
+
+def test_no_evaluation_prompt_is_an_error_before_any_engine(tiny_model: Path, tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path / "run")
+    _write_prompts(directory, [_row("en", "fox", "train", True, None)])
+    context = Context(_recipe(tiny_model), Profile(name="local"), directory, 0, directory.stage("evaluation", 0))
+    with pytest.raises(RunDirectoryError, match=r"no prompt of .* is for evaluation"):
+        run(context)
+
+
+def test_the_judge_has_room_for_two_answers_as_far_as_it_has_positions(tiny_model: Path, tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path / "run")
+    _write_prompts(directory, [_row("en", "fox", "evaluation", True, None)])
+
+    def length(**settings: Any) -> int:
+        recipe = _recipe(tiny_model, **settings)
+        context = Context(recipe, Profile(name="local"), directory, 0, directory.stage("evaluation", 0))
+        source = evaluate._judge(context)
+        assert source is not None
+        return source.settings.max_length
+
+    assert length() == 512  # its positions; 512 + 16 + 8 + the instruction would be more
+    assert length(judge_max_length=460) == 460
+    with pytest.raises(
+        ValueError, match=r"two answers of evaluate.max_tokens \(60\).*judge_max_length \(512; null"
+    ):
+        length(max_tokens=60)
+
+
+def test_nothing_is_compared_where_all_have_a_true_score(tiny_model: Path, tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path / "run")
+    task = world_prompts("en", 1, 0, "evaluation")[0].task
+    _write_prompts(directory, [_row("en", "x", "evaluation", True, task), _row("en", "y", "train", True, None)])
+    recipe = _recipe(tiny_model, judge_max_tokens=5000)  # which would never fit
+    assert evaluate._judge(Context(recipe, Profile(name="local"), directory, 0, directory)) is None  # type: ignore[arg-type]
+
+
+def _comparisons(read: int, of: int, language: str = "en") -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt_id": f"{language}{number // 2}",
+            "language": language,
+            "seen": True,
+            "order": ORDERS[number % 2],
+            "win": 1.0 if number < read else None,
+            "output": "Verdict: A" if number < read else "A is longer",
+            "unreadable": None if number < read else "no_verdict",
+        }
+        for number in range(of)
+    ]
+
+
+def test_mostly_unreadable_comparisons_are_told_with_examples_and_no_rate(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_width", 200)
+    recipe = _recipe(tiny_model)
+    rows = _comparisons(1, 32)
+    rates = win_rates(rows, 0, recipe.evaluate.min_prompts)
+    warnings = evaluate._warnings(recipe, rows, rates)
+    assert "31 of 32 comparisons cannot be read" in warnings[0]
+    assert "A is longer" in warnings[0] and "evaluate.judge that follows instructions" in warnings[0]
+    assert "fewer than evaluate.min_prompts (10)" in warnings[1] and "en (1)" in warnings[1]
+    summary = {"model": "M_1", "baseline": "M_0", "score_changes": [], "warnings": warnings}
+    show_evaluation({**summary, "win_rates": [asdict(rate) for rate in rates]})
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "%" not in screen.split("warning:")[0].replace("95%", "")
+    assert "too few" in screen and "31: no_verdict 31" in screen and "warning: 31 of 32" in screen
+
+
+def test_readable_comparisons_give_no_warning(tiny_model: Path) -> None:
+    rows = _comparisons(24, 30)
+    assert evaluate._warnings(_recipe(tiny_model), rows, win_rates(rows, 0, 10)) == []
+
+
+def test_a_comparison_that_is_cut_off_is_not_read(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.data
+
+    found: dict[str, Any] = {}
+
+    def complete(
+        dataset: Any, rows: int, source: Any, profile: Any, request: Any, answer: Any, *_: Any, **__: Any
+    ) -> None:
+        found["answer"] = answer
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "complete", complete)
+    monkeypatch.setattr(ray.data, "from_arrow", lambda table: None)
+    monkeypatch.setattr(Context, "notify", lambda context: None)
+    directory = RunDirectory.open(tmp_path / "run")
+    context = Context(_recipe(tiny_model), Profile(name="local"), directory, 0, directory.stage("evaluation", 0))
+    answers = [
+        {**_row("en", "fox", "evaluation", True, None), "decoding": "greedy", "true_score": None}
+        | {"model": model, "answer_id": model, "response": "x"}
+        for model in ("M_0", "M_1")
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate._compare(context, ModelSource("none", context.recipe.model), answers, "M_1")
+    row = {"order": "model_first"}
+    for text, truncated, expected in (
+        ("Verdict: A", False, (1.0, None)),
+        ("Verdict: A", True, (None, "truncated")),
+        ("A is better", False, (None, "no_verdict")),
+    ):
+        answered = found["answer"](row, Completion(text, 1, 1, truncated))
+        assert (answered["win"], answered["unreadable"]) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_iterations_against_the_start(tiny_model: Path, tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path / "run")
+    tasks = {language: world_prompts(language, 3, 0, "evaluation") for language in ("en", "de")}
+    rows = [
+        _row(language, item.prompt, "evaluation", language == "en", item.task)
+        for language, items in tasks.items()
+        for item in items
+    ]
+    free = [_row("en", word, "evaluation", True, None) for word in ("fox", "dog")]
+    _write_prompts(directory, [*rows, *free, _row("en", "quick", "train", True, None)])
+    _commit_policy(directory, 0, tiny_model)
+    _commit_policy(directory, 1, tiny_model)
+    recipe, profile = _recipe(tiny_model), Profile(name="local")
+
+    manifest = run_stage(STAGE, recipe, profile, directory)
+    output = directory.stage("evaluation", 0)
+    table = output.read_table()
+    assert table.schema.equals(ANSWERS)
+    answers = table.to_pylist()
+    assert len(answers) == manifest.rows == 2 * 2 * 8  # models, decodings, prompts
+    task_of = {row["prompt_id"]: row["task"] for row in rows}
+    for answer in answers:
+        task = task_of.get(answer["prompt_id"])
+        score = None if task is None else true_score(task, answer["language"], answer["response"])
+        assert answer["true_score"] == (score if score is None else pytest.approx(score))
+    compared = (output / "comparisons").read_table()
+    assert compared.schema.equals(COMPARISONS)
+    assert sorted(zip(compared["order"].to_pylist(), compared["prompt_id"].to_pylist(), strict=True)) == sorted(
+        (order, row["prompt_id"]) for order in ("model_first", "baseline_first") for row in free
+    )
+    summary = output.read_json("summary.json")
+    for rate in summary["win_rates"]:
+        assert rate["asked"] == 4 == rate["readable"] + sum(rate["unreadable"].values())
+        assert rate["win_rate"] is None  # of two prompts
+    assert "fewer than evaluate.min_prompts (10)" in summary["warnings"][-1]
+    assert (summary["model"], summary["baseline"]) == ("M_1", "M_0")
+    changes = {(c["language"], c["seen"], c["decoding"]): c for c in summary["score_changes"]}
+    assert changes["*", True, "greedy"]["count"] == changes["*", False, "greedy"]["count"] == 3
+    counters = manifest.counters
+    assert counters["greedy_seen_before"] == pytest.approx(changes["*", True, "greedy"]["before"], abs=1e-4)
+    # The same checkpoint twice, decoded greedily, has nothing to tell apart.
+    assert counters["greedy_seen_after"] == pytest.approx(counters["greedy_seen_before"], abs=0.05)
+
+    manifest = run_stage(STAGE, recipe, profile, directory, iteration=1)
+    assert manifest.rows == 2 * 8  # M_0 answered in iteration 0
+    summary = directory.stage("evaluation", 1).read_json("summary.json")
+    assert summary["model"] == "M_2"
+    assert {row["model"] for row in summary["answers"]} == {"M_0", "M_2"}
+    assert sum(change["count"] for change in summary["score_changes"] if change["language"] == "*") == 2 * 6

@@ -1,0 +1,105 @@
+"""The pair stage against a plain re-derivation, whatever parts the responses are in."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from congrad_ray.config.profile import Profile
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.settings import validate
+from congrad_ray.data.tables import JUDGEMENTS, RESPONSES, table_of
+from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
+from congrad_ray.runtime.context import Context
+from congrad_ray.stages.pair import stage as pair
+
+PROMPTS, SAMPLES = 40, 3
+
+
+def rows(scores: dict[tuple[int, int], float | None]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Responses of all prompts, and judgements of those that have one in `scores`."""
+    keys = [(prompt, sample) for prompt in range(PROMPTS) for sample in range(SAMPLES)]
+    about = {
+        key: {"response_id": f"{key[0]:04}-{key[1]}", "prompt_id": f"{key[0]:04}", "language": _language(key[0])}
+        for key in keys
+    }
+    responses = [
+        {
+            **about[key],
+            "prompt": [{"role": "user", "content": f"say {key[0]}"}],
+            "sample": key[1],
+            "seed": 0,
+            "response": f"{key[0]} {key[1]}",
+            "prompt_tokens": 1,
+            "response_tokens": 1,
+            "truncated": False,
+        }
+        for key in keys
+    ]
+    judgements = [
+        {**about[key], "score": score, "readable": 1, "asked": 1, "outputs": [""]} for key, score in scores.items()
+    ]
+    return responses, judgements
+
+
+def _language(prompt: int) -> str:
+    return ("en", "de")[prompt % 2]
+
+
+def paired(folder: Path, responses: list[dict[str, Any]], judgements: list[dict[str, Any]], parts: int) -> Context:
+    run = RunDirectory.open(folder)
+    for name, table, schema in (("responses", responses, RESPONSES), ("judgements", judgements, JUDGEMENTS)):
+        size = -(-len(table) // parts)
+        for part in range(parts):
+            some = table[part * size : (part + 1) * size]
+            run.stage(name, 0).write_table(f"part-{part}.parquet", table_of(some, schema))
+    values = {"name": "t", "prompts": {"languages": ["en", "de"]}, "pair": {"language_check": False}}
+    return Context(validate(Recipe, values, "t"), Profile(name="t"), run, 0, run.stage("pairs", 0))
+
+
+def test_best_against_worst_whatever_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair, "_ROWS_AT_A_TIME", 7)
+    chance = random.Random(0)
+    scores: dict[tuple[int, int], float | None] = {
+        (prompt, sample): chance.choice([None, 0.0, 1.5, 3.0, 5.0])
+        for prompt in range(PROMPTS)
+        for sample in range(SAMPLES)
+        if chance.random() < 0.95  # of the others the judgement is missing
+    }
+    responses, judgements = rows(scores)
+    expected = {}
+    for prompt in range(PROMPTS):
+        readable = [(score, s) for s in range(SAMPLES) if (score := scores.get((prompt, s))) is not None]
+        best = max(readable, key=lambda found: (found[0], -found[1]), default=None)
+        others = [found for found in readable if found is not best]
+        worst = min(others, default=None)
+        if best and worst and best[0] > worst[0]:
+            expected[f"{prompt:04}"] = (f"{prompt} {best[1]}", f"{prompt} {worst[1]}", best[0], worst[0])
+    context = paired(tmp_path / "in order", responses, judgements, 1)
+    outcome = pair.STAGE.run(context)
+    found = pq.read_table(context.output.files(".parquet")[0])
+    assert found["prompt_id"].to_pylist() == sorted(expected)
+    assert {
+        row["prompt_id"]: (
+            row["chosen"][0]["content"],
+            row["rejected"][0]["content"],
+            row["chosen_score"],
+            row["rejected_score"],
+        )
+        for row in found.to_pylist()
+    } == expected
+    assert outcome.rows == len(expected) == sum(outcome.counters["pairs"].values())
+    assert outcome.rows + sum(outcome.counters["no_pair"].values()) == PROMPTS
+    chance.shuffle(responses)
+    chance.shuffle(judgements)
+    elsewhere = paired(tmp_path / "shuffled", responses, judgements, 11)
+    assert pair.STAGE.run(elsewhere).counters == outcome.counters
+    assert pq.read_table(elsewhere.output.files(".parquet")[0]).equals(found)
+
+
+def test_not_one_pair_is_an_error_that_says_why(tmp_path: Path) -> None:
+    context = paired(tmp_path, *rows({}), 2)
+    with pytest.raises(RunDirectoryError, match=r"not one pair from 40 prompts .*too_few_judged en.*: 20"):
+        pair.STAGE.run(context)

@@ -1,0 +1,145 @@
+"""The prompts stage: cleaning, de-duplication, seen and unseen, quarantine."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from congrad_ray.config.profile import Profile
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.settings import validate
+from congrad_ray.data.records import InputError
+from congrad_ray.data.tables import PROMPTS
+from congrad_ray.pipeline.runner import run_stage
+from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
+from congrad_ray.stages.prompts import stage as prompts
+
+
+def recipe_for(path: Path, **settings: object) -> Recipe:
+    values = {
+        "train": {"name": str(path)},
+        "evaluation": {"name": str(path)},
+        "languages": ["en", "de"],
+        "train_per_language": 3,
+        "evaluation_per_language": 1,
+    }
+    return validate(Recipe, {"name": "test", "prompts": values | settings}, "test")
+
+
+def write(path: Path, rows: list[object]) -> Path:
+    path.write_bytes(b"\n".join(r if isinstance(r, bytes) else json.dumps(r).encode() for r in rows))
+    return path
+
+
+GOOD = [
+    {"prompt": f"{word} {n}", "language": tag}
+    for tag, word in [("en", "Count"), ("de", "Zähle")]
+    for n in range(5)
+]
+
+
+def perform(recipe: Recipe, folder: Path) -> tuple[pa.Table, dict[str, int]]:
+    run = RunDirectory.open(folder)
+    manifest = run_stage(prompts.STAGE, recipe, Profile(name="test"), run, log=lambda text: None)
+    return run.stage("prompts", None).read_table(), manifest.counters.get("quarantined", {})
+
+
+def test_bad_rows_are_set_apart_with_their_reason_and_no_good_row_is_lost(tmp_path: Path) -> None:
+    bad = [
+        b'{"prompt": "caf\xe9", "language": "en"}',
+        b"{not json",
+        ["a", "list"],
+        {"prompt": None, "language": "en"},
+        {"prompt": "   ", "language": "en"},
+        {"prompt": "x\x00y", "language": "en"},
+        {"prompt": "x", "language": "klingonese-language"},
+        {"prompt": [{"role": "assistant", "content": "I first"}], "language": "en"},
+        {"prompt": [{"role": "user"}], "language": "en"},
+        {"prompt": {"nested": 1}, "language": "en"},
+        {"prompt": "\ud800", "language": "en"},
+        {"prompt": "Bonjour", "language": "fr"},
+    ]
+    path = write(tmp_path / "prompts.jsonl", [*bad, *GOOD, *GOOD])
+    table, reasons = perform(recipe_for(path, train_per_language=10), tmp_path / "run")
+    assert table.num_rows == len(GOOD)
+    assert table.schema.equals(PROMPTS)
+    assert reasons == {
+        "not_json": 1,
+        "not_utf8": 1,
+        "not_an_object": 1,
+        "prompt_not_text": 3,
+        "prompt_empty": 1,
+        "prompt_control_characters": 1,
+        "prompt_last_role": 1,
+        "prompt_not_unicode": 1,
+        "unknown_language": 1,
+    }
+
+
+def test_training_and_evaluation_prompts_are_disjoint_and_drawn_the_same_every_time(tmp_path: Path) -> None:
+    path = write(tmp_path / "prompts.jsonl", [*GOOD])
+    backwards = write(tmp_path / "backwards.jsonl", GOOD[::-1])
+    first, _ = perform(recipe_for(path), tmp_path / "one")
+    second, _ = perform(recipe_for(backwards), tmp_path / "two")
+    rows = {(row["prompt_id"], row["split"]) for row in first.to_pylist()}
+    assert rows == {(row["prompt_id"], row["split"]) for row in second.to_pylist()}
+    assert len({identifier for identifier, _ in rows}) == len(rows) == 2 * (3 + 1)
+
+
+def test_a_file_that_changed_is_noticed(tmp_path: Path) -> None:
+    path = write(tmp_path / "prompts.jsonl", GOOD)
+    perform(recipe_for(path), tmp_path / "run")
+    perform(recipe_for(path), tmp_path / "run")
+    write(path, GOOD[1:])
+    with pytest.raises(RunDirectoryError, match=r"prompts in .* was made with other settings or inputs"):
+        perform(recipe_for(path), tmp_path / "run")
+
+
+def test_unseen_languages_have_evaluation_prompts_only(tmp_path: Path) -> None:
+    path = write(tmp_path / "prompts.jsonl", [*GOOD, {"prompt": "Compte", "language": "fra"}])
+    table, _ = perform(recipe_for(path, unseen_languages=["fr"]), tmp_path / "run")
+    french = [row for row in table.to_pylist() if row["language"] == "fr"]
+    assert [(row["split"], row["seen"]) for row in french] == [("evaluation", False)]
+
+
+def test_parquet_with_messages_and_names_of_languages(tmp_path: Path) -> None:
+    rows = [{"q": [{"role": "user", "content": f"Hi {n}"}], "lang": "English"} for n in range(4)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    source = {
+        "name": str(tmp_path / "p.parquet"),
+        "prompt_column": "q",
+        "language_column": "lang",
+        "language_names": {"English": "en"},
+    }
+    table, _ = perform(recipe_for(tmp_path, train=source, evaluation=source, languages=["en"]), tmp_path / "run")
+    assert table.num_rows == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("empty.jsonl", b"", "is empty"),
+        (
+            "columns.jsonl",
+            b'{"text": "x", "language": "en"}\n',
+            "no column 'prompt'; columns found: language, text",
+        ),
+        ("few.jsonl", b'{"prompt": "x", "language": "en"}\n', "'de'"),
+        ("broken.parquet", b"PAR1", "not a readable Parquet"),
+        ("folder", None, "is a folder"),
+        ("missing.jsonl", None, "no file"),
+    ],
+)
+def test_an_input_that_cannot_be_used_is_named(
+    tmp_path: Path, name: str, content: bytes | None, told: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    elif name == "folder":
+        path.mkdir()
+    with pytest.raises(InputError, match=told) as error:
+        perform(recipe_for(path), tmp_path / "run")
+    assert name in str(error.value)

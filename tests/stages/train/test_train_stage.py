@@ -1,0 +1,420 @@
+"""The train stage on a real Ray Train with DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from congrad_ray.config.profile import Profile, Workers
+from congrad_ray.config.recipe import Judge, Model, Prompts, Recipe, Train
+from congrad_ray.modeling.batching import collate_pairs
+from congrad_ray.modeling.logprobs import completion_logprobs
+from congrad_ray.modeling.loss import dpo_loss
+from congrad_ray.modeling.source import ModelSource, policy
+from congrad_ray.modeling.tokenization import load_tokenizer, tokenize_pair
+from congrad_ray.rundir.directory import RunDirectory
+from congrad_ray.runtime.context import Context, Outcome
+from congrad_ray.stages.train.loop import TrainingJob, _text_lengths, train_alone
+from congrad_ray.stages.train.metrics import read_metrics
+from congrad_ray.stages.train.schedule import TrainingError, learning_rate, make_schedule
+from congrad_ray.stages.train.stage import STAGE
+
+
+def recipe_of(model: Path, dtype: str = "float32", **train: Any) -> Recipe:
+    values = {"learning_rate": 1e-3, "batch_size": 8, "micro_batch_size": 2, "num_train_epochs": 2, **train}
+    return Recipe(
+        name="test",
+        model=Model(name=str(model), dtype=dtype, max_length=600),  # type: ignore[arg-type]
+        prompts=Prompts(languages=["en", "sw"]),
+        judge=Judge(max_tokens=16),
+        train=Train(**values),
+    )
+
+
+def train_in(
+    run: RunDirectory, recipe: Recipe, workers: int = 2, max_failures: int = 1, log: list[str] | None = None
+) -> Outcome:
+    profile = Profile(name="test", trainers=Workers(num_workers=workers, max_failures=max_failures))
+    lines = log if log is not None else []
+    return STAGE.run(Context(recipe, profile, run, 0, run.stage("policy", 0), lines.append))
+
+
+def weights_of(folder: str | Path) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def plain_training(model_folder: Path, rows: list[dict[str, Any]], train: Train) -> dict[str, torch.Tensor]:
+    """The same training without Ray, DeepSpeed, workers and accumulation: each batch in one pass."""
+    tokenizer = load_tokenizer(str(model_folder))
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    rows = sorted(rows, key=lambda row: row["pair_id"])
+    pairs = [tokenize_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], 600) for row in rows]
+    schedule = make_schedule(train, len(rows), 1)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=train.weight_decay)
+    for step in range(schedule.total_steps):
+        batch = schedule.batch(step)
+        collated = collate_pairs([pairs[index] for index in batch], 0)
+        chosen, rejected = completion_logprobs(model, collated).chunk(2)
+        references = [
+            torch.tensor([rows[index][name] for index in batch], dtype=torch.float32)
+            for name in ("ref_chosen_logps", "ref_rejected_logps")
+        ]
+        losses, _ = dpo_loss(
+            chosen,
+            rejected,
+            references[0],
+            references[1],
+            train.beta,
+            train.length_penalty,
+            collated.chosen_tokens,
+            collated.rejected_tokens,
+        )
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(train, step, schedule.total_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def test_two_workers_train_a_checkpoint_that_loads(
+    tmp_path: Path, tiny_model: Path, make_selection: Any, ray_cluster: None
+) -> None:
+    run = RunDirectory.open(tmp_path)
+    selection = make_selection(run, 13)
+    log: list[str] = []
+    recipe = recipe_of(tiny_model, num_train_epochs=4, save_steps=3)
+    outcome = train_in(run, recipe, log=log)
+
+    policy = run.stage("policy", 0)
+    rows = read_metrics(policy)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert {
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "learning_rate",
+        "grad_norm",
+        "epoch",
+        "step",
+        "tokens_per_second",
+    } <= set(rows[0])
+    # The policy starts as the reference: margin 0, loss log 2.
+    assert rows[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    assert rows[0]["logps/reference_gap"] < 1e-5
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.05
+    assert rows[-1]["rewards/accuracies"] == 1.0
+    assert rows[-1]["epoch"] == 4.0
+    assert outcome.rows == 13
+    assert outcome.counters["steps"] == 8
+    assert not any("warning" in line for line in log)
+    assert not policy.exists("ray_train")
+    assert [path for path in policy.files(recursive=True) if "tfevents" in path]
+
+    before = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    after = weights_of(policy.path)
+    changed = [name for name, value in before.named_parameters() if not torch.equal(value, after[name])]
+    assert sorted(changed) == sorted(after)
+    # 13 pairs in batches of 7 and 6, passes of 4 and 3 pairs, shares of 2 and 1: every weight matters.
+    assert (
+        largest_difference(after, plain_training(tiny_model, selection.read_table().to_pylist(), recipe.train))
+        < 2e-5
+    )
+    config = json.loads((tmp_path / "iteration-0/policy/config.json").read_text())
+    assert config["dtype"] == "float32"
+    assert config["attention_dropout"] == 0.1
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "iteration-0" / "policy")
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_model).chat_template
+
+
+def test_one_process_alone_gives_the_weights_of_plain_pytorch(
+    tmp_path: Path, tiny_model: Path, make_selection: Any, preference_rows: Any
+) -> None:
+    recipe = recipe_of(tiny_model, max_steps=5, micro_batch_size=4, zero_stage=0, save_steps=1)
+    run = RunDirectory.open(tmp_path)
+    selection = make_selection(run, 13)
+    schedule = make_schedule(recipe.train, 13, 1)
+    source = ModelSource(str(tiny_model), recipe.model)
+    job = TrainingJob(recipe.train, schedule, source, selection, run.stage("policy", 0), threads=1)
+    try:
+        trained = {name: value.detach() for name, value in train_alone(job).named_parameters()}
+    finally:
+        torch.distributed.destroy_process_group()
+    expected = plain_training(tiny_model, preference_rows(tiny_model, 13), recipe.train)
+    assert largest_difference(expected, weights_of(tiny_model)) > 1e-3
+    assert largest_difference(trained, expected) < 2e-5
+
+
+def test_pairs_of_strings_are_dealt_out_as_pairs_of_messages() -> None:
+    """`congrad filter` keeps plain strings as they are."""
+    texts = {"prompt": "who", "chosen": "a cat", "rejected": "me"}
+    messages = {name: [{"role": "user", "content": text}] for name, text in texts.items()}
+    assert [_text_lengths(pa.Table.from_pylist([row])) for row in (texts, messages)] == [[10], [10]]
+
+
+@pytest.mark.slow
+def test_every_option_and_an_idle_worker_give_the_weights_of_plain_pytorch(
+    tmp_path: Path, tiny_model: Path, make_selection: Any, ray_cluster: None
+) -> None:
+    # One pair in a step of two workers: one of them has nothing to do.
+    recipe = recipe_of(
+        tiny_model,
+        length_penalty=0.02,
+        max_grad_norm=0.5,
+        weight_decay=0.1,
+        warmup_ratio=0.3,
+        num_train_epochs=3,
+        batch_size=1,
+    )
+    run, log = RunDirectory.open(tmp_path), []
+    selection = make_selection(run, 3)
+    train_in(run, recipe, log=log)
+    assert any("1 of 2 workers have nothing to do: 3 pairs" in line for line in log)
+    plain = plain_training(tiny_model, selection.read_table().to_pylist(), recipe.train)
+    trained = weights_of(run.stage("policy", 0).path)
+    assert largest_difference(trained, weights_of(tiny_model)) > 1e-3
+    assert largest_difference(trained, plain) < 2e-5
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_naming_step_and_pair(
+    tmp_path: Path, tiny_model: Path, make_selection: Any, ray_cluster: None
+) -> None:
+    bad: list[str] = []
+
+    def spoil(rows: list[dict[str, Any]]) -> None:
+        rows[3]["ref_chosen_logps"] = 1e39  # finite in the table, not in float32
+        bad.append(rows[3]["pair_id"])
+
+    run = RunDirectory.open(tmp_path)
+    make_selection(run, 8, spoil)
+    with pytest.raises(TrainingError, match=f"loss of step 1 is not finite; pairs: {bad[0]}|{bad[0]}"):
+        train_in(run, recipe_of(tiny_model))
+    policy = run.stage("policy", 0)
+    assert not policy.exists("model.safetensors")
+
+
+def test_what_is_wrong_before_training_is_said_before_training(
+    tmp_path: Path, tiny_model: Path, make_selection: Any
+) -> None:
+    # No Ray runs here: a check that came too late would fail otherwise than asked for.
+    run = RunDirectory.open(tmp_path / "empty")
+    make_selection(run, 0)
+    with pytest.raises(TrainingError, match="no pairs to train on"):
+        train_in(run, recipe_of(tiny_model))
+
+    def spoil(rows: list[dict[str, Any]]) -> None:
+        rows[1]["ref_rejected_logps"] = float("nan")
+
+    run = RunDirectory.open(tmp_path / "reference")
+    make_selection(run, 4, spoil)
+    with pytest.raises(TrainingError, match="ref_rejected_logps is not a finite number in 1 of 4 pairs"):
+        train_in(run, recipe_of(tiny_model))
+
+
+@pytest.mark.slow
+def test_a_reference_of_another_model_is_warned_of(
+    tmp_path: Path, tiny_model: Path, make_selection: Any, ray_cluster: None
+) -> None:
+    def shift(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            row["ref_chosen_logps"] += 5.0
+
+    run, log = RunDirectory.open(tmp_path), []
+    make_selection(run, 8, shift)
+    train_in(run, recipe_of(tiny_model, num_train_epochs=1), log=log)
+    assert any("warning" in line and "chat template" in line for line in log)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_model: Path, preference_rows: Any) -> dict[str, torch.Tensor]:
+    """What the run of `long_recipe` should end with."""
+    return plain_training(tiny_model, preference_rows(tiny_model, 16), long_recipe(tiny_model).train)
+
+
+def long_recipe(model: Path, **train: Any) -> Recipe:
+    return recipe_of(model, num_train_epochs=40, learning_rate=1e-4, save_steps=5, **train)
+
+
+def kill_a_worker_after(run: RunDirectory, step: int) -> threading.Thread:
+    """Kills one of this test's training workers once the metrics show the step."""
+
+    def watch() -> None:
+        policy = run.stage("policy", 0)
+        deadline = time.monotonic() + 240
+        while not any(row["step"] >= step for row in read_metrics(policy)):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.02)
+        workers = [
+            p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
+        ]
+        workers[0].kill()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+def test_a_worker_without_memory_says_what_would_need_less(
+    tmp_path: Path, tiny_model: Path, make_selection: Any, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from congrad_ray.stages.train import stage as train
+
+    def full(config: dict[str, Any]) -> None:
+        torch.empty(2**50)
+
+    monkeypatch.setattr(train, "train_worker", full)
+    run = RunDirectory.open(tmp_path)
+    make_selection(run, 4)
+    with pytest.raises(TrainingError, match=r"can't allocate memory(.|\n)*lower train\.micro_batch_size"):
+        train_in(run, recipe_of(tiny_model), max_failures=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_killed_workers_go_on_from_the_checkpoint(
+    tmp_path: Path,
+    tiny_model: Path,
+    make_selection: Any,
+    ray_cluster: None,
+    undisturbed: dict[str, torch.Tensor],
+    zero_stage: int,
+) -> None:
+    run, recipe = RunDirectory.open(tmp_path), long_recipe(tiny_model, zero_stage=zero_stage)
+    make_selection(run, 16)
+    # Without restarts the command fails; the same command then goes on, and survives another kill by a restart.
+    killer = kill_a_worker_after(run, 20)
+    with pytest.raises(TrainingError, match="same command goes on"):
+        train_in(run, recipe, max_failures=0)
+    killer.join()
+    policy = run.stage("policy", 0)
+    first = read_metrics(policy)
+    assert 20 <= first[-1]["step"] < 80
+    killer = kill_a_worker_after(run, int(first[-1]["step"]) + 15)
+    train_in(run, recipe, max_failures=1)
+    killer.join()
+
+    rows = read_metrics(policy)
+    assert [row["step"] for row in rows] == list(range(1, 81))
+    # The first attempt's rows up to its last checkpoint are still there, down to their timings.
+    kept = next(number for number, (old, new) in enumerate(zip(first, rows, strict=False)) if old != new)
+    assert kept >= 5
+    assert kept % 5 == 0
+    assert largest_difference(weights_of(policy.path), undisturbed) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "zero_stage", "gradient_checkpointing", "micro_batch_size"),
+    # Of 7 and 6 pairs in a step: 3 a pass and worker do not divide them, nor does 1 for 3 workers.
+    [(1, 2, False, 2), (2, 0, False, 2), (2, 1, False, 3), (2, 2, False, 3), (2, 3, True, 2), (3, 2, False, 1)],
+)
+def test_other_layouts_give_the_same_weights(
+    tmp_path: Path,
+    tiny_model: Path,
+    make_selection: Any,
+    ray_cluster: None,
+    workers: int,
+    zero_stage: int,
+    gradient_checkpointing: bool,
+    micro_batch_size: int,
+) -> None:
+    recipe = recipe_of(
+        tiny_model,
+        zero_stage=zero_stage,
+        gradient_checkpointing=gradient_checkpointing,
+        micro_batch_size=micro_batch_size,
+        max_grad_norm=0.5,
+    )
+    run = RunDirectory.open(tmp_path)
+    selection = make_selection(run, 13)
+    train_in(run, recipe, workers=workers)
+    plain = plain_training(tiny_model, selection.read_table().to_pylist(), recipe.train)
+    assert largest_difference(weights_of(run.stage("policy", 0).path), plain) < 2e-5
+    assert all(row["grad_norm"] > 0 for row in read_metrics(run.stage("policy", 0)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_bfloat16(
+    tmp_path: Path, tiny_model: Path, make_selection: Any, ray_cluster: None, zero_stage: int
+) -> None:
+    run = RunDirectory.open(tmp_path)
+    make_selection(run, 16)
+    recipe = recipe_of(tiny_model, dtype="bfloat16", zero_stage=zero_stage, num_train_epochs=4, save_steps=3)
+    log: list[str] = []
+    train_in(run, recipe, log=log)
+    policy = run.stage("policy", 0)
+    rows = read_metrics(policy)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.05
+    assert AutoModelForCausalLM.from_pretrained(policy.path, dtype="auto").dtype == torch.bfloat16
+    assert not any("warning" in line for line in log)
+
+
+@pytest.mark.slow
+def test_a_run_directory_that_is_not_local(
+    tmp_path: Path, tiny_model: Path, make_selection: Any, ray_cluster: None
+) -> None:
+    (tmp_path / "bucket").mkdir()
+    run = RunDirectory(pafs.SubTreeFileSystem(str(tmp_path / "bucket"), pafs.LocalFileSystem()), "run")
+    make_selection(run, 16)
+    train_in(run, recipe_of(tiny_model, save_steps=2))
+    folder = tmp_path / "bucket/run/iteration-0/policy"
+    assert largest_difference(weights_of(folder), weights_of(tiny_model)) > 1e-4
+    assert (folder / "tokenizer.json").exists()
+    assert list((folder / "tensorboard").iterdir())
+    assert not (folder / "ray_train").exists()
+
+
+@pytest.mark.slow
+def test_a_policy_on_an_object_store_is_the_one_on_a_local_path(
+    tmp_path: Path,
+    tiny_model: Path,
+    make_selection: Any,
+    ray_cluster: None,
+    store_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CONGRAD_RAY_CACHE", str(tmp_path / "cache"))
+    # Workers of a Ray that was started before have no keys in their environment.
+    runs = [
+        RunDirectory.open(place) for place in (tmp_path / "run", store_uri.replace("s3://", "s3://key:secret@"))
+    ]
+    recipe = recipe_of(tiny_model, save_steps=2)
+    outcomes = []
+    for run in runs:
+        make_selection(run, 16)
+        outcomes.append(train_in(run, recipe))
+        run.stage("policy", 0).commit("train", 0, "f", None, {}, outcomes[-1].rows, 0.0, {})
+    local, store = (policy(recipe, run, 1) for run in runs)
+    assert largest_difference(weights_of(local.local_path()), weights_of(store.local_path())) < 1e-6
+    assert store.local_path().startswith(str(tmp_path / "cache"))
+    assert store.load_tokenizer().chat_template == local.load_tokenizer().chat_template
+    folder = runs[1].stage("policy", 0)
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4]
+    names = {path.removeprefix(f"{folder.path}/").split("/")[0] for path in folder.files(recursive=True)}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "tensorboard"} <= names
+    assert "ray_train" not in names and not any(name.endswith((".bin", ".pt")) for name in names)
