@@ -35,13 +35,14 @@ from congrad_ray.data.records import (
     parquet_rows,
     read_records,
 )
-from congrad_ray.data.tables import MESSAGES, PAIR_ID, PAIRS, quarantined, row_id, table_of
+from congrad_ray.data.tables import MESSAGES, PAIR_ID, quarantined, row_id, table_of
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.lock import only_writer
 from congrad_ray.runtime.logs import Log
 from congrad_ray.stages.base import Stage
+from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select import stage as select
 from congrad_ray.stages.sketch import stage as sketch
 

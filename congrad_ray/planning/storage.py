@@ -11,22 +11,17 @@ import torch
 
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.data.tables import (
-    ANSWERS,
-    JUDGEMENT_SAMPLES,
-    JUDGEMENTS,
-    PAIRS,
-    PROMPTS,
-    RESPONSES,
-    SCORES,
-    SELECTED,
-    sketch_bytes,
-    sketches_schema,
-)
 from congrad_ray.modeling.shape import BYTES, ModelShape
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.tokens import Lengths, StageCount
 from congrad_ray.rundir.directory import Manifest, parquet_bytes
+from congrad_ray.stages.evaluate.schema import ANSWERS
+from congrad_ray.stages.generate.schema import RESPONSES
+from congrad_ray.stages.judge.schema import JUDGEMENT_SAMPLES, JUDGEMENTS
+from congrad_ray.stages.pair.schema import PAIRS
+from congrad_ray.stages.prompts.schema import PROMPTS
+from congrad_ray.stages.select.schema import SCORES, SELECTED
+from congrad_ray.stages.sketch.schema import sketch_bytes, sketches_schema
 from congrad_ray.stages.sketch.storage import to_storage
 
 # 32 hexadecimal digits hold 16 bytes, and zstd finds nearly all of that.

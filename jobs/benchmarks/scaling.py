@@ -31,16 +31,20 @@ from selection import LANGUAGES, held_memory, recipe_for, timed, write_tables
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
-from congrad_ray.data.tables import JUDGEMENTS, PAIRS, RESPONSES, sketch_bytes, sketches_schema, table_of
+from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.source import policy
 from congrad_ray.rundir.directory import RunDirectory, StageFolder
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.rows import FAILURE_FIELD, PartWriter, outcome_of, read_missing_batches
 from congrad_ray.runtime.session import connect
+from congrad_ray.stages.generate.schema import RESPONSES
+from congrad_ray.stages.judge.schema import JUDGEMENTS
 from congrad_ray.stages.pair import stage as pair
+from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select import stage as select
 from congrad_ray.stages.sketch import stage as sketch
 from congrad_ray.stages.sketch.replicas import SketchReplica
+from congrad_ray.stages.sketch.schema import sketch_bytes, sketches_schema
 
 _WIDTH, _DTYPE = 256, "float16"
 _RESPONSES_PER_PROMPT = 4

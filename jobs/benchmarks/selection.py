@@ -26,11 +26,13 @@ import pyarrow.parquet as pq
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
-from congrad_ray.data.tables import PAIRS, sketch_bytes, sketches_schema, table_of
+from congrad_ray.data.tables import table_of
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.context import Context
 from congrad_ray.runtime.session import connect
+from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select import stage as select
+from congrad_ray.stages.sketch.schema import sketch_bytes, sketches_schema
 
 LANGUAGES = ("de", "el", "en", "es", "fr", "hi", "ru", "tr")
 _PAIRS_PER_PART = 2048

@@ -14,9 +14,9 @@ import pyarrow as pa
 import torch
 
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.data.tables import SELECTED
 from congrad_ray.modeling.source import ModelSource, named_model
 from congrad_ray.rundir.directory import Folder, RunDirectory
+from congrad_ray.stages.select.schema import SELECTED
 from congrad_ray.stages.train.loop import TrainingJob, train_alone
 from congrad_ray.stages.train.schedule import make_schedule
 from congrad_ray.world.score import true_score

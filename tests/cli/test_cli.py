@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from congrad_ray.data.tables import SCORES, table_of
+from congrad_ray.data.tables import table_of
 from congrad_ray.rundir.directory import RunDirectory
+from congrad_ray.stages.select.schema import SCORES
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "jobs" / "recipes" / "demo.yaml"

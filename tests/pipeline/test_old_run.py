@@ -1,4 +1,4 @@
-"""A run directory made on 27 November 2026, before the package had its present folders, is still a finished one."""
+"""A run directory made before the package had its present folders is still a finished one."""
 
 import shutil
 import subprocess

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
-from congrad_ray.data.tables import PAIRS, SELECTED, table_of
+from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.rundir.directory import RunDirectory
+from congrad_ray.stages.pair.schema import PAIRS
+from congrad_ray.stages.select.schema import SELECTED
 from congrad_ray.stages.sketch.memory import PeakResidentMemory
 
 WORKERS = 1

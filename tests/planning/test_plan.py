@@ -11,7 +11,6 @@ import pytest
 from congrad_ray.config.profile import load_profile
 from congrad_ray.config.recipe import Model, Recipe
 from congrad_ray.config.settings import SettingsError
-from congrad_ray.data.tables import PAIRS, SCORES
 from congrad_ray.modeling import rehearsal
 from congrad_ray.modeling.rehearsal import sketch_working_bytes, training_working_bytes
 from congrad_ray.modeling.shape import ModelShape, read_shape
@@ -30,6 +29,8 @@ from congrad_ray.planning.tokens import assumed_lengths, stage_counts, with_meas
 from congrad_ray.planning.work import forward_flops, stage_flops
 from congrad_ray.rundir.directory import Manifest
 from congrad_ray.runtime.resources import cluster_machine
+from congrad_ray.stages.pair.schema import PAIRS
+from congrad_ray.stages.select.schema import SCORES
 
 ASSUMED = Assumptions()
 

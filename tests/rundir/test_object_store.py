@@ -23,19 +23,14 @@ import yaml
 
 from congrad_ray.cli.main import app
 from congrad_ray.config.recipe import Sketch, load_recipe
-from congrad_ray.data.tables import (
-    JUDGEMENTS,
-    RESPONSES,
-    SCORES,
-    response_id,
-    sketch_bytes,
-    sketch_numbers,
-    sketches_schema,
-    table_of,
-)
+from congrad_ray.data.tables import response_id, table_of
 from congrad_ray.deploy.doctor import examine
 from congrad_ray.modeling.source import policy
 from congrad_ray.rundir.directory import MANIFEST, STARTED, Folder, RunDirectory, RunDirectoryError, StageFolder
+from congrad_ray.stages.generate.schema import RESPONSES
+from congrad_ray.stages.judge.schema import JUDGEMENTS
+from congrad_ray.stages.select.schema import SCORES
+from congrad_ray.stages.sketch.schema import sketch_bytes, sketch_numbers, sketches_schema
 
 WIDTH = 64
 KEY, SECRET = "AKEYOFTHETESTS", "a-secret-nobody-may-see"

@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from congrad_ray.data.tables import SCORES, prompt_id, row_id, table_of
+from congrad_ray.data.tables import prompt_id, row_id, table_of
 from congrad_ray.rundir.directory import MANIFEST, RunDirectory, RunDirectoryError, fingerprint
+from congrad_ray.stages.select.schema import SCORES
 
 ROWS = [
     {

@@ -12,15 +12,18 @@ import torch
 
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.data.tables import JUDGEMENTS, PROMPTS, RESPONSES, prompt_id, response_id, table_of
+from congrad_ray.data.tables import prompt_id, response_id, table_of
 from congrad_ray.modeling.source import named_model, policy
 from congrad_ray.modeling.tokenization import chat_prompt_ids
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
+from congrad_ray.stages.generate.schema import RESPONSES
 from congrad_ray.stages.generate.stage import STAGE as GENERATE
 from congrad_ray.stages.judge.rubric import load_rubric
+from congrad_ray.stages.judge.schema import JUDGEMENTS
 from congrad_ray.stages.judge.scores import expected_score, score_token_ids
 from congrad_ray.stages.judge.stage import STAGE as JUDGE
+from congrad_ray.stages.prompts.schema import PROMPTS
 
 WORDS = ["fox", "dog", "Hund", "Fuchs", "perro", "zorro", "chien", "renard"]
 TOO_LONG = "fox " * 300

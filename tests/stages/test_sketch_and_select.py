@@ -12,16 +12,18 @@ import pytest
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe, Select
 from congrad_ray.config.settings import validate
-from congrad_ray.data.tables import PAIRS, sketch_bytes, sketch_numbers, sketches_schema, table_of
+from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, StageFolder
 from congrad_ray.runtime.rows import FAILURE
+from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select import stage as select
 from congrad_ray.stages.select.reducer import Layout, language_gradients, sums_of
 from congrad_ray.stages.select.scores import Agreement
 from congrad_ray.stages.select.shares import moving_average_shares
 from congrad_ray.stages.sketch.replicas import SketchReplica
+from congrad_ray.stages.sketch.schema import sketch_bytes, sketch_numbers, sketches_schema
 from congrad_ray.stages.sketch.stage import _drawn_for_audit
 
 WIDTH = 256

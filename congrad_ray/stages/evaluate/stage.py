@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.data.tables import ANSWERS, COMPARISONS, PROMPTS, row_id
+from congrad_ray.data.tables import row_id
 from congrad_ray.modeling.source import ModelSource, policy
 from congrad_ray.modeling.tokenization import chat_prompt_ids
 from congrad_ray.rundir.directory import RunDirectoryError, StageFolder
@@ -34,6 +34,7 @@ from congrad_ray.runtime.requests import read_requests
 from congrad_ray.runtime.rows import outcome_of, write_rows
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.evaluate.pairwise import ORDERS, fill_pairwise, pairwise_template, read_win
+from congrad_ray.stages.evaluate.schema import ANSWERS, COMPARISONS
 from congrad_ray.stages.evaluate.statistics import (
     EVERY_LANGUAGE,
     ScoreChange,
@@ -43,6 +44,7 @@ from congrad_ray.stages.evaluate.statistics import (
     win_rates,
 )
 from congrad_ray.stages.judge.unreadable import explain, keep_failed
+from congrad_ray.stages.prompts.schema import PROMPTS
 
 Row = dict[str, Any]
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.data.tables import RESPONSES, response_id
+from congrad_ray.data.tables import response_id
 from congrad_ray.modeling.source import policy, policy_input
 from congrad_ray.rundir.directory import RunDirectoryError, StageFolder
 from congrad_ray.runtime.context import Context, Outcome
@@ -17,6 +17,7 @@ from congrad_ray.runtime.engines import Completion, Request, complete, engine_fa
 from congrad_ray.runtime.requests import read_requests
 from congrad_ray.runtime.rows import outcome_of, write_rows
 from congrad_ray.stages.base import Stage
+from congrad_ray.stages.generate.schema import RESPONSES
 
 Row = dict[str, Any]
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.data.tables import JUDGEMENT_SAMPLES, JUDGEMENTS, RESPONSES, row_id, table_of
+from congrad_ray.data.tables import row_id, table_of
 from congrad_ray.modeling.source import policy, policy_input
 from congrad_ray.modeling.tokenization import chat_prompt_ids
 from congrad_ray.rundir.directory import RunDirectoryError, StageFolder
@@ -34,7 +34,9 @@ from congrad_ray.runtime.engines import (
 from congrad_ray.runtime.requests import read_requests
 from congrad_ray.runtime.rows import Counts, outcome_of, write_rows
 from congrad_ray.stages.base import Stage
+from congrad_ray.stages.generate.schema import RESPONSES
 from congrad_ray.stages.judge.rubric import Rubric, load_rubric
+from congrad_ray.stages.judge.schema import JUDGEMENT_SAMPLES, JUDGEMENTS
 from congrad_ray.stages.judge.scores import expected_score, read_score, score_token_ids
 from congrad_ray.stages.judge.unreadable import Tally, by_reason, counts_by_language, explain, keep_failed
 

@@ -12,11 +12,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from congrad_ray.config.recipe import Pair, Recipe
-from congrad_ray.data.tables import PAIRS, pair_id, table_of
+from congrad_ray.data.tables import pair_id, table_of
 from congrad_ray.rundir.directory import RunDirectoryError, StageFolder
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.pair.best_and_worst import BestAndWorst, JudgedResponse, NoPair, best_and_worst
+from congrad_ray.stages.pair.schema import PAIRS
 
 _READ = ["response_id", "prompt_id", "language", "prompt", "sample", "response", "truncated"]
 _ROWS_AT_A_TIME = 4096

@@ -8,9 +8,10 @@ from typing import Any
 from congrad_ray.config.printable import brief
 from congrad_ray.config.recipe import BUILTIN_WORLD, Recipe, Source
 from congrad_ray.data.records import BadRow, InputError, clean_language, clean_messages, file_digest, read_records
-from congrad_ray.data.tables import PROMPTS, prompt_id, quarantined, row_id, table_of
+from congrad_ray.data.tables import prompt_id, quarantined, row_id, table_of
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.stages.base import Stage
+from congrad_ray.stages.prompts.schema import PROMPTS
 
 Row = dict[str, Any]
 

@@ -12,16 +12,14 @@ of the gradients, so that MGDA's direction would be zero, and Nash-MTL's equatio
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq, nnls
 
+from congrad_ray.config.recipe import DirectionMethod
+
 Float64Array = NDArray[np.float64]
-DirectionMethod = Literal[
-    "pcgrad", "mean", "sum", "gradvac", "cagrad", "mgda", "nash_mtl", "equal_norm_mean", "consensus"
-]
 
 # Length of a gradient, relative to the longest one, up to which it counts as zero.
 _NEGLIGIBLE = 1e-10

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow.fs import FileSystem
 
-from congrad_ray.config.recipe import Sketch
-from congrad_ray.data.tables import stored_numbers
+from congrad_ray.config.recipe import LeaveOut, Sketch
 from congrad_ray.rundir.directory import Folder
 from congrad_ray.stages.select.directions import Float64Array
-from congrad_ray.stages.select.scores import Agreement, Direction, LeaveOut, PairProducts, agreement
+from congrad_ray.stages.select.scores import Agreement, Direction, PairProducts, agreement
+from congrad_ray.stages.sketch.schema import stored_numbers
 
 if TYPE_CHECKING:
     from ray.data import Dataset

@@ -11,20 +11,17 @@ or on their sum; a cosine is always that of the whole vectors: dot products and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from congrad_ray.config.recipe import DirectionMethod, LeaveOut
 from congrad_ray.stages.select.directions import (
-    DirectionMethod,
     Float64Array,
     check_gram,
     direction_weights,
     projected_coefficients,
 )
-
-LeaveOut = Literal["nothing", "pair", "language"]
 
 # Squared length of a direction, relative to the parts that it is the sum of, below which only rounding is
 # left.

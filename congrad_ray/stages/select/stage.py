@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from congrad_ray.config.recipe import Select
-from congrad_ray.data.tables import SCORES, SELECTED
 from congrad_ray.rundir.directory import Folder, RunDirectoryError
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.logs import Log
@@ -17,6 +16,7 @@ from congrad_ray.stages.base import Stage
 from congrad_ray.stages.select.directions import Float64Array
 from congrad_ray.stages.select.keep import keep_above, keep_top_fraction, keep_within_tokens
 from congrad_ray.stages.select.reducer import Layout, Rows, Shares, gram_matrices, language_gradients, score_pairs
+from congrad_ray.stages.select.schema import SCORES, SELECTED
 from congrad_ray.stages.select.scores import (
     Agreement,
     Direction,

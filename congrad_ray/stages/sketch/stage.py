@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.data.tables import MESSAGES, sketches_schema
+from congrad_ray.data.tables import MESSAGES
 from congrad_ray.modeling.source import policy, policy_input
 from congrad_ray.modeling.tokenization import chat_prompt_ids
 from congrad_ray.rundir.directory import Folder, RunDirectoryError
@@ -23,6 +23,7 @@ from congrad_ray.runtime.resources import pool_sizes
 from congrad_ray.runtime.rows import PartWriter, follow, outcome_of, read_missing_batches, text_bytes
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.sketch.replicas import LANGUAGE_GRADIENTS, SketchReplica, SummingReplica
+from congrad_ray.stages.sketch.schema import sketches_schema
 
 if TYPE_CHECKING:
     from ray.data import Dataset

@@ -11,8 +11,9 @@ import pytest
 
 from congrad_ray.config.recipe import Recipe, Select
 from congrad_ray.config.settings import validate
-from congrad_ray.data.tables import PAIRS, table_of
+from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.source import ModelSource
+from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.sketch.replicas import SketchReplica
 from congrad_ray.world.corpus import JUDGED_FLAWS, flawed_answer
 from congrad_ray.world.model import world_model

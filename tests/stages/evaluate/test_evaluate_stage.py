@@ -11,7 +11,7 @@ import pytest
 from congrad_ray.cli.display import console, show_evaluation
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.data.tables import ANSWERS, COMPARISONS, PROMPTS, prompt_id, table_of
+from congrad_ray.data.tables import prompt_id, table_of
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
@@ -19,8 +19,10 @@ from congrad_ray.runtime.context import Context
 from congrad_ray.runtime.engines import Completion
 from congrad_ray.stages.evaluate import stage as evaluate
 from congrad_ray.stages.evaluate.pairwise import ORDERS
+from congrad_ray.stages.evaluate.schema import ANSWERS, COMPARISONS
 from congrad_ray.stages.evaluate.stage import STAGE, run
 from congrad_ray.stages.evaluate.statistics import win_rates
+from congrad_ray.stages.prompts.schema import PROMPTS
 from congrad_ray.world.score import true_score
 from congrad_ray.world.tasks import world_prompts
 

@@ -10,9 +10,11 @@ import pytest
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
-from congrad_ray.data.tables import JUDGEMENTS, RESPONSES, table_of
+from congrad_ray.data.tables import table_of
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 from congrad_ray.runtime.context import Context
+from congrad_ray.stages.generate.schema import RESPONSES
+from congrad_ray.stages.judge.schema import JUDGEMENTS
 from congrad_ray.stages.pair import stage as pair
 
 PROMPTS, SAMPLES = 40, 3

@@ -11,10 +11,10 @@ from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
 from congrad_ray.data.records import InputError
-from congrad_ray.data.tables import PROMPTS
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 from congrad_ray.stages.prompts import stage as prompts
+from congrad_ray.stages.prompts.schema import PROMPTS
 
 
 def recipe_for(path: Path, **settings: object) -> Recipe:

@@ -16,24 +16,17 @@ import ray
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Evaluate, Model, Prompts, Recipe
 from congrad_ray.config.settings import to_yaml
-from congrad_ray.data.tables import (
-    JUDGEMENTS,
-    PAIRS,
-    PROMPTS,
-    RESPONSES,
-    pair_id,
-    prompt_id,
-    response_id,
-    row_id,
-    sketch_bytes,
-    sketches_schema,
-    table_of,
-)
+from congrad_ray.data.tables import pair_id, prompt_id, response_id, row_id, table_of
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.context import Context
 from congrad_ray.runtime.session import connect
 from congrad_ray.stages.evaluate.statistics import score_changes, summarise_answers, win_rates
+from congrad_ray.stages.generate.schema import RESPONSES
+from congrad_ray.stages.judge.schema import JUDGEMENTS
+from congrad_ray.stages.pair.schema import PAIRS
+from congrad_ray.stages.prompts.schema import PROMPTS
 from congrad_ray.stages.select import stage as select
+from congrad_ray.stages.sketch.schema import sketch_bytes, sketches_schema
 from congrad_ray.stages.train.metrics import MetricsWriter
 
 TEXTS = {

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from congrad_ray.data.tables import SELECTED, pair_id, prompt_id, table_of
+from congrad_ray.data.tables import pair_id, prompt_id, table_of
 from congrad_ray.modeling.batching import collate_pairs
 from congrad_ray.modeling.logprobs import completion_logprobs
 from congrad_ray.modeling.tokenization import load_tokenizer, tokenize_pair
 from congrad_ray.rundir.directory import RunDirectory, StageFolder
+from congrad_ray.stages.select.schema import SELECTED
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

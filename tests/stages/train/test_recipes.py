@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from congrad_ray.config.profile import load_profile
 from congrad_ray.config.recipe import BUILTIN_WORLD, load_recipe
-from congrad_ray.data.tables import PAIRS, table_of
+from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.source import named_model
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory
+from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select import stage as select
 from congrad_ray.stages.sketch import stage as sketch
 from congrad_ray.stages.train import stage as train

@@ -1,0 +1,38 @@
+"""The tables of a selection: every pair's scores, and the kept pairs."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from congrad_ray.data.tables import LANGUAGE, MESSAGES, PAIR_ID, PROMPT, field
+
+SCORES = pa.schema(
+    [
+        PAIR_ID,
+        LANGUAGE,
+        field("score", pa.float64(), "what the keep rule went by"),
+        field("cosine", pa.float64(), "cosine of the pair's sketch with the multilingual direction"),
+        field("dot", pa.float64(), "dot product of the pair's sketch with the multilingual direction"),
+        field("worst_cosine", pa.float64(), "least cosine of the pair's sketch with the languages' gradients"),
+        field("own_cosine", pa.float64(), "cosine of the pair's sketch with its own language's gradient"),
+        field("kept", pa.bool_(), "whether the keep rule kept the pair"),
+    ]
+)
+
+
+SELECTED = pa.schema(
+    [
+        PAIR_ID,
+        LANGUAGE,
+        PROMPT,
+        field("chosen", MESSAGES, "TRL column"),
+        field("rejected", MESSAGES, "TRL column"),
+        field("ref_chosen_logps", pa.float64(), "TRL column: the reference's log-probability of chosen, nats"),
+        field(
+            "ref_rejected_logps",
+            pa.float64(),
+            "TRL column: the reference's log-probability of rejected, nats",
+        ),
+        field("congrad_score", pa.float64(), "what the keep rule went by; by default the cosine"),
+    ]
+)
