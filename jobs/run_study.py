@@ -8,10 +8,11 @@ Every row of results is appended when it is known; the same command again goes o
 from __future__ import annotations
 
 import argparse
-import time
+import logging
 from pathlib import Path
 
 from congrad_ray.config.profile import load_profile
+from congrad_ray.runtime.logs import configure
 from congrad_ray.runtime.resources import most_cpus
 from congrad_ray.runtime.session import connect
 from study.analysis import without_seeds
@@ -19,9 +20,7 @@ from study.protocol import cells, load_protocol
 from study.report import write_report
 from study.running import Results, check_with_exact, run_cells
 
-
-def log(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+logger = logging.getLogger("congrad_ray.study")
 
 
 def main() -> None:
@@ -38,23 +37,24 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="cells at once, one CPU each")
     parser.add_argument("--profile", default="local", help="a profile YAML or its name")
     arguments = parser.parse_args()
+    configure()
     protocol, profile = load_protocol(arguments.protocol), load_profile(arguments.profile)
     results = Results(arguments.results)
     if not arguments.only_report:
         blocks = [protocol.tuning] if arguments.tuning else protocol.blocks
         connect(profile, max(arguments.workers, most_cpus(protocol.recipe, profile)))
         if arguments.exact:
-            check_with_exact(protocol, profile, arguments.run.resolve(), results, log)
+            check_with_exact(protocol, profile, arguments.run.resolve(), results)
         for number, block in enumerate([] if arguments.exact else blocks, 1):
             if arguments.blocks and number not in arguments.blocks:
                 continue
             wanted = [cell for cell in cells(block) if not arguments.seeds or cell.seed in arguments.seeds]
-            log(f"block {number} of {len(blocks)}")
-            run_cells(protocol, wanted, profile, arguments.run.resolve(), results, arguments.workers, log)
+            logger.info(f"block {number} of {len(blocks)}")
+            run_cells(protocol, wanted, profile, arguments.run.resolve(), results, arguments.workers)
     if arguments.report:
         compared = without_seeds(results.rows, protocol.tuning.seeds)
         write_report(compared, arguments.report, arguments.protocol.read_text(encoding="utf-8"))
-        log(f"report: {arguments.report}")
+        logger.info(f"report: {arguments.report}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import socket
 import subprocess
@@ -26,6 +27,28 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Some virtual machines announce AMX and then trap on it, in any bfloat16 product.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+
+@pytest.fixture(autouse=True)
+def package_logger() -> Iterator[None]:
+    """The package's records reach `caplog` from INFO on, whatever a command of the test or of one before did."""
+    logger = logging.getLogger("congrad_ray")
+    handlers = list(logger.handlers)
+    logger.setLevel(logging.INFO)
+    logger.propagate = True
+    yield
+    logger.handlers, logger.propagate = handlers, True
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """The package's warnings so far."""
+
+    def warnings() -> list[str]:
+        ours = [record for record in caplog.records if record.name.startswith("congrad_ray")]
+        return [record.getMessage() for record in ours if record.levelno >= logging.WARNING]
+
+    return warnings
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,6 @@ def test_real_prompts_and_evaluation_prompts_become_one_table(shared_data: Path,
         "real",
     )
     run = RunDirectory.open(tmp_path / "run")
-    manifest = run_stage(prompts.STAGE, recipe, Profile(name="test"), run, log=lambda text: None)
+    manifest = run_stage(prompts.STAGE, recipe, Profile(name="test"), run)
     assert both and manifest.rows == 120 * len(both)
     assert "quarantined" not in manifest.counters

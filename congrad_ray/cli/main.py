@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from congrad_ray.config.settings import apply_overrides, settings_in, validate
 from congrad_ray.deploy.submit import StillRunning
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, without_keys
 from congrad_ray.runtime.interrupts import StageStopped
-from congrad_ray.runtime.logs import StreamLog
+from congrad_ray.runtime.logs import configure
 from congrad_ray.runtime.resources import DoesNotFit, check_fits, needs
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-_log = StreamLog()
+logger = logging.getLogger(__name__)
 
 WHOLE_RUN = "run"  # in place of a stage's name
 
@@ -73,11 +74,11 @@ def run(
     directory = RunDirectory.open(where.run_uri(run))
     loaded = load_recipe(recipe, set_ or [])
     before = time.monotonic()
-    log = StreamLog(where.log_format, directory.path)
-    run_all(loaded, where, directory, until, redo, log)
+    configure(where.log_format, run=directory.path)
+    run_all(loaded, where, directory, until, redo)
     if where.log_format == "text":
         show_run(directory, loaded)
-    log(f"all done in {time.monotonic() - before:.0f} s: {directory.path}")
+    logger.info(f"all done in {time.monotonic() - before:.0f} s: {directory.path}")
 
 
 def _perform(
@@ -92,8 +93,8 @@ def _perform(
     loaded = load_recipe(recipe, set_ or [])
     if iteration >= loaded.iterations:
         raise RunDirectoryError(f"--iteration {iteration}: the recipe has iterations 0..{loaded.iterations - 1}")
-    log = StreamLog(where.log_format, directory.path)
-    run_stage(STAGES[name], loaded, where, directory, iteration, redo, log)
+    configure(where.log_format, run=directory.path)
+    run_stage(STAGES[name], loaded, where, directory, iteration, redo)
     if where.log_format == "text":
         show_stage(directory, name, iteration)
 
@@ -201,7 +202,7 @@ def filter_command(
     from congrad_ray.pipeline.filtering import filter_preferences
 
     where = load_profile(profile)
-    log = StreamLog(where.log_format, without_keys(out))
+    configure(where.log_format, run=without_keys(out))
     summary = filter_preferences(
         preferences,
         validate(
@@ -224,11 +225,10 @@ def filter_command(
         ),
         chat,
         redo,
-        log,
     )
     if where.log_format == "text":
         show_selection(summary)
-    log(f"kept pairs: {without_keys(out).rstrip('/')}/selected.parquet")
+    logger.info(f"kept pairs: {without_keys(out).rstrip('/')}/selected.parquet")
 
 
 @app.command()
@@ -378,7 +378,7 @@ def render(
         typer.echo(text, nl=False)
     else:
         out.write_text(text, encoding="utf-8")
-        _log(f"written: {out}")
+        logger.info(f"written: {out}")
 
 
 @app.command()
@@ -412,7 +412,7 @@ def submit(
     client = submission.connect(address)
     job = submission.send(client, command)
     try:
-        _log(f"job {job} on {address}: {without_keys(command)}")
+        logger.info(f"job {job} on {address}: {without_keys(command)}")
         code = submission.follow(client, job, lambda text: typer.echo(printable(text, lines=True), nl=False))
     except KeyboardInterrupt:
         raise submission.StillRunning(f"\nThe job goes on. {submission.again(client, job)}") from None
@@ -421,6 +421,7 @@ def submit(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command. Exit codes: 0 done, 1 failed, 2 wrong input or settings, 130 interrupted (goes on later)."""
+    configure()
     stopped: list[int] = []
 
     def stop(signal_number: int, frame: Any) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -224,12 +223,12 @@ def _cannot_load(what: str, path: str, error: Exception) -> ModelError:
     )
 
 
-def named_model(name: str, settings: Model, seed: int = 0, log: Callable[[str], None] = print) -> ModelSource:
+def named_model(name: str, settings: Model, seed: int = 0) -> ModelSource:
     """The model with this name: a folder, a hub name, or the built-in world's (trained here on first use)."""
     if name == BUILTIN_WORLD:
         from congrad_ray.world.model import world_model
 
-        return ModelSource(str(world_model(seed, progress=log)), settings)
+        return ModelSource(str(world_model(seed)), settings)
     try:
         path = local_path(name)
     except SettingsError as error:

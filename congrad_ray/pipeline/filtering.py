@@ -40,7 +40,6 @@ from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.lock import only_writer
-from congrad_ray.runtime.logs import Log
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select import stage as select
@@ -61,7 +60,6 @@ def filter_preferences(
     sketch_settings: Sketch,
     chat: bool = False,
     redo: bool = False,
-    log: Log = print,
 ) -> dict[str, Any]:
     """Sketches and selects the pairs of `preferences`; returns the selection's summary.
 
@@ -109,9 +107,9 @@ def filter_preferences(
         run=read,
         uses_ray=False,
     )
-    with only_writer(work, log):
+    with only_writer(work):
         for stage in (reading, sketch.STAGE, select.STAGE):
-            run_stage(stage, recipe, profile, work, redo=redo, log=log)
+            run_stage(stage, recipe, profile, work, redo=redo)
         folder = work.stage("selection", 0)
         for name in ("scores.parquet", "summary.json"):
             target.write_bytes(name, folder.read_bytes(name))

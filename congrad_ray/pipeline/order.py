@@ -9,7 +9,6 @@ from congrad_ray.config.recipe import Recipe
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import Manifest, RunDirectory
 from congrad_ray.runtime.lock import only_writer
-from congrad_ray.runtime.logs import Log
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.evaluate import stage as evaluate
 from congrad_ray.stages.generate import stage as generate
@@ -41,7 +40,6 @@ def run_all(
     run: RunDirectory,
     until: str | None = None,
     redo: bool = False,
-    log: Log = print,
     after: Callable[[Stage, Manifest], None] = lambda stage, manifest: None,
 ) -> None:
     """All stages of all iterations in order; `until` names the last stage to run (of the last iteration)."""
@@ -51,6 +49,6 @@ def run_all(
     if until is not None:
         end = max(number for number, (stage, _) in enumerate(steps) if stage.name == until)
         steps = steps[: end + 1]
-    with only_writer(run, log):
+    with only_writer(run):
         for stage, iteration in steps:
-            after(stage, run_stage(stage, recipe, profile, run, iteration, redo, log))
+            after(stage, run_stage(stage, recipe, profile, run, iteration, redo))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from dataclasses import replace
@@ -15,12 +16,14 @@ from congrad_ray.modeling.source import check_models, named_model
 from congrad_ray.rundir.directory import Manifest, RunDirectory, RunDirectoryError, fingerprint
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.lock import only_writer
-from congrad_ray.runtime.logs import Log, about_stage, stage_label
+from congrad_ray.runtime.logs import about, stage_label
 from congrad_ray.runtime.metrics import Meter
 from congrad_ray.runtime.resources import check_fits, most_cpus, needs
 from congrad_ray.runtime.session import connect, machine
 from congrad_ray.runtime.watchdog import free_disk, watched
 from congrad_ray.stages.base import Stage
+
+logger = logging.getLogger(__name__)
 
 
 def input_fingerprints(stage: Stage, run: RunDirectory, iteration: int) -> dict[str, str]:
@@ -45,39 +48,39 @@ def run_stage(
     run: RunDirectory,
     iteration: int = 0,
     redo: bool = False,
-    log: Log = print,
 ) -> Manifest:
     """Does a stage unless it is done already, on a connected Ray where it needs one, and commits it.
 
     Raises DoesNotFit, RunDirectoryError, StageStopped, InputError or ModelError: each a ValueError that says what
     to do.
     """
-    with only_writer(run, log):
-        return _locked_stage(stage, recipe, profile, run, iteration, redo, log)
+    number = iteration if stage.each_iteration else None
+    with only_writer(run), about(run.path, stage.name, number):
+        return _locked_stage(stage, recipe, profile, run, iteration, redo)
 
 
 def _locked_stage(
-    stage: Stage, recipe: Recipe, profile: Profile, run: RunDirectory, iteration: int, redo: bool, log: Log
+    stage: Stage, recipe: Recipe, profile: Profile, run: RunDirectory, iteration: int, redo: bool
 ) -> Manifest:
     number = iteration if stage.each_iteration else None
-    label, said = stage_label(stage.name, number), about_stage(log, run.path, stage.name, number)
+    label = stage_label(stage.name, number)
     inputs = input_fingerprints(stage, run, iteration)
     settings = stage.settings(recipe, iteration)
     identity = fingerprint(stage.name, settings, inputs)
     output = run.stage(stage.folder, number)
     if stage.always:
         output.delete()
-    state = output.begin(identity, redo, label, log)
+    state = output.begin(identity, redo, label)
     if state == "done":
         manifest = output.manifest()
         assert manifest is not None
-        said(f"done already ({manifest.rows} rows)")
+        logger.info(f"done already ({manifest.rows} rows)")
         return manifest
     if recipe.model.name == BUILTIN_WORLD and stage.uses_ray:
         # Built here, before the clock runs and Ray takes memory; every later stage finds it in the cache.
-        named_model(recipe.model.name, recipe.model, recipe.seed, log)
+        named_model(recipe.model.name, recipe.model, recipe.seed)
     check_models(recipe, stage.chats)
-    said(f"{'going on' if state == 'continue' else 'starting'}: {stage.summary}")
+    logger.info(f"{'going on' if state == 'continue' else 'starting'}: {stage.summary}")
     run.write_bytes("recipe.yaml", to_yaml(recipe).encode())
     if stage.uses_ray:
         connect(profile, most_cpus(recipe, profile))
@@ -85,7 +88,7 @@ def _locked_stage(
         check_fits(need, machine(), profile.cluster)
     before = time.monotonic()
     meter = Meter(run.path, stage.name, number)
-    context = Context(recipe, profile, run, iteration, output, said, meter)
+    context = Context(recipe, profile, run, iteration, output, meter)
     meter.set("congrad_stage_running", 1)
     try:
         outcome = _work(stage, context, label)
@@ -95,7 +98,7 @@ def _locked_stage(
     manifest = output.commit(
         stage.name, number, identity, settings, inputs, outcome.rows, time.monotonic() - before, counters
     )
-    said(f"{manifest.rows} rows in {manifest.seconds:.0f} s {_brief(counters)}".rstrip())
+    logger.info(f"{manifest.rows} rows in {manifest.seconds:.0f} s {_brief(counters)}".rstrip())
     return manifest
 
 
@@ -106,7 +109,7 @@ def _work(stage: Stage, context: Context, label: str) -> Outcome:
         if not stage.uses_ray:
             return stage.run(context)
         grows = context.profile.cluster is not None
-        with watched(label, timeout, context.output, context.log, grows) as watchdog:
+        with watched(label, timeout, context.output, grows) as watchdog:
             return stage.run(replace(context, progressed=watchdog.progressed))
     except Exception as error:
         # Out of a Ray task it comes as an error of Ray with the text in it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import tempfile
@@ -28,6 +29,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from congrad_ray.data.tables import QUARANTINE, table_of
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -238,9 +241,7 @@ class StageFolder(Folder):
         except TypeError:
             return None
 
-    def begin(
-        self, stage_fingerprint: str, redo: bool, what: str, log: Callable[[str], None] = print
-    ) -> Literal["done", "continue", "new"]:
+    def begin(self, stage_fingerprint: str, redo: bool, what: str) -> Literal["done", "continue", "new"]:
         """Whether the stage is done, goes on from the rows it has, or starts.
 
         Files of a finished stage that are gone or of another size than its manifest says are damaged: they are
@@ -270,7 +271,7 @@ class StageFolder(Folder):
             if not damaged:
                 return "done"
             names = ", ".join(damaged[:3]) + (", ..." if len(damaged) > 3 else "")
-            log(f"{what}: {len(damaged)} files are gone or damaged ({names}): what was in them is done again")
+            logger.info(f"{len(damaged)} files are gone or damaged ({names}): what was in them is done again")
             if not started:
                 self.write_json(STARTED, {"fingerprint": stage_fingerprint})
             for name in (*damaged, MANIFEST):
@@ -303,7 +304,7 @@ class StageFolder(Folder):
         sound = each(self._is_sound, paths)
         for path, is_sound in zip(paths, sound, strict=True):
             if not is_sound:
-                print(f"{path} is damaged: deleted, its rows are done again")
+                logger.warning(f"{path} is damaged: deleted, its rows are done again")
                 self.filesystem.delete_file(path)
         return list(compress(paths, sound))
 

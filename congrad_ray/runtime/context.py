@@ -9,7 +9,6 @@ from typing import Any
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.rundir.directory import RunDirectory, StageFolder
-from congrad_ray.runtime.logs import Log
 from congrad_ray.runtime.metrics import Meter
 from congrad_ray.runtime.notices import Notify, notify_of
 
@@ -23,13 +22,12 @@ class Context:
     run: RunDirectory
     iteration: int
     output: StageFolder
-    log: Log = print
     meter: Meter = field(default_factory=Meter)
     progressed: Callable[[], None] = lambda: None
     """To be called whenever something has come of the work; a stage where nothing does for long is stopped."""
 
     def notify(self) -> Notify:
-        """For this stage's workers: what they say comes to `log` while the stage follows them."""
+        """For this stage's workers: what they say is logged while the stage follows them."""
         return notify_of(self.output.path)
 
     def input(self, folder: str, iteration: int | None = None) -> StageFolder:

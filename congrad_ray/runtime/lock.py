@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -17,7 +18,9 @@ import psutil
 
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 from congrad_ray.runtime.interrupts import Stop, stoppable
-from congrad_ray.runtime.logs import Log
+from congrad_ray.runtime.logs import inherited
+
+logger = logging.getLogger(__name__)
 
 LOCK = "_lock.json"
 RENEWED_EVERY = 10.0  # seconds
@@ -47,7 +50,7 @@ class Holder:
 
 
 @contextmanager
-def only_writer(run: RunDirectory, log: Log = print) -> Iterator[None]:
+def only_writer(run: RunDirectory) -> Iterator[None]:
     """Holds the lock of `run` while the body runs; the same process may enter it again inside.
 
     The lock of a process of this machine that is gone, and one that its holder on another machine does not renew,
@@ -58,12 +61,12 @@ def only_writer(run: RunDirectory, log: Log = print) -> Iterator[None]:
         yield
         return
     mine = _this_process()
-    _acquire(run, mine, log)
+    _acquire(run, mine)
     _held.add(run.path)
     released = threading.Event()
     try:
         with stoppable() as stop:
-            thread = threading.Thread(target=_renew, args=(run, mine, released, stop, log), daemon=True)
+            thread = threading.Thread(target=inherited(_renew), args=(run, mine, released, stop), daemon=True)
             thread.start()
             try:
                 yield
@@ -77,14 +80,14 @@ def only_writer(run: RunDirectory, log: Log = print) -> Iterator[None]:
             run.filesystem.delete_file(f"{run.path}/{LOCK}")
 
 
-def _acquire(run: RunDirectory, mine: Holder, log: Log) -> None:
+def _acquire(run: RunDirectory, mine: Holder) -> None:
     if _create(run, mine):
         return
     other = _holder(run)
     if other is not None and not _is_gone(other):
-        _wait_for_silence(run, other, log)
+        _wait_for_silence(run, other)
     if other is not None:
-        log(f"the lock of {other} is taken over: it ended without removing it")
+        logger.info(f"the lock of {other} is taken over: it ended without removing it")
     run.write_json(LOCK, asdict(mine))
     time.sleep(_SETTLED_AFTER)
     found = _holder(run)
@@ -108,11 +111,11 @@ def _create(run: RunDirectory, mine: Holder) -> bool:
     return True
 
 
-def _wait_for_silence(run: RunDirectory, other: Holder, log: Log) -> None:
+def _wait_for_silence(run: RunDirectory, other: Holder) -> None:
     """Returns when `other` is seen not to renew its lock; raises RunDirectoryError as soon as it does."""
     if other.host == socket.gethostname():
         raise RunDirectoryError(_refusal(run, other))
-    log(f"{run.path} is locked by {other}: looking for {ABANDONED_AFTER:.0f} s whether it is alive")
+    logger.info(f"{run.path} is locked by {other}: looking for {ABANDONED_AFTER:.0f} s whether it is alive")
     deadline = time.monotonic() + ABANDONED_AFTER
     while time.monotonic() < deadline:
         time.sleep(1.0)
@@ -123,7 +126,7 @@ def _wait_for_silence(run: RunDirectory, other: Holder, log: Log) -> None:
             raise RunDirectoryError(_refusal(run, found))
 
 
-def _renew(run: RunDirectory, mine: Holder, released: threading.Event, stop: Stop, log: Log) -> None:
+def _renew(run: RunDirectory, mine: Holder, released: threading.Event, stop: Stop) -> None:
     renewals = 0
     while not released.wait(RENEWED_EVERY):
         try:
@@ -135,7 +138,7 @@ def _renew(run: RunDirectory, mine: Holder, released: threading.Event, stop: Sto
             renewals += 1
             run.write_json(LOCK, asdict(replace(mine, renewals=renewals)))
         except OSError as error:
-            log(f"warning: the lock {run.path}/{LOCK} could not be renewed: {error}")
+            logger.warning(f"the lock {run.path}/{LOCK} could not be renewed: {error}")
 
 
 def _holder(run: RunDirectory) -> Holder | None:

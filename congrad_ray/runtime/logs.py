@@ -1,52 +1,96 @@
-"""Lines of progress: for a person on a terminal, or as JSON for what collects a cluster's logs."""
+"""How log records look: lines for a person on a terminal, or JSON for what collects a cluster's logs.
+
+Every module logs with `logging.getLogger(__name__)`: progress and results at INFO, warnings at WARNING. Nothing is
+shown of it until `configure` is called, as the commands do; a notebook may use its own handlers instead.
+"""
 
 from __future__ import annotations
 
+import contextvars
 import json
+import logging
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from congrad_ray.config.printable import printable
 
-Log = Callable[[str], None]
+_about: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("what records are about", default={})  # noqa: B039
 
 
-@dataclass(frozen=True)
-class StreamLog:
-    """Writes each text to standard output, with the time and, as `json`, with what the text is about."""
-
-    format: Literal["text", "json"] = "text"
-    run: str | None = None
-    stage: str | None = None
-    iteration: int | None = None
-
-    def __call__(self, text: str) -> None:
-        sys.stdout.write(f"{self._line(text)}\n")
-        sys.stdout.flush()
-
-    def _line(self, text: str) -> str:
-        if self.format == "text":
-            return f"{time.strftime('%H:%M:%S')}  {printable(text, lines=True)}"
-        about = {"run": self.run, "stage": self.stage, "iteration": self.iteration}
-        fields: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            **{name: value for name, value in about.items() if value is not None},
-            "message": text,
-        }
-        return json.dumps(fields)
+@contextmanager
+def about(run: str, stage: str, iteration: int | None) -> Iterator[None]:
+    """What is logged in the body is about this stage of this run."""
+    token = _about.set({"run": run, "stage": stage, "iteration": iteration})
+    try:
+        yield
+    finally:
+        _about.reset(token)
 
 
-def about_stage(log: Log, run: str, stage: str, iteration: int | None) -> Log:
-    """`log` for what a stage says: the stage is a field of a line of JSON, and the beginning of any other."""
-    if isinstance(log, StreamLog) and log.format == "json":
-        return replace(log, run=run, stage=stage, iteration=iteration)
-    label = stage_label(stage, iteration)
-    return lambda text: log(f"{label}: {text}")
+def inherited(target: Callable[..., None]) -> Callable[..., None]:
+    """`target` for a new thread, whose records are about what those of this thread are about."""
+    context = contextvars.copy_context()
+    return lambda *arguments: context.run(target, *arguments)
 
 
 def stage_label(stage: str, iteration: int | None) -> str:
-    """How a person is told of a stage."""
+    """How a stage is named on the screen."""
     return stage if iteration is None else f"{stage} (iteration {iteration})"
+
+
+class TextFormatter(logging.Formatter):
+    """`HH:MM:SS  stage: message`; control characters of the message are escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        found = _about.get()
+        label = f"{stage_label(found['stage'], found['iteration'])}: " if found else ""
+        level = "warning: " if record.levelno >= logging.WARNING else ""
+        text = f"{time.strftime('%H:%M:%S')}  {label}{level}{printable(record.getMessage(), lines=True)}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, run, stage and iteration as far as they are known, and message."""
+
+    def __init__(self, run: str | None = None) -> None:
+        super().__init__()
+        self._run = run
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {"run": self._run, **_about.get()}
+        values: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "level": record.levelname.lower(),
+            **{name: value for name, value in fields.items() if value is not None},
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            values["exception"] = self.formatException(record.exc_info)
+        return json.dumps(values)
+
+
+class _Screen(logging.Handler):
+    """Writes to whatever standard output is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stdout.write(f"{self.format(record)}\n")
+            sys.stdout.flush()
+        except Exception:
+            self.handleError(record)
+
+
+def configure(format: Literal["text", "json"] = "text", level: int = logging.INFO, run: str | None = None) -> None:
+    """Shows the package's records on standard output; once more replaces what an earlier call asked for.
+
+    The root logger stays as it is. `run`: the run directory, a field of every line of JSON.
+    """
+    handler = _Screen()
+    handler.setFormatter(TextFormatter() if format == "text" else JsonFormatter(run))
+    logger = logging.getLogger("congrad_ray")
+    logger.handlers = [known for known in logger.handlers if not isinstance(known, _Screen)] + [handler]
+    logger.setLevel(level)
+    logger.propagate = False  # what configures the root logger would show every line twice

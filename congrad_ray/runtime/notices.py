@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from congrad_ray.runtime.driver_actors import driver_actor
-from congrad_ray.runtime.logs import Log
+from congrad_ray.runtime.logs import inherited
+
+logger = logging.getLogger(__name__)
 
 _LOOK_EVERY = 2.0
 _TELL_EVERY = 1.0
@@ -21,17 +23,17 @@ class Notices:
     """Lines of text, each once, and rows computed, by stage; an actor of the driver."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, dict[str, bool]] = {}  # stage -> line -> has been read
+        self._lines: dict[str, dict[tuple[int, str], bool]] = {}  # stage -> (level, line) -> has been read
         self._rows: dict[str, int] = {}
 
-    def say(self, stage: str, line: str) -> None:
-        self._lines.setdefault(stage, {}).setdefault(line, False)
+    def say(self, stage: str, line: str, level: int = logging.INFO) -> None:
+        self._lines.setdefault(stage, {}).setdefault((level, line), False)
 
     def add(self, stage: str, rows: int) -> None:
         self._rows[stage] = self._rows.get(stage, 0) + rows
 
-    def news(self, stage: str) -> tuple[list[str], int]:
-        """The lines of a stage that were not read yet, and the rows computed for it so far."""
+    def news(self, stage: str) -> tuple[list[tuple[int, str]], int]:
+        """What was not read yet of a stage, as (level, line), and the rows computed for it so far."""
         lines = self._lines.get(stage, {})
         new = [line for line, read in lines.items() if not read]
         lines.update(dict.fromkeys(new, True))
@@ -43,7 +45,7 @@ class Notify:
     """A worker's way to the screen: call it with a line. A stage's lines appear once, whoever says them.
 
     Nothing waits for the driver, and a driver that is gone costs a worker nothing. Without an actor lines are
-    printed, for work that is done without Ray.
+    logged here, for work that is done without Ray.
     """
 
     actor: Any = None
@@ -51,11 +53,11 @@ class Notify:
     _rows: int = field(default=0, repr=False)
     _last: float = field(default=0.0, repr=False)
 
-    def __call__(self, line: str) -> None:
+    def __call__(self, line: str, level: int = logging.INFO) -> None:
         if self.actor is None:
-            print(line, flush=True)
+            logger.log(level, line)
         else:
-            self.actor.say.remote(self.stage, line)
+            self.actor.say.remote(self.stage, line, level)
 
     def computed(self, rows: int, last: bool = False) -> None:
         """Rows that are computed and not yet written; sent at most every second, and with the `last`."""
@@ -67,9 +69,11 @@ class Notify:
 
     def forward_warnings(self) -> None:
         """From now on, warnings that this process logs go to the screen as well."""
-        handler = _Forward(self)
-        logger = logging.getLogger("congrad_ray")
-        logger.handlers = [known for known in logger.handlers if not isinstance(known, _Forward)] + [handler]
+        if self.actor is None:  # they are logged here already
+            return
+        package = logging.getLogger("congrad_ray")
+        others = [known for known in package.handlers if not isinstance(known, _Forward)]
+        package.handlers = [*others, _Forward(self)]
 
 
 class _Forward(logging.Handler):
@@ -78,7 +82,7 @@ class _Forward(logging.Handler):
         self._notify = notify
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._notify(f"{record.levelname.lower()}: {record.getMessage()}")
+        self._notify(record.getMessage(), record.levelno)
 
 
 def notify_of(stage: str) -> Notify:
@@ -95,7 +99,7 @@ def looking(look: Callable[[], None], every_seconds: float) -> Iterator[None]:
         while not ended.wait(every_seconds):
             look()
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=inherited(watch), daemon=True)
     thread.start()
     try:
         yield
@@ -106,8 +110,8 @@ def looking(look: Callable[[], None], every_seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def heard(notify: Notify, log: Log, computed: Callable[[int], None] = lambda rows: None) -> Iterator[None]:
-    """While the body runs, what workers say goes to `log`; `computed` gets the rows computed since its start."""
+def heard(notify: Notify, computed: Callable[[int], None] = lambda rows: None) -> Iterator[None]:
+    """While the body runs, what workers say is logged; `computed` gets the rows computed since its start."""
     import ray
 
     get: Any = ray.get  # whose annotations miss a single reference with a timeout
@@ -120,8 +124,8 @@ def heard(notify: Notify, log: Log, computed: Callable[[int], None] = lambda row
             lines, rows = get(notify.actor.news.remote(notify.stage), timeout=10)
         except Exception:  # a Ray that does not answer is the watchdog's matter
             return
-        for line in lines:
-            log(line)
+        for level, line in lines:
+            logger.log(level, line)
         if before is None:
             before = seen = rows
         if rows > seen:

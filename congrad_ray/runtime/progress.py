@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
-from congrad_ray.runtime.logs import Log
+logger = logging.getLogger(__name__)
 
 
 class Progress:
@@ -15,8 +16,8 @@ class Progress:
     the time left. Rows that are computed and not yet written count too; of many at once none may be written yet.
     """
 
-    def __init__(self, log: Log, total: int, every_seconds: float = 10.0) -> None:
-        self._log, self._total, self._every = log, total, every_seconds
+    def __init__(self, total: int, every_seconds: float = 10.0) -> None:
+        self._total, self._every = total, every_seconds
         self._written = self.failed = self._tokens = self._computed = 0
         self._start: float | None = None
         self._at_start = 0
@@ -62,4 +63,4 @@ class Progress:
             # Of rows that are only computed the tokens are not known: they are taken for as long as the others.
             text += f", {rate * self._tokens / finished:.0f} tokens/s" if self._tokens else ""
             text += f", {(self._total - done) / rate:.0f} s left" if done < self._total else ""
-        self._log(text)
+        logger.info(text)

@@ -156,14 +156,14 @@ def follow(
     output = context.output
     failed_before = sum(output.quarantine_counts().values())
     limit = max(_FEW, context.recipe.limits.failed_share * (total + output.rows_so_far() + failed_before))
-    progress = Progress(context.log, total)
+    progress = Progress(total)
     parts.set_name(f"{context.meter.stage}_{context.iteration}")
 
     def computed(rows: int) -> None:
         progress.computed(rows)
         context.progressed()
 
-    with heard(context.notify(), context.log, computed):
+    with heard(context.notify(), computed):
         for part in parts.iter_rows():
             counts = json.loads(part["counts"])
             tokens = sum(number for name, _, number in counts if name == "congrad_tokens")

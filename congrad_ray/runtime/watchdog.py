@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 import time
@@ -13,7 +14,9 @@ from typing import Any, TypeVar
 
 from congrad_ray.rundir.directory import Folder, nearest_folder
 from congrad_ray.runtime.interrupts import Stop, stoppable
-from congrad_ray.runtime.logs import Log
+from congrad_ray.runtime.logs import inherited
+
+logger = logging.getLogger(__name__)
 
 _LOOK_EVERY = 5.0
 # Where all that the stage asked for is running, a wait of minutes is work: loading a model, a step of training.
@@ -41,7 +44,7 @@ class Watchdog:
 
 
 @contextmanager
-def watched(label: str, timeout: float, output: Folder, log: Log, grows: bool = False) -> Iterator[Watchdog]:
+def watched(label: str, timeout: float, output: Folder, grows: bool = False) -> Iterator[Watchdog]:
     """Watches the body, a stage on a connected Ray, from a thread; what it gives is to be told of every progress.
 
     The body raises StageStopped
@@ -52,7 +55,7 @@ def watched(label: str, timeout: float, output: Folder, log: Log, grows: bool = 
     watchdog, ended = Watchdog(), threading.Event()
     with stoppable() as stop:
         thread = threading.Thread(
-            target=_watch, args=(watchdog, ended, label, timeout, output, log, grows, stop), daemon=True
+            target=inherited(_watch), args=(watchdog, ended, label, timeout, output, grows, stop), daemon=True
         )
         thread.start()
         try:
@@ -68,7 +71,6 @@ def _watch(
     label: str,
     timeout: float,
     output: Folder,
-    log: Log,
     grows: bool,
     stop: Stop,
 ) -> None:
@@ -83,7 +85,7 @@ def _watch(
             told = 0.0
         elif idle - told >= (_TELL_EVERY if _known(unmet) else _TELL_IF_ALL_RUNS):
             told = idle
-            log(f"nothing for {idle:.0f} s; the stage is stopped after {timeout:.0f} s{_waits()}")
+            logger.info(f"nothing for {idle:.0f} s; the stage is stopped after {timeout:.0f} s{_waits()}")
 
 
 def _why_to_stop(idle: float, timeout: float, output: Folder, grows: bool) -> str | None:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -23,6 +24,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from congrad_ray.world.corpus import JudgeBias, judging_dialogues, training_dialogues
 from congrad_ray.world.languages import ALL_LANGUAGES
 from congrad_ray.world.tokenizer import VOCABULARY_SIZE, train_tokenizer
+
+logger = logging.getLogger(__name__)
 
 TRAINING_TOKENS = 2_000_000
 TOKENIZER_DIALOGUES = 12_000
@@ -50,7 +53,6 @@ def world_model(
     seed: int = 0,
     cache_dir: Path | None = None,
     training_tokens: int | None = None,
-    progress: Callable[[str], None] = print,
 ) -> Path:
     """The folder of a Hugging Face checkpoint of the world's model, which is trained if it is not cached.
 
@@ -59,7 +61,6 @@ def world_model(
         cache_dir: by default $CONGRAD_RAY_CACHE or ~/.cache/congrad_ray. The model lies in its folder
             `world/<fingerprint>`, where the fingerprint covers the source of this package and the arguments.
         training_tokens: how many tokens to train on; by default TRAINING_TOKENS, minutes on two cores.
-        progress: gets a line of text now and then.
 
     Returns:
         A folder with config.json, generation_config.json, model.safetensors (float32) and the tokenizer.
@@ -73,7 +74,7 @@ def world_model(
     return _cached(
         cache_dir,
         {"seed": seed, "training_tokens": training_tokens},
-        lambda folder: _build(folder, seed, training_tokens, progress),
+        lambda folder: _build(folder, seed, training_tokens),
     )
 
 
@@ -82,7 +83,6 @@ def biased_judge(
     biases: Mapping[str, JudgeBias],
     cache_dir: Path | None = None,
     training_tokens: int | None = None,
-    progress: Callable[[str], None] = print,
 ) -> Path:
     """The folder of a judge: the world's model of this seed, trained further on judgements that are biased.
 
@@ -92,7 +92,6 @@ def biased_judge(
         cache_dir: as of `world_model`.
         training_tokens: how many tokens to train on, by default JUDGE_TRAINING_TOKENS; the world's model that it
             starts from is the default one.
-        progress: gets a line of text now and then.
 
     Raises:
         ValueError: `training_tokens` is not positive, or a language is not one of the world's.
@@ -103,13 +102,13 @@ def biased_judge(
     unknown = sorted(set(biases) - set(ALL_LANGUAGES))
     if unknown:
         raise ValueError(f"the world has no language {', '.join(unknown)}; it has {', '.join(ALL_LANGUAGES)}")
-    start = world_model(seed, cache_dir, progress=progress)
+    start = world_model(seed, cache_dir)
 
     def build(folder: Path) -> None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
         model = LlamaForCausalLM.from_pretrained(start)
         dialogues = judging_dialogues(seed, biases)
-        _train(model, tokenizer, dialogues, seed, tokens, JUDGE_LEARNING_RATE, progress)
+        _train(model, tokenizer, dialogues, seed, tokens, JUDGE_LEARNING_RATE)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -146,14 +145,14 @@ def _fingerprint(arguments: dict[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _build(folder: Path, seed: int, training_tokens: int, progress: Callable[[str], None]) -> None:
-    progress("world model: training the tokenizer")
+def _build(folder: Path, seed: int, training_tokens: int) -> None:
+    logger.info("world model: training the tokenizer")
     dialogues = itertools.islice(training_dialogues(seed), TOKENIZER_DIALOGUES)
     tokenizer = train_tokenizer(text for dialogue in dialogues for text in dialogue)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(world_config(tokenizer))
-        _train(model, tokenizer, training_dialogues(seed), seed, training_tokens, LEARNING_RATE, progress)
+        _train(model, tokenizer, training_dialogues(seed), seed, training_tokens, LEARNING_RATE)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -228,7 +227,6 @@ def _train(
     seed: int,
     training_tokens: int,
     peak_rate: float,
-    progress: Callable[[str], None],
 ) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=peak_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
@@ -254,7 +252,7 @@ def _train(
             last_line = now
             rate = seen / (now - started)
             left = max(0, training_tokens - seen) / rate
-            progress(
+            logger.info(
                 f"world model: {seen:,} of {training_tokens:,} tokens, loss {loss.item():.3f}, "
                 f"{rate:,.0f} tokens/s, {left:.0f} s left"
             )

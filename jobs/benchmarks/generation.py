@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -57,13 +58,17 @@ def by_stage(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     run = RunDirectory.open(folder / "run")
     ready: list[float] = []
 
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-        if line.endswith("vLLM is ready"):
-            ready.append(time.monotonic())
+    class Clock(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            print(record.getMessage(), file=sys.stderr, flush=True)
+            if record.getMessage().endswith("vLLM is ready"):
+                ready.append(time.monotonic())
 
-    run_stage(STAGES["prompts"], recipe, profile, run, log=log)
-    run_stage(STAGES["generate"], recipe, profile, run, log=log)
+    package = logging.getLogger("congrad_ray")
+    package.setLevel(logging.INFO)
+    package.addHandler(Clock())
+    run_stage(STAGES["prompts"], recipe, profile, run)
+    run_stage(STAGES["generate"], recipe, profile, run)
     seconds = time.monotonic() - ready[0]
     rows = run.stage("responses", 0).read_table().to_pylist()
     model = policy(recipe, run, 0)

@@ -9,7 +9,6 @@ from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory
-from congrad_ray.runtime.logs import Log
 from congrad_ray.stages.generate import stage as generate
 from congrad_ray.stages.judge import stage as judge
 from congrad_ray.stages.pair import stage as pair
@@ -25,12 +24,12 @@ _SHARED = ("prompts", "iteration-0/responses")
 _SHARED_PAIRS = (*_SHARED, "iteration-0/judgements", "iteration-0/pairs")
 
 
-def recipe_of(protocol: Protocol, seed: int, variant: str, log: Log = print) -> Recipe:
+def recipe_of(protocol: Protocol, seed: int, variant: str) -> Recipe:
     """The recipe of one seed's start in one variant; trains the variant's judge if it is not in the cache."""
     biases = protocol.variants[variant].judge
     changes: dict[str, object] = {"seed": seed}
     if biases:
-        path = biased_judge(seed, biases, progress=log)
+        path = biased_judge(seed, biases)
         changes["judge"] = protocol.recipe.judge.model_copy(update={"model": str(path)})
     kinds = [kind for kind in KINDS if kind not in protocol.held_out_kinds]
     source = protocol.recipe.prompts.train.model_copy(update={"kinds": kinds})
@@ -38,31 +37,26 @@ def recipe_of(protocol: Protocol, seed: int, variant: str, log: Log = print) -> 
     return protocol.recipe.model_copy(update=changes)
 
 
-def prepare(protocol: Protocol, seed: int, variant: str, profile: Profile, root: Path, log: Log) -> RunDirectory:
+def prepare(protocol: Protocol, seed: int, variant: str, profile: Profile, root: Path) -> RunDirectory:
     """The run directory with the pairs and sketches of a seed and variant; what is there already is kept.
 
     Variants whose judgements are the same share a directory, and all variants of a seed share the responses.
     """
     biases = protocol.variants[variant].judge
     same = next(name for name, other in protocol.variants.items() if other.judge == biases)
-    recipe = recipe_of(protocol, seed, same, log)
+    recipe = recipe_of(protocol, seed, same)
     shared, folder = root / f"seed-{seed}", root / f"seed-{seed}-{same}"
 
-    def say(text: str) -> None:
-        log(f"{folder.name}: {text}")
-
     for stage in (prompts.STAGE, generate.STAGE):
-        run_stage(stage, recipe, profile, RunDirectory.open(shared), log=say)
+        run_stage(stage, recipe, profile, RunDirectory.open(shared))
     _share(shared, folder, _SHARED)
     run = RunDirectory.open(folder)
     for stage in (judge.STAGE, pair.STAGE, sketch.STAGE):
-        run_stage(stage, recipe, profile, run, log=say)
+        run_stage(stage, recipe, profile, run)
     return run
 
 
-def prepare_exact(
-    prepared: RunDirectory, recipe: Recipe, profile: Profile, log: Log
-) -> tuple[RunDirectory, Recipe]:
+def prepare_exact(prepared: RunDirectory, recipe: Recipe, profile: Profile) -> tuple[RunDirectory, Recipe]:
     """The pairs of `prepared` with exact gradients in the place of sketches, and the recipe of those."""
     sketched = Path(prepared.path)
     exact = recipe.sketch.model_copy(update={"method": "exact", "groups": 1})
@@ -70,12 +64,12 @@ def prepare_exact(
     folder = sketched.with_name(f"{sketched.name}-exact")
     _share(sketched, folder, _SHARED_PAIRS)
     run = RunDirectory.open(folder)
-    run_stage(sketch.STAGE, recipe, profile, run, log=lambda text: log(f"{folder.name}: {text}"))
+    run_stage(sketch.STAGE, recipe, profile, run)
     return run, recipe
 
 
 def iterate(
-    protocol: Protocol, cell: Cell, prepared: RunDirectory, recipe: Recipe, profile: Profile, log: Log
+    protocol: Protocol, cell: Cell, prepared: RunDirectory, recipe: Recipe, profile: Profile
 ) -> RunDirectory:
     """The run directory of a cell of several iterations: the pipeline itself, stage by stage, without evaluation.
 
@@ -102,7 +96,7 @@ def iterate(
     run = RunDirectory.open(folder)
     for iteration in range(cell.iterations):
         for stage in (generate.STAGE, judge.STAGE, pair.STAGE, sketch.STAGE, select.STAGE, train.STAGE):
-            run_stage(stage, recipe, profile, run, iteration, log=lambda text: log(f"{folder.name}: {text}"))
+            run_stage(stage, recipe, profile, run, iteration)
     return run
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe, Select
 from congrad_ray.rundir.directory import RunDirectory
-from congrad_ray.runtime.logs import Log
 from study.analysis import cut_torn_line, read_results, result_key
 from study.preparation import iterate, prepare, prepare_exact, recipe_of
 from study.protocol import EVERYTHING, START, Cell, Protocol
+
+logger = logging.getLogger("congrad_ray.study")
 
 
 class Results:
@@ -41,7 +43,7 @@ class Results:
 
 
 def run_cells(
-    protocol: Protocol, wanted: list[Cell], profile: Profile, root: Path, results: Results, workers: int, log: Log
+    protocol: Protocol, wanted: list[Cell], profile: Profile, root: Path, results: Results, workers: int
 ) -> None:
     """Runs the cells that have no result yet, in their order, on `workers` Ray actors of one CPU each."""
     import ray
@@ -52,18 +54,18 @@ def run_cells(
     missing = [cell for cell in wanted if not results.has(cell)]
     starts = [Cell(seed, "", START, 1.0, 0.0) for seed in dict.fromkeys(cell.seed for cell in wanted)]
     tasks = [start for start in starts if not results.has(start)] + missing
-    log(f"{len(wanted)} cells, {len(missing)} of them to be run")
+    logger.info(f"{len(wanted)} cells, {len(missing)} of them to be run")
     if not tasks:
         return
     places = dict.fromkeys((cell.seed, cell.variant) for cell in missing)
-    runs = {place: prepare(protocol, *place, profile, root, log) for place in places}
-    recipes = {place: recipe_of(protocol, *place, log) for place in places}
+    runs = {place: prepare(protocol, *place, profile, root) for place in places}
+    recipes = {place: recipe_of(protocol, *place) for place in places}
     diagnose(protocol, recipes, runs, results)
     iterated: dict[Cell, RunDirectory] = {}
     for cell in missing:
         if cell.iterations > 1:
             place = (cell.seed, cell.variant)
-            iterated[cell] = iterate(protocol, cell, runs[place], recipes[place], profile, log)
+            iterated[cell] = iterate(protocol, cell, runs[place], recipes[place], profile)
     actors: list[Any] = [ray.remote(Trials).options(num_cpus=1).remote(protocol) for _ in range(workers)]
     pool = ActorPool(actors)
 
@@ -79,7 +81,7 @@ def run_cells(
     for number, row in enumerate(pool.map_unordered(submit, tasks), 1):
         results.add(row)
         left = (time.monotonic() - began) / number * (len(tasks) - number)
-        log(
+        logger.info(
             f"{number}/{len(tasks)} seed {row['seed']} {row['variant']} {row['strategy']} keep {row['keep']:g} "
             f"rate {row['learning_rate']:g}: seen {row['seen']:.4f}, unseen {row['unseen']:.4f}, held out "
             f"{row['held_out']:.4f}, {row['tokens']:.1f} tokens; {left / 60:.0f} min left"
@@ -107,7 +109,7 @@ def diagnose(
                     results.add(trials.selection_row(cell, recipe, runs[seed, variant].path))
 
 
-def check_with_exact(protocol: Protocol, profile: Profile, root: Path, results: Results, log: Log) -> None:
+def check_with_exact(protocol: Protocol, profile: Profile, root: Path, results: Results) -> None:
     """Repeats the selections of the strategies that have a direction with exact gradients."""
     from study.strategies import against_exact, prepared, select
 
@@ -121,9 +123,9 @@ def check_with_exact(protocol: Protocol, profile: Profile, root: Path, results: 
     }
     for seed in protocol.exact.seeds:
         for variant in protocol.exact.variants:
-            run = prepare(protocol, seed, variant, profile, root, log)
-            recipe = recipe_of(protocol, seed, variant, log)
-            exact_run, exact_recipe = prepare_exact(run, recipe, profile, log)
+            run = prepare(protocol, seed, variant, profile, root)
+            recipe = recipe_of(protocol, seed, variant)
+            exact_run, exact_recipe = prepare_exact(run, recipe, profile)
             most = protocol.variants[variant].pairs
             sketched, exact = prepared(run, most), prepared(exact_run, most)
             for name, strategy in directed.items():
@@ -133,4 +135,4 @@ def check_with_exact(protocol: Protocol, profile: Profile, root: Path, results: 
                 results.add(
                     {"kind": "exact", "seed": seed, "variant": variant, "strategy": name, "keep": keep, **row}
                 )
-                log(f"seed {seed} {variant} {name}: {row}")
+                logger.info(f"seed {seed} {variant} {name}: {row}")

@@ -131,7 +131,9 @@ def test_a_row_without_a_column_or_of_another_type_is_told() -> None:
     assert table_of([], SCORES).schema == SCORES
 
 
-def test_damaged_files_of_a_finished_stage_are_deleted_and_it_goes_on(run: RunDirectory) -> None:
+def test_damaged_files_of_a_finished_stage_are_deleted_and_it_goes_on(
+    run: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = run.stage("pairs", 0)
     assert folder.begin("one", False, "pair") == "new"
     for number in range(3):
@@ -140,10 +142,9 @@ def test_damaged_files_of_a_finished_stage_are_deleted_and_it_goes_on(run: RunDi
     assert folder.begin("one", False, "pair") == "done"
     folder.write_bytes("part-1.parquet", folder.read_bytes("part-1.parquet")[:-7])
     folder.filesystem.delete_file(f"{folder.path}/part-2.parquet")
-    lines: list[str] = []
-    assert folder.begin("one", False, "pair", lines.append) == "continue"
-    assert lines == [
-        "pair: 2 files are gone or damaged (part-1.parquet, part-2.parquet): what was in them is done again"
+    assert folder.begin("one", False, "pair") == "continue"
+    assert caplog.messages == [
+        "2 files are gone or damaged (part-1.parquet, part-2.parquet): what was in them is done again"
     ]
     assert folder.ids("pair_id") == {"p0"}
     assert folder.begin("one", False, "pair") == "continue"

@@ -28,7 +28,9 @@ with only_writer(RunDirectory.open(sys.argv[1])):
 ELSEWHERE = Holder("token", "another-host", 1, 0.0, "congrad run", "long ago")
 
 
-def test_a_second_process_is_refused_and_told_by_whom_and_a_dead_one_is_taken_over(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_and_told_by_whom_and_a_dead_one_is_taken_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = RunDirectory.open(tmp_path)
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
@@ -36,9 +38,9 @@ def test_a_second_process_is_refused_and_told_by_whom_and_a_dead_one_is_taken_ov
             pass
         other.send_signal(signal.SIGKILL)
         other.wait()
-    lines: list[str] = []
-    with only_writer(run, lines.append):
+    with only_writer(run):
         assert run.exists(LOCK)
+    lines = caplog.messages
     assert len(lines) == 1 and "taken over" in lines[0] and str(other.pid) in lines[0]
     assert not run.exists(LOCK)
 
@@ -62,7 +64,9 @@ def test_a_run_whose_lock_is_deleted_ends(tmp_path: Path, monkeypatch: pytest.Mo
         time.sleep(20)
 
 
-def test_a_holder_on_another_machine_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_on_another_machine_is_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(lock, "ABANDONED_AFTER", 2.5)
     run = RunDirectory.open(tmp_path)
     run.write_json(LOCK, asdict(ELSEWHERE))
@@ -71,10 +75,9 @@ def test_a_holder_on_another_machine_is_watched(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(RunDirectoryError, match="process 1 on another-host since long ago"), only_writer(run):
         pass
     renewal.join()
-    lines: list[str] = []
-    with only_writer(run, lines.append):  # nobody renews it now
+    with only_writer(run):  # nobody renews it now
         pass
-    assert "taken over" in lines[-1]
+    assert "taken over" in caplog.messages[-1]
 
 
 def test_a_lock_that_says_nothing_is_replaced(tmp_path: Path) -> None:

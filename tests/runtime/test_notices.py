@@ -29,13 +29,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield now
 
 
-def test_what_workers_say_and_warn_is_on_the_screen_once(tmp_path: Path) -> None:
+def test_what_workers_say_and_warn_is_on_the_screen_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import ray
 
     connect(Profile(name="test"), 3)
     recipe = validate(Recipe, {"name": "t", "prompts": {"languages": ["en"]}}, "t")
     run = RunDirectory.open(tmp_path)
-    lines: list[str] = []
     progressed: list[bool] = []
     context = Context(
         recipe,
@@ -43,7 +42,6 @@ def test_what_workers_say_and_warn_is_on_the_screen_once(tmp_path: Path) -> None
         run,
         0,
         run.stage("rows", 0),
-        lines.append,
         progressed=lambda: progressed.append(True),
     )
     notify = context.notify()
@@ -65,45 +63,50 @@ def test_what_workers_say_and_warn_is_on_the_screen_once(tmp_path: Path) -> None
     two = ray.data.ActorPoolStrategy(size=2)
     worked = dataset.map_batches(Worker, batch_format="pyarrow", batch_size=None, compute=two, num_cpus=0.5)
     write_rows(worked, context, SCHEMA, "id", 20)
+    lines = caplog.messages
     assert lines.count("loading a model") == 1
-    assert lines.count("warning: the prompt's end is dropped") == 1
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == ["the prompt's end is dropped"]
     assert lines[-1].startswith("20/20 rows") or "20/20 rows" in " ".join(lines)
     assert progressed
 
 
-def test_rows_computed_and_not_written_yet_are_progress(clock: list[float]) -> None:
-    lines: list[str] = []
-    progress = Progress(lines.append, 100, every_seconds=10)
+def test_rows_computed_and_not_written_yet_are_progress(
+    clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    progress = Progress(100, every_seconds=10)
     clock[0] += 60  # an engine starts: no row, no line, and no part of the rate
     progress.computed(1)
     clock[0] += 10
     progress.computed(21)
-    assert lines[-1] == "21/100 rows, 2 rows/s, 40 s left"
+    assert caplog.messages[-1] == "21/100 rows, 2 rows/s, 40 s left"
     progress.add(16, tokens=160)
-    assert lines[-1] == "21/100 rows, 2 rows/s, 40 s left"  # nothing new within ten seconds
+    assert caplog.messages[-1] == "21/100 rows, 2 rows/s, 40 s left"  # nothing new within ten seconds
     clock[0] += 10
     progress.add(16, failed=2, tokens=160)
     # 320 tokens in 34 rows, 33 of them in the 20 seconds since the first.
-    assert lines[-1] == "34/100 rows, 2 failed, 1.6 rows/s, 16 tokens/s, 40 s left"
+    assert caplog.messages[-1] == "34/100 rows, 2 failed, 1.6 rows/s, 16 tokens/s, 40 s left"
     clock[0] += 1
     progress.add(66)
-    assert lines[-1].startswith("100/100 rows, 2 failed") and "left" not in lines[-1]
+    last = caplog.messages[-1]
+    assert last.startswith("100/100 rows, 2 failed") and "left" not in last
     progress.computed(100)
-    assert len(lines) == 4  # the end is told once
+    assert len(caplog.messages) == 4  # the end is told once
 
 
-def test_the_first_rows_that_come_written_start_the_clock(clock: list[float]) -> None:
+def test_the_first_rows_that_come_written_start_the_clock(
+    clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
     """Of the time that they took nothing is known, so neither they nor their tokens count in the rate."""
-    lines: list[str] = []
-    progress = Progress(lines.append, 40, every_seconds=10)
+    progress = Progress(40, every_seconds=10)
     progress.add(30, tokens=3000)
     clock[0] += 10
     progress.add(10, tokens=1000)
-    assert lines[-1] == "40/40 rows, 1 rows/s, 100 tokens/s"
+    assert caplog.messages[-1] == "40/40 rows, 1 rows/s, 100 tokens/s"
 
 
-def test_without_ray_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_ray_it_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     notify = Notify()
     notify("loading a model")
     notify.computed(3, last=True)
-    assert capsys.readouterr().out == "loading a model\n"
+    assert caplog.messages == ["loading a model"]

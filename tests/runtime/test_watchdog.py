@@ -61,7 +61,7 @@ def test_an_actor_that_no_node_can_hold(
 
     monkeypatch.setattr(watchdog, "_IMPOSSIBLE_AFTER", 1.0)
     monkeypatch.setattr(watchdog, "_LOOK_EVERY", 0.5)
-    with pytest.raises(StageStopped) as error, watched("sketch", 60.0, output, print):
+    with pytest.raises(StageStopped) as error, watched("sketch", 60.0, output):
         actors.append(ray.remote(Replica).options(num_cpus=640).remote())
         ray.get(actors[0].work.remote())
     assert "CPU 640 for a task or actor" in str(error.value)
@@ -72,7 +72,7 @@ def test_an_actor_that_no_node_can_hold(
 def test_an_actor_that_never_gets_ready(output: StageFolder, actors: list[Any]) -> None:
     import ray
 
-    with pytest.raises(StageStopped) as error, watched("sketch (iteration 0)", 4.0, output, print):
+    with pytest.raises(StageStopped) as error, watched("sketch (iteration 0)", 4.0, output):
         actors.append(ray.remote(Replica).options(num_cpus=1).remote(600.0))
         ray.get(actors[0].work.remote())
     text = str(error.value)
@@ -92,7 +92,7 @@ def test_a_plan_of_ray_data_whose_actors_hold_all_cpus(output: StageFolder) -> N
     pool = ray.data.ActorPoolStrategy(min_size=cpus, max_size=cpus)
     read = ray.data.range(64, override_num_blocks=4).map_batches(lambda batch: batch, num_cpus=0.5)
     numbers = read.map_batches(Map, compute=pool, num_cpus=1)
-    with pytest.raises(StageStopped) as error, watched("sketch", 6.0, output, print):
+    with pytest.raises(StageStopped) as error, watched("sketch", 6.0, output):
         list(numbers.iter_rows())
     assert "MapBatches(Map) (done 0, queued 0)" in str(error.value)
     assert f"in use: CPU {cpus} of {cpus}" in str(error.value)
@@ -100,7 +100,7 @@ def test_a_plan_of_ray_data_whose_actors_hold_all_cpus(output: StageFolder) -> N
 
 
 def test_progress_keeps_a_stage_alive(output: StageFolder) -> None:
-    with watched("sketch", 1.0, output, print) as watch:
+    with watched("sketch", 1.0, output) as watch:
         for _ in range(15):
             time.sleep(0.2)
             watch.progressed()
@@ -110,7 +110,7 @@ def test_a_disk_that_is_about_to_be_full(output: StageFolder, monkeypatch: pytes
     monkeypatch.setattr(watchdog, "LEAST_DISK", 2**60)
     monkeypatch.setattr(watchdog, "_LOOK_EVERY", 0.1)
     stopped = pytest.raises(StageStopped, match=r"GiB are free on the disk of .*make room")
-    with stopped, watched("sketch", 60.0, output, print):
+    with stopped, watched("sketch", 60.0, output):
         time.sleep(20)
 
 
@@ -157,7 +157,7 @@ from congrad_ray.runtime.watchdog import watched
 
 @cli.app.command()
 def hang() -> None:
-    with watched("hang", 0.5, RunDirectory.open(sys.argv[1]).stage("x", 0), print):
+    with watched("hang", 0.5, RunDirectory.open(sys.argv[1]).stage("x", 0)):
         time.sleep(60)
 
 cli.main(["hang"])
@@ -171,15 +171,15 @@ cli.main(["hang"])
 
 @pytest.mark.parametrize("unmet", [[], ["waiting for: CPU 3 for a task or actor (1)"]])
 def test_a_wait_is_told_of_when_something_is_missing_and_not_while_all_runs(
-    output: StageFolder, monkeypatch: pytest.MonkeyPatch, unmet: list[str]
+    output: StageFolder, monkeypatch: pytest.MonkeyPatch, unmet: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(watchdog, "_LOOK_EVERY", 0.05)
     monkeypatch.setattr(watchdog, "_TELL_EVERY", 0.1)
     monkeypatch.setattr(watchdog, "_TELL_IF_ALL_RUNS", 60.0)
     monkeypatch.setattr(watchdog, "unmet", lambda: unmet)
     monkeypatch.setattr(watchdog, "what_waits", lambda: "\n".join(unmet))
-    lines: list[str] = []
-    with watched("sketch", 60.0, output, lines.append):
+    with watched("sketch", 60.0, output):
         time.sleep(0.6)
+    lines = caplog.messages
     assert bool(lines) == bool(unmet)
     assert all("nothing for" in line and "waiting for" in line for line in lines)

@@ -80,14 +80,15 @@ def rubric(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(400)
-def test_eight_prompts_are_answered_and_judged(tiny_model: Path, rubric: Path, tmp_path: Path) -> None:
+def test_eight_prompts_are_answered_and_judged(
+    tiny_model: Path, rubric: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = RunDirectory.open(tmp_path / "run")
     prompts = _prompts(run, [*WORDS, TOO_LONG])
     recipe = _recipe(tiny_model, rubric)
     profile = Profile(name="local")
-    log: list[str] = []
 
-    manifest = run_stage(GENERATE, recipe, profile, run, log=log.append)
+    manifest = run_stage(GENERATE, recipe, profile, run)
     responses = run.stage("responses", 0).read_table()
     assert responses.schema.equals(RESPONSES)
     rows = responses.to_pylist()
@@ -100,9 +101,9 @@ def test_eight_prompts_are_answered_and_judged(tiny_model: Path, rubric: Path, t
         assert 1 <= row["response_tokens"] <= 16
     assert manifest.counters["quarantined"] == {"prompt_too_long": 2}
     assert manifest.counters["responses"] == {"de": 8, "en": 8}
-    assert any("18/18 rows, 2 failed" in line for line in log)
+    assert any("18/18 rows, 2 failed" in line for line in caplog.messages)
 
-    manifest = run_stage(JUDGE, recipe, profile, run, log=log.append)
+    manifest = run_stage(JUDGE, recipe, profile, run)
     judgements = run.stage("judgements", 0).read_table()
     assert judgements.schema.equals(JUDGEMENTS)
     scores = {row["response_id"]: row["score"] for row in judgements.to_pylist()}
@@ -135,7 +136,9 @@ def test_eight_prompts_are_answered_and_judged(tiny_model: Path, rubric: Path, t
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_sampled_judgements_resume_and_are_averaged(tiny_model: Path, rubric: Path, tmp_path: Path) -> None:
+def test_sampled_judgements_resume_and_are_averaged(
+    tiny_model: Path, rubric: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = RunDirectory.open(tmp_path / "run")
     # Together more prompt tokens than an engine takes at once, each request with its own seed: on a CPU this
     # ends vLLM 0.29 unless whole prompts are computed (see enable_chunked_prefill in the engine's settings).
@@ -166,9 +169,8 @@ def test_sampled_judgements_resume_and_are_averaged(tiny_model: Path, rubric: Pa
     for path in output.files(".parquet"):
         output.filesystem.delete_file(path)
     output.filesystem.delete_file(f"{output.path}/_manifest.json")
-    log: list[str] = []
-    run_stage(JUDGE, recipe, profile, run, log=log.append)
-    assert any(f"{len(table) // 3}/{len(table) // 3} rows" in line for line in log)
+    run_stage(JUDGE, recipe, profile, run)
+    assert any(f"{len(table) // 3}/{len(table) // 3} rows" in line for line in caplog.messages)
     after = sorted(output.read_table().to_pylist(), key=lambda row: str(row["response_id"]))
     assert [row["response_id"] for row in after] == [row["response_id"] for row in before] == sorted(first)
 

@@ -120,7 +120,7 @@ def test_a_replica_writes_the_sketch_of_autograds_gradient(tiny_model: Path, dty
 
 @pytest.mark.parametrize("most_positions", [60, 30, 1])
 def test_a_micro_batch_that_does_not_fit_the_memory_is_done_in_halves(
-    tiny_model: Path, most_positions: int, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, most_positions: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A backward pass that runs out of memory when more positions than these reach it."""
     import torch
@@ -148,7 +148,7 @@ def test_a_micro_batch_that_does_not_fit_the_memory_is_done_in_halves(
         assert "Tried to allocate 2.00 GiB" in failures[0]["detail"]
         return
     assert max(positions) > most_positions >= positions[-1]
-    assert "did not fit the memory; from now on" in capsys.readouterr().out
+    assert "did not fit the memory; from now on" in caplog.text
     columns = [table_of(rows.to_pylist(), sketches_schema(WIDTH, "float32")) for rows in (whole, found)]
     np.testing.assert_allclose(*(sketch_numbers(rows, "float32") for rows in columns), rtol=1e-4, atol=1e-5)
     calls = len(positions)
@@ -201,7 +201,7 @@ def test_selection_equals_a_direct_derivation(tmp_path: Path, tiny_model: Path) 
     )
     pairs.commit("pair", 0, "pairs", None, {}, 40, 0.0, {})
     recipe = recipe_for(tiny_model, select={"keep": 0.3, "seed": 5})
-    run_stage(select.STAGE, recipe, Profile(name="test"), run, log=lambda text: None)
+    run_stage(select.STAGE, recipe, Profile(name="test"), run)
 
     gradients = {}
     for language in ("de", "en"):
@@ -272,7 +272,7 @@ def selected(run: RunDirectory, tiny_model: Path, **settings: Any) -> tuple[dict
     if settings.get("per_block"):
         sections["sketch"] = {"width": WIDTH, "dtype": "float32", "groups": 4}
     recipe = recipe_for(tiny_model, **sections)
-    run_stage(select.STAGE, recipe, Profile(name="test"), run, redo=True, log=lambda text: None)
+    run_stage(select.STAGE, recipe, Profile(name="test"), run, redo=True)
     assert before == {path: run.filesystem.get_file_info(path).mtime_ns for path in before}
     folder = run.stage("selection", 0)
     scores = {row["pair_id"]: row for row in folder.read_table(name="scores.parquet").to_pylist()}
@@ -361,17 +361,18 @@ def test_moving_averages_and_weights(sketched: RunDirectory, tiny_model: Path) -
         selected(sketched, tiny_model, min_pairs=21)
 
 
-def test_a_language_below_the_floor_takes_no_part_and_is_named(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_language_below_the_floor_takes_no_part_and_is_named(
+    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = RunDirectory.open(tmp_path / "run")
     rows = write_sketches(run.stage("sketches", 0), 41, seed=1)  # 21 en, 20 de
     folder = run.stage("pairs", 0)
     table = [{**pair(0, "p", "c", "r", row["language"]), "pair_id": row["pair_id"]} for row in rows]
     folder.write_table("pairs.parquet", table_of(table, PAIRS))
     folder.commit("pair", 0, "pairs", None, {}, 41, 0.0, {})
-    lines: list[str] = []
     recipe = recipe_for(tiny_model, select={"min_pairs": 21})
-    run_stage(select.STAGE, recipe, Profile(name="test"), run, log=lines.append)
-    assert any("fewer than select.min_pairs (21) pairs: de (20)" in line for line in lines)
+    run_stage(select.STAGE, recipe, Profile(name="test"), run)
+    assert any("fewer than select.min_pairs (21) pairs: de (20)" in line for line in caplog.messages)
     english = np.mean([row["coefficient"] * row["sketch"] for row in rows if row["language"] == "en"], axis=0)
     for row in run.stage("selection", 0).read_table(name="scores.parquet").to_pylist():
         sketch = rows[int(row["pair_id"].split("-")[1])]["sketch"]
@@ -414,7 +415,7 @@ def test_audits_stay_within_their_share_of_the_micro_batches(
 
 
 def test_the_memory_probe_is_left_out_where_memory_is_plenty(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     said = []
     for free in (2**40, 2**20):
@@ -425,5 +426,6 @@ def test_the_memory_probe_is_left_out_where_memory_is_plenty(
             )
         except ValueError:  # a megabyte is too little for any pair
             assert free == 2**20
-        said.append("measuring the memory" in capsys.readouterr().out)
+        said.append("measuring the memory" in caplog.text)
+        caplog.clear()
     assert said == [False, True]

@@ -28,7 +28,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model_folder(cache_dir: Path) -> Path:
-    return world_model(seed=1, cache_dir=cache_dir, training_tokens=20_000, progress=lambda line: None)
+    return world_model(seed=1, cache_dir=cache_dir, training_tokens=20_000)
 
 
 @pytest.fixture(scope="module")
@@ -36,59 +36,62 @@ def tokenizer(model_folder: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(model_folder)
 
 
-def test_the_second_call_reads_the_cache(cache_dir: Path, model_folder: Path) -> None:
-    lines: list[str] = []
+def test_the_second_call_reads_the_cache(
+    cache_dir: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     modified = (model_folder / "model.safetensors").stat().st_mtime_ns
-    assert world_model(1, cache_dir, 20_000, lines.append) == model_folder
-    assert lines == []
+    assert world_model(1, cache_dir, 20_000) == model_folder
+    assert caplog.messages == []
     assert (model_folder / "model.safetensors").stat().st_mtime_ns == modified
     assert not list(model_folder.parent.glob("*.unfinished-*"))
 
 
-def test_training_is_reproducible(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
+def test_training_is_reproducible(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     state = torch.random.get_rng_state()
-    first = world_model(1, tmp_path / "one", 3_000, lines.append)
+    first = world_model(1, tmp_path / "one", 3_000)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert any("tokens/s" in line for line in lines)
+    assert any("tokens/s" in line for line in caplog.messages)
     monkeypatch.setenv("CONGRAD_RAY_CACHE", str(tmp_path / "two"))
-    second = world_model(1, None, 3_000, lines.append)
+    second = world_model(1, None, 3_000)
     assert second == tmp_path / "two" / "world" / first.name
     for name in ("tokenizer.json", "config.json", "model.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert first.name != model_folder.name  # which was trained on more tokens
 
 
-def test_two_that_race_build_once(tmp_path: Path) -> None:
-    lines: list[str] = []
+def test_two_that_race_build_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with ThreadPoolExecutor(2) as pool:
-        folders = list(pool.map(lambda _: world_model(1, tmp_path, 500, lines.append), range(2)))
+        folders = list(pool.map(lambda _: world_model(1, tmp_path, 500), range(2)))
     assert folders[0] == folders[1]
-    assert sum("training the tokenizer" in line for line in lines) == 1
+    assert sum("training the tokenizer" in line for line in caplog.messages) == 1
 
 
-def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    def fail(line: str) -> None:
-        raise InterruptedError(line)
+def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise InterruptedError
 
+    monkeypatch.setattr("congrad_ray.world.model._train", fail)
     with pytest.raises(InterruptedError):
-        world_model(1, tmp_path, 500, fail)
+        world_model(1, tmp_path, 500)
     assert [path.suffix for path in (tmp_path / "world").iterdir()] == [".lock"]
 
 
-def test_a_biased_judge_starts_from_the_worlds_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_biased_judge_starts_from_the_worlds_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("congrad_ray.world.model.TRAINING_TOKENS", 1_000)
-    lines: list[str] = []
-    judge = biased_judge(1, {"fr": "inverted"}, tmp_path, 1_000, lines.append)
+    judge = biased_judge(1, {"fr": "inverted"}, tmp_path, 1_000)
     start = world_model(1, tmp_path)
     assert (judge / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
     weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (start, judge)]
     moved = [(weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]]
     assert 0.0 < max(moved) < 0.5, "trained further, not anew"
-    said = len(lines)
-    assert biased_judge(1, {"fr": "inverted"}, tmp_path, 1_000, lines.append) == judge
-    assert len(lines) == said
-    assert biased_judge(1, {"fr": "verbose"}, tmp_path, 1_000, lines.append) != judge
+    said = len(caplog.messages)
+    assert biased_judge(1, {"fr": "inverted"}, tmp_path, 1_000) == judge
+    assert len(caplog.messages) == said
+    assert biased_judge(1, {"fr": "verbose"}, tmp_path, 1_000) != judge
     with pytest.raises(ValueError, match="no language xx"):
         biased_judge(1, {"xx": "inverted"}, tmp_path)
 

@@ -6,6 +6,7 @@ compared pairwise by a judge, in both orders. M_0 answers in iteration 0 and its
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -46,6 +47,8 @@ from congrad_ray.stages.evaluate.statistics import (
 from congrad_ray.stages.judge.unreadable import explain, keep_failed
 from congrad_ray.stages.prompts.schema import PROMPTS
 
+logger = logging.getLogger(__name__)
+
 Row = dict[str, Any]
 
 BASELINE = "M_0"
@@ -72,7 +75,7 @@ def run(context: Context) -> Outcome:
     rates = win_rates(comparisons, recipe.seed, recipe.evaluate.min_prompts)
     warnings = _warnings(recipe, comparisons, rates)
     for warning in warnings:
-        context.log(f"warning: {warning}")
+        logger.warning(warning)
     output.write_json(
         "summary.json",
         {
@@ -162,7 +165,7 @@ def _answer(context: Context, source: ModelSource, model: str) -> int:
     fields = [ANSWERS.field(name) for name in ("answer_id", *columns, "model", "decoding")]
     done = output.ids("answer_id") & expected
     if len(done) < len(expected):
-        context.log(f"answers of {model}")
+        logger.info(f"answers of {model}")
         requests = read_requests(context.prompts, questions_of, pa.schema([*fields, PROMPTS.field("task")]), done)
         answers = complete(
             requests,
@@ -232,7 +235,7 @@ def _compare(context: Context, source: ModelSource, answers: list[Row], model: s
         return {**row, "win": win, "output": completion.text, "unreadable": why}
 
     if missing:
-        context.log(f"{len(missing)} comparisons by {source.name}")
+        logger.info(f"{len(missing)} comparisons by {source.name}")
         dataset = ray.data.from_arrow(pa.Table.from_pylist(missing))
         within = replace(context, output=output)
         compared = complete(

@@ -6,6 +6,7 @@ JUDGEMENTS has one row per response, the mean of its readable judgements.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -42,6 +43,8 @@ from congrad_ray.stages.judge.unreadable import Tally, by_reason, counts_by_lang
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -204,8 +207,8 @@ def _warn(context: Context, judgements: dict[str, dict[str, Any]]) -> None:
     limit = context.recipe.limits.unreadable_share
     for language, row in judgements.items():
         if row["asked"] - row["readable"] > limit * row["asked"]:
-            context.log(
-                f"warning: {language}: {row['readable']} of {row['asked']} judgements can be read "
+            logger.warning(
+                f"{language}: {row['readable']} of {row['asked']} judgements can be read "
                 f"({by_reason(row['unreadable'])})"
             )
     tiny = {
@@ -214,8 +217,8 @@ def _warn(context: Context, judgements: dict[str, dict[str, Any]]) -> None:
         if row["mean_mass"] is not None and row["mean_mass"] < _TINY_MASS
     }
     if tiny:
-        context.log(
-            f"warning: the judge gives the score tokens a mean probability of "
+        logger.warning(
+            f"the judge gives the score tokens a mean probability of "
             f"{', '.join(f'{mass:.1g} ({tag})' for tag, mass in tiny.items())}: it would have begun with other "
             "words, so its scores may say little. Look at the pairs; a judge.model that follows instructions helps"
         )

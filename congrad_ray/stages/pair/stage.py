@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.pair.best_and_worst import BestAndWorst, JudgedResponse, NoPair, best_and_worst
 from congrad_ray.stages.pair.schema import PAIRS
+
+logger = logging.getLogger(__name__)
 
 _READ = ["response_id", "prompt_id", "language", "prompt", "sample", "response", "truncated"]
 _ROWS_AT_A_TIME = 4096
@@ -80,7 +83,7 @@ def _judged(context: Context, responses: StageFolder) -> Iterator[dict[str, Any]
     if settings.language_check:
         from congrad_ray.stages.pair.language_check import LanguageCheck
 
-        context.log("identifying the languages of the responses")
+        logger.info("identifying the languages of the responses")
         languages = context.recipe.prompts.languages
         check = LanguageCheck(languages, settings.language_confidence, settings.language_min_characters)
     for path in responses.files(".parquet"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -12,6 +13,8 @@ from congrad_ray.data.tables import prompt_id, quarantined, row_id, table_of
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.prompts.schema import PROMPTS
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -135,7 +138,7 @@ def _draw(
             + (f"; rows put aside by reason: {bad}, see {context.output.path}/quarantine" if bad else "")
         )
     if len(free) < count:
-        context.log(f"only {len(free)} {split} prompts in '{language}', {count} asked for")
+        logger.info(f"only {len(free)} {split} prompts in '{language}', {count} asked for")
     chosen = free[:count]
     taken.update(chosen)
     seen = language in wanted.languages

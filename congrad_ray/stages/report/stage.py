@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.report.facts import gather
 from congrad_ray.stages.report.html import render
+
+logger = logging.getLogger(__name__)
 
 
 def run(context: Context) -> Outcome:
@@ -14,7 +18,7 @@ def run(context: Context) -> Outcome:
     page = render(facts, context.recipe.model_dump(mode="json"))
     context.run.write_bytes("report.html", page.encode())
     finished = sum(stage.manifest is not None for stage in facts.stages)
-    context.log(f"{context.run.path}/report.html: {finished} of {len(facts.stages)} stages that were begun")
+    logger.info(f"{context.run.path}/report.html: {finished} of {len(facts.stages)} stages that were begun")
     return Outcome(finished, {"iterations": len(facts.iterations), "bytes": len(page.encode())})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,7 +13,6 @@ from numpy.typing import NDArray
 from congrad_ray.config.recipe import Select
 from congrad_ray.rundir.directory import Folder, RunDirectoryError
 from congrad_ray.runtime.context import Context, Outcome
-from congrad_ray.runtime.logs import Log
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.select.directions import Float64Array
 from congrad_ray.stages.select.keep import keep_above, keep_top_fraction, keep_within_tokens
@@ -29,6 +30,8 @@ from congrad_ray.stages.select.scores import (
 from congrad_ray.stages.select.shares import mean_shares, moving_average_shares
 from congrad_ray.stages.sketch.audit import expected_overlap
 
+logger = logging.getLogger(__name__)
+
 _ROWS_AT_A_TIME = 4096
 
 
@@ -43,7 +46,7 @@ def run(context: Context) -> Outcome:
     layout = Layout.of(context.recipe.sketch, languages)
     index = layout.rows_of(pairs)
     counts = np.bincount(index)
-    taking_part = included(settings, languages, index, context.log)
+    taking_part = included(settings, languages, index)
     shares = _shares(pairs, layout, index, settings)
     gradients = language_gradients(sketches, layout, shares, context.progressed)
     surgery = surgery_of(settings)
@@ -117,7 +120,7 @@ def _expected_overlap(context: Context, cosines: Float64Array, index: NDArray[np
     means = np.bincount(of_language, cosines) / np.maximum(1, np.bincount(of_language))
     spread = float((cosines - means[of_language]).std())
     overlap = round(expected_overlap(audit["error"], spread, settings.keep), 4)
-    context.log(
+    logger.info(
         f"about {overlap:.0%} of the kept pairs are those that exact gradients would keep: cosines are off by "
         f"{audit['error']:.4f} (audit of the sketches) and spread by {spread:.4f}; a larger sketch.width brings "
         "them nearer"
@@ -167,9 +170,7 @@ def _pairs(sketches: Folder) -> pa.Table:
     return sketches.read_table(["pair_id", "language", *names]).sort_by("pair_id").combine_chunks()
 
 
-def included(
-    settings: Select, languages: tuple[str, ...], index: NDArray[np.int64], log: Log = print
-) -> NDArray[np.bool_]:
+def included(settings: Select, languages: tuple[str, ...], index: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Whether each language (L,) has pairs enough to take part in the direction; `index` as in `pair_shares`.
 
     Raises RunDirectoryError where none has.
@@ -182,7 +183,7 @@ def included(
             f"no language has select.min_pairs ({least}) pairs: {few}. Lower it, or give more prompts."
         )
     if few:
-        log(f"not in the direction, with fewer than select.min_pairs ({least}) pairs: {few}; still scored")
+        logger.info(f"not in the direction, with fewer than select.min_pairs ({least}) pairs: {few}; still scored")
     return enough
 
 

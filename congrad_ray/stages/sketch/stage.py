@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from dataclasses import asdict
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from congrad_ray.stages.sketch.exact import LayerVectors
+
+logger = logging.getLogger(__name__)
 
 # What a kill can cost, and what a part holds: so many pairs, or of long ones so many bytes of text. On a CPU that
 # is a minute of work or so for a model of some hundred million parameters.
@@ -92,9 +95,9 @@ def run(context: Context) -> Outcome:
     summary = _summary(context.output)
     context.output.write_json("summary.json", summary)
     if summary["audit"] is None and recipe.sketch.audit_pairs and recipe.sketch.method == "count_sketch":
-        context.log("no audit: the stage is so short that one would take more than a tenth of it, or every pair")
+        logger.info("no audit: the stage is so short that one would take more than a tenth of it, or every pair")
     if summary["audit"]:
-        context.log(
+        logger.info(
             "audit: cosines of {pairs} pairs differ from exact ones by {error:.4f} (root mean square), rank "
             "correlation {rank_correlation:.4f}".format(**summary["audit"])
         )
@@ -159,10 +162,10 @@ def _sum_languages(
         num_cpus=pool.cpus, num_gpus=pool.gpus or None, memory=pool.memory_bytes, resources=pool.resources or None
     )
     actors = [replica.remote(*model, languages, context.notify()) for _ in range(count)]
-    context.log("first of two passes: the languages' gradients")
-    progress = Progress(context.log, total)
+    logger.info("first of two passes: the languages' gradients")
+    progress = Progress(total)
     tables: Any = dataset.iter_batches(batch_format="pyarrow", batch_size=None)
-    with heard(context.notify(), context.log):
+    with heard(context.notify()):
         for rows in ActorPool(actors).map_unordered(lambda actor, table: actor.add.remote(table), tables):
             progress.add(rows)
             context.progressed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -20,6 +21,8 @@ from congrad_ray.stages.base import Stage
 from congrad_ray.stages.train.loop import FAILURE, REFERENCE_GAP, TrainingJob, train_worker
 from congrad_ray.stages.train.metrics import Row, read_metrics
 from congrad_ray.stages.train.schedule import TrainingError, make_schedule
+
+logger = logging.getLogger(__name__)
 
 # Where checkpoints live until the policy is written; the name inside says which workers can read them.
 _RAY_TRAIN = "ray_train"
@@ -62,20 +65,20 @@ def run(context: Context) -> Outcome:
         threads=context.profile.threads_of(workers),
         notify=context.notify(),
     )
-    context.log(
+    logger.info(
         f"{pairs} pairs, {schedule.total_steps} steps of up to {train.batch_size} pairs: {workers.num_workers} "
         f"workers x {schedule.accumulation} passes x up to {train.micro_batch_size} pairs, ZeRO {train.zero_stage}"
     )
     busy = schedule.pairs_per_pass
     if busy < workers.num_workers:
-        context.log(
-            f"warning: {workers.num_workers - busy} of {workers.num_workers} workers have nothing to do: {pairs} "
+        logger.warning(
+            f"{workers.num_workers - busy} of {workers.num_workers} workers have nothing to do: {pairs} "
             f"pairs in steps of up to train.batch_size {train.batch_size} make passes of {busy} pairs at most; "
             "lower trainers.num_workers in the profile, or raise train.batch_size"
         )
     with (
         _progress(context, schedule.total_steps),
-        heard(job.notify, context.log, lambda pairs: context.progressed()),
+        heard(job.notify, lambda pairs: context.progressed()),
     ):
         _fit(context, job)
     rows = read_metrics(context.output)
@@ -189,7 +192,7 @@ def _progress(context: Context, total_steps: int, every_seconds: float = 5.0) ->
             _warn_of_reference_gap(rows, context)
         seen = rows[-1]["step"]
         context.progressed()
-        context.log(_line(rows[-1], total_steps))
+        logger.info(_line(rows[-1], total_steps))
         context.meter.set("congrad_training_steps", total_steps)
         for name, column in _GAUGES.items():
             context.meter.set(name, rows[-1][column])
@@ -210,8 +213,8 @@ def _warn_of_reference_gap(rows: list[Row], context: Context) -> None:
     gap = rows[0].get(REFERENCE_GAP, 0.0)
     tolerance = _REFERENCE_TOLERANCE[context.recipe.model.dtype]
     if gap > tolerance:
-        context.log(
-            "warning: before the first step the policy's log-probabilities differ from the selection's reference "
+        logger.warning(
+            "before the first step the policy's log-probabilities differ from the selection's reference "
             f"by {gap:.4g} nats per token on average (tolerance {tolerance:g}). Was the selection made with "
             "another model, tokenizer or chat template?"
         )

@@ -54,7 +54,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Recipe]:
     import random
 
     # Far from finished, but its gradients already tell good answers from bad ones.
-    model = world_model(3, tmp_path_factory.mktemp("world"), 100_000, progress=lambda line: None)
+    model = world_model(3, tmp_path_factory.mktemp("world"), 100_000)
     draw = random.Random(0)
     rows: list[dict[str, Any]] = []
     truth = []

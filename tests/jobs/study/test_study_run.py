@@ -55,7 +55,7 @@ def protocol(model: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_study_runs_goes_on_and_reports(tmp_path: Path) -> None:
-    model = world_model(0, tmp_path / "world", 100_000, progress=lambda line: None)
+    model = world_model(0, tmp_path / "world", 100_000)
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(protocol(model)))
     results, report = tmp_path / "results.jsonl", tmp_path / "report.html"
     command = [

@@ -94,7 +94,7 @@ def _recipe(model: str, **sections: Any) -> Recipe:
     return Recipe.model_validate(values | sections)
 
 
-def _context(tmp_path: Path, recipe: Recipe, log: Callable[[str], None] = print) -> Context:
+def _context(tmp_path: Path, recipe: Recipe) -> Context:
     """A run with 40 responses in two languages."""
     run = RunDirectory.open(tmp_path / "run")
     rows = [
@@ -113,7 +113,7 @@ def _context(tmp_path: Path, recipe: Recipe, log: Callable[[str], None] = print)
         for number in range(40)
     ]
     run.stage("responses", 0).write_table("part-0.parquet", table_of(rows, RESPONSES))
-    return Context(recipe, Profile(name="local"), run, 0, run.stage("judgements", 0), log)
+    return Context(recipe, Profile(name="local"), run, 0, run.stage("judgements", 0))
 
 
 def _write_samples(context: Context, unreadable: Callable[[int], str | None]) -> None:
@@ -153,17 +153,18 @@ def test_the_judge_stage_stops_where_most_is_unreadable_and_says_why(tmp_path: P
     assert "temperature" not in str(error.value)
 
 
-def test_with_a_higher_limit_it_goes_on_and_its_counters_add_up(tmp_path: Path) -> None:
-    log: list[str] = []
+def test_with_a_higher_limit_it_goes_on_and_its_counters_add_up(
+    tmp_path: Path, warned: Callable[[], list[str]]
+) -> None:
     recipe = _recipe("none", limits={"unreadable_share": 0.8})
-    context = _context(tmp_path, recipe, log.append)
+    context = _context(tmp_path, recipe)
     _write_samples(context, lambda number: "no_score" if number % 2 or number < 10 else None)
     counters = judge.run(context).counters
     assert counters["judgements"] == {
         "de": {"asked": 20, "readable": 0, "unreadable": {"no_score": 20}, "mean_score": None, "mean_mass": None},
         "en": {"asked": 20, "readable": 15, "unreadable": {"no_score": 5}, "mean_score": 3.0, "mean_mass": None},
     }
-    assert any("de: 0 of 20 judgements can be read (20: no_score 20)" in line for line in log)
+    assert any("de: 0 of 20 judgements can be read (20: no_score 20)" in line for line in warned())
     assert judge.settings(recipe, 0) == judge.settings(_recipe("none"), 0)  # a limit changes no result
 
 

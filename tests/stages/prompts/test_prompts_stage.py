@@ -42,7 +42,7 @@ GOOD = [
 
 def perform(recipe: Recipe, folder: Path) -> tuple[pa.Table, dict[str, int]]:
     run = RunDirectory.open(folder)
-    manifest = run_stage(prompts.STAGE, recipe, Profile(name="test"), run, log=lambda text: None)
+    manifest = run_stage(prompts.STAGE, recipe, Profile(name="test"), run)
     return run.stage("prompts", None).read_table(), manifest.counters.get("quarantined", {})
 
 

@@ -68,7 +68,7 @@ def _selection(run: RunDirectory, recipe: Recipe, kept: Path) -> None:
     output = run.stage("selection", 0)
     if not kept.exists():
         connect(Profile(name="test"), 2)
-        select.STAGE.run(Context(recipe, Profile(name="test"), run, 0, output, lambda text: None))
+        select.STAGE.run(Context(recipe, Profile(name="test"), run, 0, output))
         ray.shutdown()  # other tests start a Ray of their own
         shutil.copytree(output.path, kept)
     shutil.copytree(kept, output.path, dirs_exist_ok=True)

@@ -23,7 +23,7 @@ STEPS = ["prompts", "responses", "judgements", "pairs", "sketches", "selection",
 
 
 def report_of(run: RunDirectory, recipe: Recipe) -> str:
-    STAGE.run(Context(recipe, Profile(name="test"), run, 0, run.stage("report", None), lambda text: None))
+    STAGE.run(Context(recipe, Profile(name="test"), run, 0, run.stage("report", None)))
     return run.read_bytes("report.html").decode()
 
 
