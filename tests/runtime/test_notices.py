@@ -25,7 +25,7 @@ SCHEMA = pa.schema([("id", pa.string()), ("language", pa.string())])
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     now = [100.0]
-    monkeypatch.setattr("congrad_ray.runtime.rows.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("congrad_ray.runtime.progress.time.monotonic", lambda: now[0])
     yield now
 
 
