@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from congrad_ray.config.printable import brief
-from congrad_ray.config.settings import Settings, SettingsError, apply_overrides, read_yaml, validate
+from congrad_ray.config.settings import Settings, SettingsError, apply_overrides, did_you_mean, read_yaml, validate
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -274,6 +274,7 @@ def load_profile(name: str | Path, overrides: Sequence[str] = ()) -> Profile:
         known = {p.stem: p for p in sorted(PROFILES.glob("*.yaml"))}
         if str(name) not in known:
             names = ", ".join(known) or f"none in {PROFILES}"
-            raise SettingsError(f"no profile '{brief(name)}': give a .yaml file or one of {names}")
+            hint = did_you_mean(str(name), known)
+            raise SettingsError(f"no profile '{brief(name)}'{hint}: give a .yaml file or one of {names}")
         path = known[str(name)]
-    return validate(Profile, apply_overrides(read_yaml(path), overrides), f"profile {name}")
+    return validate(Profile, apply_overrides(read_yaml(path, "profile"), overrides), f"profile {name}")

@@ -12,7 +12,7 @@ import langcodes
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from congrad_ray.config.chat_template import CHAT_TEMPLATE_DATE, is_jinja
-from congrad_ray.config.settings import Settings, apply_overrides, local_path, read_yaml, validate
+from congrad_ray.config.settings import Settings, apply_overrides, local_path, read_yaml, validate, why_not_read
 
 BUILTIN_WORLD = "builtin-world"
 DirectionMethod = Literal[
@@ -41,7 +41,7 @@ def _template_text(template: str) -> str:
             return template
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the chat template: {error}") from error
+        raise ValueError(f"cannot read the chat template: {why_not_read(error)}") from error
     if not is_jinja(text):
         raise ValueError("the file of the chat template has neither {{ nor {% in it: no Jinja")
     return text
@@ -395,4 +395,4 @@ class Recipe(Settings):
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file with `--set` overrides applied. Raises SettingsError."""
-    return validate(Recipe, apply_overrides(read_yaml(Path(path)), overrides), f"recipe {path}")
+    return validate(Recipe, apply_overrides(read_yaml(Path(path), "recipe"), overrides), f"recipe {path}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -77,24 +78,37 @@ class Settings(BaseModel):
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises SettingsError naming the file when there is none."""
+def read_yaml(path: Path, what: str = "") -> dict[str, Any]:
+    """The mapping in a YAML file; `what` it is goes into messages. Raises SettingsError naming the file."""
+    name = f"{what} {brief(path)}".strip()
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
-        raise SettingsError(f"cannot read {brief(path)}: {brief(error)}") from error
-    return settings_in(data, str(path))
+        raise SettingsError(f"cannot read {name}: {why_not_read(error)}") from error
+    return settings_in(data, name)
 
 
 def settings_in(data: bytes, source: str) -> dict[str, Any]:
     """The mapping in the bytes of a YAML file. Raises SettingsError naming the `source`."""
     try:
         value = parse_yaml(data.decode("utf-8-sig"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"cannot read {printable(source)}: {printable(error, lines=True)}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"cannot read {printable(source)}: {why_not_read(error)}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"cannot read {printable(source)}: {_where(error)}") from error
     if not isinstance(value, dict):
-        raise SettingsError(f"{printable(source)} should hold a mapping of settings, found {type(value).__name__}")
+        found = "nothing" if value is None else f"a {type(value).__name__}"
+        raise SettingsError(f"{printable(source)} should hold a mapping of settings (key: value), found {found}")
     return value
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """What is wrong in a YAML text, on one line, with the place."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return printable(error, lines=True)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {printable(problem)}"
 
 
 def local_path(name: str) -> Path:
@@ -119,9 +133,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         try:
             value = parse_yaml(text)
         except yaml.YAMLError as error:
-            raise SettingsError(
-                f"setting {shown(override)}: the value is not YAML: {printable(error, lines=True)}"
-            ) from error
+            raise SettingsError(f"setting {shown(override)}: the value is not YAML: {_where(error)}") from error
         section = result
         for key in keys[:-1]:
             if section.get(key) is None:
@@ -138,33 +150,105 @@ def validate(model: type[SettingsType], values: dict[str, Any], source: str) -> 
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(model, problem) for problem in error.errors()]
-        raise SettingsError(
-            f"{printable(source)} has {len(lines)} wrong setting(s):\n" + "\n".join(lines)
-        ) from error
+        explained: dict[tuple[str, str], list[str]] = {}
+        for problem in error.errors():
+            path, message, found = _explain(model, problem)
+            explained.setdefault((path, found), []).append(message)
+        # A setting that may be of several types comes once for each of them.
+        lines = [f"  {path}: {', or '.join(messages)}{found}" for (path, found), messages in explained.items()]
+        count = "1 wrong setting" if len(lines) == 1 else f"{len(lines)} wrong settings"
+        raise SettingsError(f"{printable(source)} has {count}:\n" + "\n".join(lines)) from error
 
 
-def _explain(model: type[BaseModel], problem: Any) -> str:
-    location = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean x?)` with the most similar of the known names, or nothing where none is similar."""
+    similar = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {similar[0]}?)" if similar else ""
+
+
+def why_not_read(error: Exception) -> str:
+    """Why a file cannot be read or written, without the number of the system's error and without the path."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
+    reason = error.strerror if isinstance(error, OSError) else None
+    return reason.lower() if reason else brief(error)
+
+
+# What is wrong by pydantic's type of error; names in braces are of its context.
+_SENTENCES = {
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be text (in quotes where YAML takes it for something else)",
+    "string_too_short": "must not be empty",
+    "bool_type": "must be true or false",
+    "too_short": "must have at least {min_length} of them",
+    "list_type": "must be a list: [a, b]",
+    "dict_type": "must be a mapping: {{key: value}}",
+    "literal_error": "must be {expected}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+}
+
+
+def _explain(model: type[BaseModel], problem: Any) -> tuple[str, str, str]:
+    """Which key is wrong, what it must be, and what was found."""
+    # Not keys, but the branches of a union and the validators that pydantic went through.
+    location = [part for part in problem["loc"] if not (isinstance(part, str) and _NO_KEY.match(part))]
     path = brief(".".join(str(part) for part in location)) or "(the whole file)"
-    if problem["type"] == "extra_forbidden":
-        return f"  {path}: no such setting; allowed here: {', '.join(_allowed(model, location[:-1]))}"
-    if problem["type"] == "missing":
-        return f"  {path}: missing"
-    message = printable(problem["msg"].removeprefix("Value error, "))
-    found = "" if isinstance(problem["input"], dict) else f" (found {shown(problem['input'])})"
-    return f"  {path}: {message}{found}"
+    kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
+    if kind == "extra_forbidden":
+        allowed = _allowed(model, location[:-1])
+        hint = did_you_mean(str(location[-1]), allowed) or _elsewhere(model, str(location[-1]))
+        return path, f"no such setting{hint}; allowed here: {', '.join(allowed)}", ""
+    if kind == "missing":
+        return path, "missing", ""
+    if kind in ("model_type", "model_attributes_type"):
+        names = ", ".join(_allowed(model, location))
+        return path, f"must be a section with the settings {names}", f" (found {shown(value)})"
+    hint = ""
+    if kind == "literal_error" and isinstance(value, str):
+        hint = did_you_mean(value, re.findall(r"'([^']*)'", context["expected"]))
+    numbers = {key: f"{limit:g}" if isinstance(limit, float) else limit for key, limit in context.items()}
+    message = _SENTENCES[kind].format(**numbers) if kind in _SENTENCES else problem["msg"]
+    found = "" if isinstance(value, dict) else f" (found {shown(value)})"
+    return path, printable(message.removeprefix("Value error, ")), found + hint
+
+
+_NO_KEY = re.compile(r"function-|constrained-|literal\[|(int|float|str|bool)$")
 
 
 def _allowed(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     current: Any = model
     for part in location:
         field = current.model_fields.get(part) if isinstance(part, str) else None
-        nested = getattr(field, "annotation", None)
-        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
+        nested = _model_in(getattr(field, "annotation", None)) if field else current
+        if nested is None:
             break
         current = nested
     return list(current.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The settings model in a field's type: `Model`, `Model | None`, `list[Model]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+
+
+def _elsewhere(model: type[BaseModel], name: str) -> str:
+    """` (it is in section x)` where a setting of this name is in another section, and in one only."""
+    sections = {key: _model_in(field.annotation) for key, field in model.model_fields.items()}
+    places = [key for key, nested in sections.items() if nested and name in nested.model_fields]
+    return f" (did you mean {places[0]}.{brief(name)}?)" if len(places) == 1 else ""
 
 
 def to_yaml(settings: Settings) -> str:

@@ -117,11 +117,14 @@ def _configuration(name: str, settings: Model) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(path) if path.exists() else name, **arguments)
     except Exception as error:  # whatever transformers and the hub's client raise
-        where = "in this folder" if path.exists() else "in the hub's cache on this machine"
+        if path.exists():
+            why = f"a config.json that can be read is not in this folder: {brief(name)}"
+        else:
+            why = f"no folder {brief(name)}, and no model of this name in the hub's cache on this machine"
         raise ModelError(
-            f"the configuration of {brief(name)} is not {where} ({type(error).__name__}), and a plan downloads "
-            "nothing. Fetch that one small file, `hf download NAME config.json`, or write its config.json into a "
-            "folder and plan with --set model.name=FOLDER; no weights are needed"
+            f"{why}; a plan needs its configuration and downloads nothing. Fetch that one small file, "
+            "`hf download NAME config.json`, or write its config.json into a folder and plan with "
+            "--set model.name=FOLDER; no weights are needed"
         ) from error
     return config
 

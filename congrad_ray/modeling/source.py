@@ -249,16 +249,47 @@ def settings_of(name: str, recipe: Recipe) -> Model:
     return recipe.model.model_copy(update={"chat_template": None, "revision": None})
 
 
-def check_models(recipe: Recipe, chats: bool = False) -> None:
+def check_models(recipe: Recipe, chats: bool = False, present: bool = False) -> None:
     """Before any work: refuses folders of the recipe's models that some stage could not use.
 
     Raises ModelError, or MissingChatTemplate where `chats` says that they must have a template. Reads tokenizers
     and the headers of weights. A model on the hub, or in a folder that only another machine has, is looked at when
-    a stage loads its tokenizer, before its actors start.
+    a stage loads its tokenizer, before its actors start; with `present` one that this machine cannot find at all
+    is refused here.
     """
     for name in dict.fromkeys((recipe.model.name, recipe.judge.model, recipe.evaluate.judge)):
         if name not in (BUILTIN_WORLD, "policy", "start"):
             _check_folder(name, settings_of(name, recipe), chats)
+            if present:
+                _check_present(name, settings_of(name, recipe).revision)
+
+
+@cache
+def _check_present(name: str, revision: str | None) -> None:
+    """Raises ModelError for a name that is neither a folder's nor that of a model on the hub or in its cache."""
+    try:
+        if local_path(name).exists():
+            return
+    except SettingsError as error:
+        raise ModelError(f"model {error}") from error
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    where = (
+        "there is no such folder" if name.startswith(("/", "~")) else f"there is no such folder in {Path.cwd()}"
+    )
+    try:
+        hf_hub_download(name, "config.json", revision=revision)
+        return
+    except HFValidationError:
+        why = "it cannot be the name of a model on the Hugging Face hub"
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        offline = "switched off by HF_HUB_OFFLINE=1" if os.environ.get("HF_HUB_OFFLINE") == "1" else "out of reach"
+        why = f"no model of this name is in the cache of the Hugging Face hub, which is {offline}"
+    except Exception as error:  # no such repository or revision, no access to it: whatever the client raises
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        why = f"the Hugging Face hub does not give it: {printable(said[0])}"
+    raise ModelError(f"no model {brief(name)}: {where}, and {why}")
 
 
 @cache  # a run's stages ask one after the other

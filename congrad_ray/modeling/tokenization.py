@@ -7,12 +7,13 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache
-from typing import Any, TypeAlias
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from congrad_ray.config.chat_template import CHAT_TEMPLATE_DATE, is_jinja
 from congrad_ray.config.printable import brief, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ def load_tokenizer(
     becomes its default. `chat_template_date` (YYYY-MM-DD) is the day that a template asking for today gets. Raises
     ValueError if there is neither a pad nor an end-of-sequence token, MissingChatTemplate for a name of none.
     """
+    from transformers import AutoTokenizer
+
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         model, trust_remote_code=trust_remote_code, revision=revision
     )

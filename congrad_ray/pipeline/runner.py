@@ -6,20 +6,24 @@ import errno
 import logging
 import os
 import time
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import BUILTIN_WORLD, Recipe
-from congrad_ray.config.settings import to_yaml
-from congrad_ray.modeling.source import check_models, named_model
-from congrad_ray.rundir.directory import Manifest, RunDirectory, RunDirectoryError, fingerprint
+from congrad_ray.config.settings import Settings, SettingsError, to_yaml
+from congrad_ray.data.records import InputError
+from congrad_ray.modeling.source import ModelError, check_models, named_model
+from congrad_ray.modeling.tokenization import MissingChatTemplate
+from congrad_ray.rundir.directory import Manifest, RunDirectory, RunDirectoryError, StageFolder, fingerprint
 from congrad_ray.runtime.context import Context, Outcome
+from congrad_ray.runtime.interrupts import StageStopped
 from congrad_ray.runtime.lock import only_writer
 from congrad_ray.runtime.logs import about, stage_label
 from congrad_ray.runtime.metrics import Meter
-from congrad_ray.runtime.resources import check_fits, most_cpus, needs
-from congrad_ray.runtime.session import connect, machine
+from congrad_ray.runtime.progress import duration
+from congrad_ray.runtime.resources import DoesNotFit, StageNeed, check_fits, most_cpus, needs
+from congrad_ray.runtime.session import connect, connected, machine, this_machine
 from congrad_ray.runtime.watchdog import free_disk, watched
 from congrad_ray.stages.base import Stage
 
@@ -70,35 +74,111 @@ def _locked_stage(
     output = run.stage(stage.folder, number)
     if stage.always:
         output.delete()
-    state = output.begin(identity, redo, label)
+
+    def check() -> None:
+        check_models(recipe, stage.chats, present=stage.uses_ray)
+        if stage.uses_ray and not (profile.cluster or profile.ray_address or connected()):
+            cpus = most_cpus(recipe, profile)
+            check_fits(_need(stage, recipe, profile), this_machine(profile, cpus), None)
+
+    state = output.begin(identity, redo, label, settings, inputs, _named, check)
     if state == "done":
         manifest = output.manifest()
         assert manifest is not None
         logger.info(f"done already ({manifest.rows} rows)")
         return manifest
+    try:
+        return _do(stage, recipe, profile, run, iteration, output, state, Claim(identity, settings, inputs))
+    except ValueError as error:
+        if not isinstance(error, StageStopped) and (not stage.uses_ray or isinstance(error, _OF_INPUT)):
+            output.withdraw()
+        raise
+
+
+def _named(settings: Any) -> dict[str, Any]:
+    """A stage's settings with the names that the recipe has for them.
+
+    A stage keeps what decides its output in a form of its own: a mapping of sections, one section's settings, or a
+    list of both; what is known of it is which section has settings of these names.
+    """
+    if isinstance(settings, dict) and "model" in settings and isinstance(settings["model"], dict):
+        return settings
+    found: dict[str, Any] = {}
+    for value in settings if isinstance(settings, list) else [settings]:
+        section = _section_of(value) if isinstance(value, dict) else None
+        if section:
+            found[section] = value
+        elif isinstance(value, dict):
+            found |= value
+        else:
+            found[f"another setting ({len(found) + 1})"] = value
+    return found
+
+
+def _section_of(values: dict[str, Any]) -> str | None:
+    """The section of a recipe that has settings of all these names."""
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        if (
+            isinstance(section, type)
+            and issubclass(section, Settings)
+            and values.keys() <= section.model_fields.keys()
+        ):
+            return name
+    return None
+
+
+# Errors of the settings and inputs: where they end a stage on Ray before its first row, nothing is being written.
+_OF_INPUT = (SettingsError, InputError, ModelError, MissingChatTemplate, DoesNotFit)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a stage's result is told apart by."""
+
+    fingerprint: str
+    settings: Any
+    inputs: dict[str, str]
+
+
+def _need(stage: Stage, recipe: Recipe, profile: Profile) -> StageNeed:
+    return next(need for need in needs(recipe, profile) if need.stage == stage.name)
+
+
+def _do(
+    stage: Stage,
+    recipe: Recipe,
+    profile: Profile,
+    run: RunDirectory,
+    iteration: int,
+    output: StageFolder,
+    state: Literal["continue", "new"],
+    claim: Claim,
+) -> Manifest:
+    """Does a stage that has been claimed, and commits it."""
+    number = iteration if stage.each_iteration else None
     if recipe.model.name == BUILTIN_WORLD and stage.uses_ray:
         # Built here, before the clock runs and Ray takes memory; every later stage finds it in the cache.
         named_model(recipe.model.name, recipe.model, recipe.seed)
-    check_models(recipe, stage.chats)
-    logger.info(f"{'going on' if state == 'continue' else 'starting'}: {stage.summary}")
+    logger.info(f"{'resuming' if state == 'continue' else 'starting'}: {stage.summary}")
     run.write_bytes("recipe.yaml", to_yaml(recipe).encode())
     if stage.uses_ray:
         connect(profile, most_cpus(recipe, profile))
-        need = next(need for need in needs(recipe, profile) if need.stage == stage.name)
-        check_fits(need, machine(), profile.cluster)
+        check_fits(_need(stage, recipe, profile), machine(), profile.cluster)
     before = time.monotonic()
     meter = Meter(run.path, stage.name, number)
     context = Context(recipe, profile, run, iteration, output, meter)
     meter.set("congrad_stage_running", 1)
     try:
-        outcome = _work(stage, context, label)
+        outcome = _work(stage, context, stage_label(stage.name, number))
     finally:
         meter.set("congrad_stage_running", 0)
     counters = {key: value for key, value in outcome.counters.items() if value not in ({}, None)}
+    seconds = time.monotonic() - before
     manifest = output.commit(
-        stage.name, number, identity, settings, inputs, outcome.rows, time.monotonic() - before, counters
+        stage.name, number, claim.fingerprint, claim.settings, claim.inputs, outcome.rows, seconds, counters
     )
-    logger.info(f"{manifest.rows} rows in {manifest.seconds:.0f} s {_brief(counters)}".rstrip())
+    logger.info(_summary(manifest))
     return manifest
 
 
@@ -123,5 +203,21 @@ def _work(stage: Stage, context: Context, label: str) -> Outcome:
         ) from error
 
 
-def _brief(counters: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in counters.items() if isinstance(value, int | float))
+def _summary(manifest: Manifest) -> str:
+    """`1,546 rows in 58 s; 776 kept, 2 in quarantine (bad_language 2)`: the counters in words."""
+    parts = []
+    for name, value in manifest.counters.items():
+        words = name.replace("_", " ")
+        if name == "quarantined":
+            total = sum(value.values())
+            parts.append(
+                f"{total:,} in quarantine ({', '.join(f'{key} {count}' for key, count in value.items())})"
+            )
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        elif isinstance(value, int):
+            parts.append(f"{value:,} {words}")
+        else:
+            parts.append(f"{words} {value:.4g}")
+    rows = f"{manifest.rows:,} row{'' if manifest.rows == 1 else 's'} in {duration(manifest.seconds)}"
+    return f"done: {rows}{'; ' if parts else ''}{', '.join(parts)}"

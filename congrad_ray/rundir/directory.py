@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from congrad_ray.config.printable import brief
 from congrad_ray.data.tables import QUARANTINE, table_of
 
 logger = logging.getLogger(__name__)
@@ -231,6 +232,42 @@ class Folder:
             ) from error
 
 
+def _changes(before: Any, settings: Any, inputs: dict[str, str], named: Callable[[Any], Any]) -> str:
+    """A line for each setting and input that is another than `before`, where it has them by name."""
+    old = before if isinstance(before, dict) else {}
+    if settings is None or old.get("settings") is None:
+        return ""
+    was, now = (_flat(named(found)) for found in (old["settings"], json.loads(json.dumps(settings))))
+    lines = [
+        f"  {name}: {_value(was, name)} -> {_value(now, name)}"
+        for name in dict.fromkeys((*was, *now))
+        if was.get(name, _ABSENT) != now.get(name, _ABSENT)
+    ]
+    made = old.get("inputs") or {}
+    lines += [f"  {name}: made again since" for name in inputs if made.get(name, "") != inputs[name]]
+    return "\n".join(lines)
+
+
+_ABSENT = object()
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their names, {a: {b: 1}} as {a.b: 1}."""
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def _value(values: dict[str, Any], name: str) -> str:
+    if name not in values:
+        return "not set"
+    value = values[name]
+    return brief(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
 class StageFolder(Folder):
     """The folder of one stage in one iteration: Parquet parts, `quarantine/`, and the manifest."""
 
@@ -241,43 +278,78 @@ class StageFolder(Folder):
         except TypeError:
             return None
 
-    def begin(self, stage_fingerprint: str, redo: bool, what: str) -> Literal["done", "continue", "new"]:
+    def begin(
+        self,
+        stage_fingerprint: str,
+        redo: bool,
+        what: str,
+        settings: Any = None,
+        inputs: dict[str, str] | None = None,
+        named: Callable[[Any], Any] = lambda settings: settings,
+        check: Callable[[], None] = lambda: None,
+    ) -> Literal["done", "continue", "new"]:
         """Whether the stage is done, goes on from the rows it has, or starts.
 
         Files of a finished stage that are gone or of another size than its manifest says are damaged: they are
-        deleted, and the stage goes on as one that is not finished. Raises RunDirectoryError when the folder holds
-        the result of other settings or inputs, or of ones that cannot be told, and not `redo`.
+        deleted, and the stage goes on as one that is not finished. `settings` and `inputs` are what the
+        fingerprint is made of; they are kept so that a later refusal can say what changed, where `named` makes
+        mappings of the settings. `check` is called where there is work, before anything is written or deleted.
+        Raises RunDirectoryError when the folder holds the result of other settings or inputs, or of ones that
+        cannot be told, and not `redo`.
         """
         manifest = self.manifest()
         started = self.read_json(STARTED)
+        withdrawn = isinstance(started, dict) and bool(started.get("withdrawn"))
         found = manifest.fingerprint if manifest else _fingerprint_in(started)
-        if found is None and not redo and self.files(recursive=True):
+        if found is None and not redo and not withdrawn and self.files(recursive=True):
             raise RunDirectoryError(
                 f"{what} in {self.path} has files, but neither {MANIFEST} nor {STARTED} that says with which "
                 "settings they were made: look at them, then add --redo to throw them away and do the stage again."
             )
         if found is not None and found != stage_fingerprint and not redo:
+            before, verb = (asdict(manifest), "made") if manifest else (started, "begun")
+            changes = _changes(before, settings, inputs or {}, named)
+            listed = f":\n{changes}\n" if changes else f" (fingerprint {found}, now {stage_fingerprint}). "
             raise RunDirectoryError(
-                f"{what} in {self.path} was {'made' if manifest else 'begun'} with other settings or inputs "
-                f"(fingerprint {found}, now {stage_fingerprint}). Use another --run directory, put the old "
-                "settings back, or add --redo to throw this stage's result away and do it again."
+                f"{what} in {self.path} was {verb} with other settings or inputs{listed}"
+                "Use another --run directory, put the old settings back, or add --redo to throw this stage's "
+                "result away and do it again."
             )
+        claim = {"fingerprint": stage_fingerprint, "settings": settings, "inputs": inputs or {}}
         if found != stage_fingerprint:
+            check()
             self._clear()
-            self.write_json(STARTED, {"fingerprint": stage_fingerprint})
+            self.write_json(STARTED, claim)
             return "new"
         if manifest:
             damaged = self._damaged(manifest)
             if not damaged:
                 return "done"
+            check()
             names = ", ".join(damaged[:3]) + (", ..." if len(damaged) > 3 else "")
             logger.info(f"{len(damaged)} files are gone or damaged ({names}): what was in them is done again")
             if not started:
-                self.write_json(STARTED, {"fingerprint": stage_fingerprint})
+                self.write_json(STARTED, claim)
             for name in (*damaged, MANIFEST):
                 if self.exists(name):
                     self.filesystem.delete_file(f"{self.path}/{name}")
+        else:
+            check()
         return "continue"
+
+    def withdraw(self) -> None:
+        """Takes back what `begin` claimed, where no row was written: other settings may begin without `redo`.
+
+        Rows in quarantine say what was wrong with the input, and stay until then.
+        """
+        mine = {f"{self.path}/{STARTED}"}
+        written = [path for path in self.files(recursive=True) if path not in mine]
+        if any(not path.startswith(f"{self.path}/quarantine/") for path in written):
+            return
+        if written:
+            self.write_json(STARTED, {"withdrawn": True})
+        else:
+            self.delete()
 
     def _sizes(self) -> dict[str, int]:
         """Bytes of every file of the stage by its path in the folder, but for those that say how it stands."""

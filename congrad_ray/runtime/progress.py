@@ -9,6 +9,19 @@ import time
 logger = logging.getLogger(__name__)
 
 
+def duration(seconds: float) -> str:
+    """`58 s`, `12 min`, `1 h 12 min`, `3 d 4 h`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return f"{hours // 24} d {hours % 24} h"
+
+
 class Progress:
     """Prints rows done, rate and time left at most every few seconds.
 
@@ -62,5 +75,5 @@ class Progress:
             text += f", {rate:.2g} rows/s" if rate < 10 else f", {rate:.0f} rows/s"
             # Of rows that are only computed the tokens are not known: they are taken for as long as the others.
             text += f", {rate * self._tokens / finished:.0f} tokens/s" if self._tokens else ""
-            text += f", {(self._total - done) / rate:.0f} s left" if done < self._total else ""
+            text += f", {duration((self._total - done) / rate)} left" if done < self._total else ""
         logger.info(text)

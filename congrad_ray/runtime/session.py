@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import threading
 from collections import Counter
 
@@ -73,6 +74,12 @@ def connect(profile: Profile, cpus_needed: float) -> None:
     # again; by default Ray Data then gives up the whole stage.
     context.max_consecutive_actor_init_deaths = _FAILED_STARTS
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def connected() -> bool:
+    """Whether this process is connected to a Ray, without importing it."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def machine() -> Machine:

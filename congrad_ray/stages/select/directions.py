@@ -15,7 +15,6 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq, nnls
 
 from congrad_ray.config.recipe import DirectionMethod
 
@@ -204,6 +203,8 @@ def cagrad(gram: Float64Array, c: float = 0.5) -> Float64Array:
     shortest = _CANCELLED * float(lengths.min())
     if excess(shortest) <= 0.0:
         return weights
+    from scipy.optimize import brentq
+
     # No g_w is longer than the longest gradient; the margin is for rounding.
     found = nearest(brentq(excess, shortest, 1.0 + 1e-9, xtol=1e-16, rtol=1e-15))
     weights[rows] += radius / float(np.linalg.norm(found @ gradients)) * found
@@ -330,6 +331,8 @@ def _nearest_to_zero(points: Float64Array) -> Float64Array:
     s > 0: v = t w has the value t^2 |w points|^2 + s^2 (t - 1)^2, which grows with |w points| whatever t is. An
     active-set solver of non-negative least squares finds it exactly, for points that depend on each other too.
     """
+    from scipy.optimize import nnls
+
     lengths = np.linalg.norm(points, axis=1)
     shortest = float(lengths.min())
     if shortest == 0.0:

@@ -28,15 +28,13 @@ from congrad_ray.stages.train.engine import (
     start_engine,
     unsharded_gradient_norm,
 )
-from congrad_ray.stages.train.metrics import MetricsWriter, Row
+from congrad_ray.stages.train.metrics import FAILURE, REFERENCE_GAP, MetricsWriter, Row
 from congrad_ray.stages.train.schedule import Schedule, learning_rate, micro_batches
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FAILURE = "failure.json"
-REFERENCE_GAP = "logps/reference_gap"
 _CHECKPOINT_TAG = "state"
 _MEANS = (
     "loss",

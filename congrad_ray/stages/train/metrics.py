@@ -10,6 +10,8 @@ import pyarrow.fs as pafs
 
 from congrad_ray.rundir.directory import Folder
 
+FAILURE = "failure.json"
+REFERENCE_GAP = "logps/reference_gap"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
@@ -18,9 +18,11 @@ from congrad_ray.rundir.directory import Folder
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.notices import heard, looking
 from congrad_ray.stages.base import Stage
-from congrad_ray.stages.train.loop import FAILURE, REFERENCE_GAP, TrainingJob, train_worker
-from congrad_ray.stages.train.metrics import Row, read_metrics
+from congrad_ray.stages.train.metrics import FAILURE, REFERENCE_GAP, Row, read_metrics
 from congrad_ray.stages.train.schedule import TrainingError, make_schedule
+
+if TYPE_CHECKING:
+    from congrad_ray.stages.train.loop import TrainingJob
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,8 @@ def settings(recipe: Recipe, iteration: int) -> dict[str, Any]:
 
 def run(context: Context) -> Outcome:
     """Trains on `selection/selected.parquet`; raises TrainingError naming what is wrong with it or with a step."""
+    from congrad_ray.stages.train.loop import TrainingJob
+
     started = time.monotonic()
     train, workers = context.recipe.train, context.profile.trainers
     selection = context.input("selection")
@@ -115,6 +119,8 @@ def _check_selection(selection: Folder) -> int:
 def _fit(context: Context, job: TrainingJob) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
+
+    from congrad_ray.stages.train.loop import train_worker
 
     profile, output = context.profile, context.output
     workers = profile.trainers

@@ -278,12 +278,10 @@ def kill_a_worker_after(run: RunDirectory, step: int) -> threading.Thread:
 def test_a_worker_without_memory_says_what_would_need_less(
     tmp_path: Path, tiny_model: Path, make_selection: Any, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from congrad_ray.stages.train import stage as train
-
     def full(config: dict[str, Any]) -> None:
         torch.empty(2**50)
 
-    monkeypatch.setattr(train, "train_worker", full)
+    monkeypatch.setattr("congrad_ray.stages.train.loop.train_worker", full)
     run = RunDirectory.open(tmp_path)
     make_selection(run, 4)
     with pytest.raises(TrainingError, match=r"can't allocate memory(.|\n)*lower train\.micro_batch_size"):
