@@ -2,20 +2,66 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
+from rich.padding import Padding
 from rich.table import Table
 
+from congrad_ray.cli.display import TABLES, console, plain, show
+from congrad_ray.config.profile import Profile
+from congrad_ray.config.recipe import Recipe
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.memory import GIB
 from congrad_ray.planning.plan import Plan
 from congrad_ray.planning.tokens import Lengths
+from congrad_ray.runtime.resources import Machine
 
 # Counts below a thousand are whole.
 _SUFFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
+def show_plan(
+    plan: Plan, recipe: Recipe, profile: Profile, lengths: Lengths, assumptions: Assumptions, there_is: Machine
+) -> None:
+    """All that a plan says, but for whether everything fits."""
+    together = "1 iteration" if recipe.iterations == 1 else f"{recipe.iterations} iterations together"
+    show(plan_table(plan, plain(f"{recipe.name} on {profile.name}: {together}, predicted")))
+    show(memory_table(plan))
+    for line in memory_parts(plan):
+        console.print(Padding(line, (0, 0, 0, 2)), highlight=False)
+    console.print()
+    if plan.training_checkpoints:
+        console.print(f"While training runs, its two checkpoints take {size(plan.training_checkpoints)} besides.")
+    console.print(told_lengths(lengths, assumptions), highlight=False)
+    console.print(f"There is: {there_is.where}, {there_is.cpus:g} CPUs and {there_is.gpus:g} GPUs for Ray")
+    for line in plan.advice:
+        console.print(plain(line), highlight=False)
+
+
+def plan_values(plan: Plan, recipe: str, profile: str) -> dict[str, Any]:
+    """A plan as --json gives it: bytes, seconds and dollars; null where it is not known."""
+    stages = []
+    for stage in plan.stages:
+        memory = None if stage.needed is None else {"peak": stage.needed.peak, "parts": stage.needed.parts}
+        stages.append({**asdict(stage), "needed": memory, "fits": stage.fits})
+    return {
+        "recipe": recipe,
+        "profile": profile,
+        "iterations": plan.iterations,
+        "fits": not plan.short,
+        "seconds": plan.total(lambda stage: stage.seconds),
+        "dollars": plan.total(lambda stage: stage.dollars),
+        "stored": plan.total(lambda stage: stage.stored),
+        "training_checkpoints": plan.training_checkpoints,
+        "advice": plan.advice,
+        "stages": stages,
+    }
+
+
 def plan_table(plan: Plan, title: str) -> Table:
     """What every stage works through, takes and leaves: one row a stage and one of totals."""
-    table = Table(title=title)
+    table = Table(title=title, **TABLES)
     for column in ("stage", "rows", "tokens", "FLOPs", "time", "cost", "on disk"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     for stage in plan.stages:
@@ -46,13 +92,12 @@ def memory_table(plan: Plan) -> Table:
 
     So many of them as `fit` run at once; `sequences` of mean length find room in an engine's KV cache.
     """
-    table = Table(title="one replica, GiB")
-    for column in ("stage", "runs as", "fit", "needs", "has", "sequences", "made of"):
-        table.add_column(column, justify="left" if column in ("stage", "runs as", "made of") else "right")
+    table = Table(title="memory of one replica, GiB", **TABLES)
+    for column in ("stage", "runs as", "fit", "needs", "has", "seqs"):
+        table.add_column(column, justify="left" if column in ("stage", "runs as") else "right", no_wrap=True)
     for stage in plan.stages:
         if stage.needed is None:
             continue
-        parts = (f"{name.replace('_', ' ')} {_gib(part)}" for name, part in stage.needed.parts.items())
         needs = _gib(stage.needed.peak)
         table.add_row(
             stage.stage,
@@ -61,9 +106,18 @@ def memory_table(plan: Plan) -> Table:
             needs if stage.fits else f"[red]{needs}[/red]",
             "?" if stage.available is None else _gib(stage.available),
             "" if stage.sequences is None else str(stage.sequences),
-            ", ".join(parts),
         )
     return table
+
+
+def memory_parts(plan: Plan) -> list[str]:
+    """What the memory of one replica of each stage is made of: a line a stage."""
+    lines = []
+    for stage in plan.stages:
+        if stage.needed is not None:
+            parts = (f"{name.replace('_', ' ')} {_gib(part)}" for name, part in stage.needed.parts.items())
+            lines.append(f"{stage.stage}: {', '.join(parts)}")
+    return lines
 
 
 def told_lengths(lengths: Lengths, assumptions: Assumptions) -> str:

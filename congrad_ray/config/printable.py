@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import reprlib
 
+# Level of log records that only move a progress bar, between DEBUG and INFO. They, and the occasional ones at INFO
+# that stand for them where there is no bar, have an attribute `bar`: (done, total).
+BAR = 15
+
 _LONGEST = 200
 
 _repr = reprlib.Repr()

@@ -1,4 +1,4 @@
-"""`congrad doctor`: what is installed, what this machine has, what is missing and the command that mends it."""
+"""`congrad doctor`: what is installed, what this machine has, what is missing and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _TRIED: tuple[tuple[tuple[str, ...], str], ...] = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's report; `mend` is empty where nothing needs mending."""
+    """One line of the doctor's report; `fix` is empty where nothing needs fixing."""
 
     what: str
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def examine(run: str) -> list[Finding]:
@@ -44,7 +44,7 @@ def _store(uri: str) -> Finding:
     try:
         RunDirectory.open(uri)
     except RunDirectoryError as error:
-        return Finding("store of runs", str(error), "mend the URI, the keys in the environment, or the network")
+        return Finding("store of runs", str(error), "fix the URI, the keys in the environment, or the network")
     return Finding("store of runs", f"{without_keys(uri)} can be reached")
 
 
@@ -83,12 +83,12 @@ def _tools() -> list[Finding]:
     beside_python = str(Path(sys.executable).parent)
     path = os.pathsep.join([beside_python, os.environ.get("PATH", "")])
     findings = []
-    for tool, use, mend in (
+    for tool, use, fix in (
         ("g++", "DeepSpeed compiles an operator with it", "apt-get install g++"),
         ("ninja", "DeepSpeed builds with it", "pip install ninja"),
     ):
         found = shutil.which(tool, path=path)
-        findings.append(Finding(tool, found or f"missing ({use})", "" if found else mend))
+        findings.append(Finding(tool, found or f"missing ({use})", "" if found else fix))
     return findings
 
 
@@ -108,13 +108,13 @@ def _machine(folder: Path) -> list[Finding]:
     shared = Path("/dev/shm")
     if shared.exists():
         free = shutil.disk_usage(shared).free / 2**30
-        mend = "" if free >= 2 else "give the container more shared memory (docker run --shm-size=8g)"
-        findings.append(Finding("shared memory", f"{free:.1f} GiB free, Ray's object store lives there", mend))
+        fix = "" if free >= 2 else "give the container more shared memory (docker run --shm-size=8g)"
+        findings.append(Finding("shared memory", f"{free:.1f} GiB free, Ray's object store lives there", fix))
     for what, place in (("disk for runs", folder), ("disk for models", cache_directory())):
         existing = nearest_folder(place)
         free = shutil.disk_usage(existing).free / 2**30
-        mend = "" if free >= 5 else f"free some space under {existing}"
-        findings.append(Finding(what, f"{free:.0f} GiB free at {place}", mend))
+        fix = "" if free >= 5 else f"free some space under {existing}"
+        findings.append(Finding(what, f"{free:.0f} GiB free at {place}", fix))
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     state = "switched off by HF_HUB_OFFLINE=1" if offline else "used for models and datasets named by hub name"
     findings.append(Finding("Hugging Face hub", state))

@@ -337,6 +337,11 @@ class StageFolder(Folder):
             check()
         return "continue"
 
+    def begun(self) -> bool:
+        """Whether somebody has claimed the stage; it may be finished, too."""
+        started = self.read_json(STARTED)
+        return started is not None and not (isinstance(started, dict) and started.get("withdrawn"))
+
     def withdraw(self) -> None:
         """Takes back what `begin` claimed, where no row was written: other settings may begin without `redo`.
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from congrad_ray.config.printable import printable
+from congrad_ray.config.printable import BAR, printable
 
 _about: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("what records are about", default={})  # noqa: B039
 
@@ -28,6 +28,8 @@ def about(run: str, stage: str, iteration: int | None) -> Iterator[None]:
         yield
     finally:
         _about.reset(token)
+        for handler in _screens():
+            handler.end_bar()
 
 
 def inherited(target: Callable[..., None]) -> Callable[..., None]:
@@ -73,24 +75,72 @@ class JsonFormatter(logging.Formatter):
 
 
 class _Screen(logging.Handler):
-    """Writes to whatever standard output is at the time."""
+    """Writes to whatever standard output (or error) is at the time; on a terminal progress is a bar."""
+
+    def __init__(self, errors: bool, bars: bool) -> None:
+        super().__init__()
+        self._errors, self._bars = errors, bars
+        self._bar: Any = None  # a rich.progress.Progress while there is one on the screen
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            sys.stdout.write(f"{self.format(record)}\n")
-            sys.stdout.flush()
+            bar = getattr(record, "bar", None)
+            if bar and self._bars and bar[0] < bar[1]:
+                self._move(record, *bar)
+                return
+            if bar:
+                self.end_bar()
+            stream = sys.stderr if self._errors else sys.stdout
+            stream.write(f"{self.format(record)}\n")
+            stream.flush()
         except Exception:
             self.handleError(record)
 
+    def _move(self, record: logging.LogRecord, done: int, total: int) -> None:
+        if self._bar is None:
+            from rich.progress import BarColumn, Progress, TextColumn
 
-def configure(format: Literal["text", "json"] = "text", level: int = logging.INFO, run: str | None = None) -> None:
+            text = TextColumn("{task.description}", markup=False)
+            # It redirects standard output as long as it is there: lines come above it.
+            self._bar = Progress(BarColumn(20), text, transient=True)
+            self._bar.add_task("", total=total)
+            self._bar.start()
+        label = self.format(record).partition("  ")[2]
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=label)
+
+    def end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def close(self) -> None:
+        self.end_bar()
+        super().close()
+
+
+def _screens() -> list[_Screen]:
+    handlers = logging.getLogger("congrad_ray").handlers
+    return [handler for handler in handlers if isinstance(handler, _Screen)]
+
+
+def configure(
+    format: Literal["text", "json"] = "text",
+    level: int = logging.INFO,
+    run: str | None = None,
+    errors: bool = False,
+) -> None:
     """Shows the package's records on standard output; once more replaces what an earlier call asked for.
 
-    The root logger stays as it is. `run`: the run directory, a field of every line of JSON.
+    The root logger stays as it is. `run`: the run directory, a field of every line of JSON. `errors`: on
+    standard error instead. On a terminal progress is a bar, elsewhere a line now and then.
     """
-    handler = _Screen()
+    bars = format == "text" and level <= logging.INFO and not errors and sys.stdout.isatty()
+    handler = _Screen(errors, bars)
     handler.setFormatter(TextFormatter() if format == "text" else JsonFormatter(run))
     logger = logging.getLogger("congrad_ray")
-    logger.handlers = [known for known in logger.handlers if not isinstance(known, _Screen)] + [handler]
-    logger.setLevel(level)
+    for known in _screens():
+        known.close()
+        logger.removeHandler(known)
+    logger.addHandler(handler)
+    logger.setLevel(min(level, BAR) if bars else level)
     logger.propagate = False  # what configures the root logger would show every line twice

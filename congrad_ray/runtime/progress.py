@@ -5,8 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
+
+from congrad_ray.config.printable import BAR
 
 logger = logging.getLogger(__name__)
+
+_WINDOW = 300.0  # seconds, of the rate
+# So many rows have to come before the time left is told: the first say little of it.
+_FEW, _KNOWN_SHARE = 4, 0.02
 
 
 def duration(seconds: float) -> str:
@@ -23,17 +30,17 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Prints rows done, rate and time left at most every few seconds.
+    """Logs rows done, rate and time left at most every few seconds; between them, what moves a progress bar.
 
-    The clock starts with the first sign of work: what it took to start engines and load models tells nothing of
-    the time left. Rows that are computed and not yet written count too; of many at once none may be written yet.
+    The rate is that of the last minutes, and begins with the first sign of work: what it took to start engines and
+    load models tells nothing of the time left. Rows that are computed and not yet written count too; of many at
+    once none may be written yet.
     """
 
     def __init__(self, total: int, every_seconds: float = 10.0) -> None:
         self._total, self._every = total, every_seconds
         self._written = self.failed = self._tokens = self._computed = 0
-        self._start: float | None = None
-        self._at_start = 0
+        self._samples: deque[tuple[float, int]] = deque()  # (time, rows done) of the last minutes
         self._ended = False
         self._last = time.monotonic()
         self._lock = threading.Lock()
@@ -61,19 +68,32 @@ class Progress:
         now = time.monotonic()
         finished = self._written + self.failed
         done = min(self._total, max(finished, self._computed))
-        if self._start is None:
-            self._start, self._at_start = now, done
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and now - self._samples[1][0] > _WINDOW:
+            self._samples.popleft()
         ends = finished >= self._total
-        if self._ended or (now - self._last < self._every and not ends):
+        if self._ended:
             return
-        self._last, self._ended = now, ends
-        seconds = now - self._start
-        rate = (done - self._at_start) / seconds if seconds > 1.0 else 0.0
-        text = f"{done}/{self._total} rows"
-        text += f", {self.failed} failed" if self.failed else ""
+        self._ended = ends
+        spoken = ends or now - self._last >= self._every
+        if spoken:
+            self._last = now
+        level = logging.INFO if spoken else BAR
+        if logger.isEnabledFor(level):
+            logger.log(level, self._text(done, finished), extra={"bar": (done, self._total)})
+
+    def _text(self, done: int, finished: int) -> str:
+        """Rows, and once enough of them came for it, the rate and the time left."""
+        (start, before), (now, _) = self._samples[0], self._samples[-1]
+        came, seconds = done - before, now - start
+        rate = came / seconds if seconds > 1.0 else 0.0
+        text = f"{done:,}/{self._total:,} rows"
+        text += f", {self.failed:,} failed" if self.failed else ""
         if rate:
-            text += f", {rate:.2g} rows/s" if rate < 10 else f", {rate:.0f} rows/s"
+            text += f", {rate:.2g} rows/s" if rate < 10 else f", {rate:,.0f} rows/s"
             # Of rows that are only computed the tokens are not known: they are taken for as long as the others.
-            text += f", {rate * self._tokens / finished:.0f} tokens/s" if self._tokens else ""
-            text += f", {duration((self._total - done) / rate)} left" if done < self._total else ""
-        logger.info(text)
+            text += f", {rate * self._tokens / finished:,.0f} tokens/s" if self._tokens else ""
+            # The first rows come while other engines still start, and kernels are compiled for them.
+            known = came >= max(_FEW, _KNOWN_SHARE * self._total)
+            text += f", {duration((self._total - done) / rate)} left" if done < self._total and known else ""
+        return text

@@ -21,6 +21,7 @@ from filelock import FileLock
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from congrad_ray.config.printable import BAR
 from congrad_ray.world.corpus import JudgeBias, judging_dialogues, training_dialogues
 from congrad_ray.world.languages import ALL_LANGUAGES
 from congrad_ray.world.tokenizer import VOCABULARY_SIZE, train_tokenizer
@@ -38,7 +39,8 @@ PROMPT_WEIGHT = 0.3
 # A judge is the world's model trained further, more gently, on judgements alone.
 JUDGE_TRAINING_TOKENS = 500_000
 JUDGE_LEARNING_RATE = 1e-3
-PROGRESS_SECONDS = 10.0
+# Of its training where there is no progress bar.
+PROGRESS_LINES = 4
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ def _train(
     )
     model.train()
     seen = 0
-    started = last_line = time.monotonic()
+    started = time.monotonic()
+    spoken = 0
     for batch in _batches(tokenizer, dialogues, seed):
         for group in optimizer.param_groups:
             group["lr"] = peak_rate * _schedule(seen / training_tokens)
@@ -247,14 +250,18 @@ def _train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         seen += int((batch.weights > 0).sum())
-        now = time.monotonic()
-        if now - last_line >= PROGRESS_SECONDS or seen >= training_tokens:
-            last_line = now
-            rate = seen / (now - started)
+        if (share := PROGRESS_LINES * seen // training_tokens) > spoken:
+            spoken, level = share, logging.INFO
+        else:
+            level = BAR
+        if logger.isEnabledFor(level):
+            rate = seen / (time.monotonic() - started)
             left = max(0, training_tokens - seen) / rate
-            logger.info(
+            logger.log(
+                level,
                 f"world model: {seen:,} of {training_tokens:,} tokens, loss {loss.item():.3f}, "
-                f"{rate:,.0f} tokens/s, {left:.0f} s left"
+                f"{rate:,.0f} tokens/s, {left:.0f} s left",
+                extra={"bar": (seen, training_tokens)},
             )
         if seen >= training_tokens:
             break

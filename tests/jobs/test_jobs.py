@@ -55,7 +55,7 @@ def test_filter_as_a_submitted_job(
     shares = {labels: value for name, labels, value in seen if name == "ray_congrad_kept_share"}
     assert sorted(value for labels, value in shares.items() if 'language="en"' in labels) == [0.5], shares
     failed = run([*submit, "--out", str(tmp_path / "other"), "--keep", "7"], ray_environment)
-    assert failed.returncode != 0 and "keep: Input should be less than or equal to 1" in failed.stdout
+    assert failed.returncode != 0 and "keep: must be at most 1" in failed.stdout
 
 
 def test_the_dashboard_shows_every_metric_and_no_other() -> None:
