@@ -122,7 +122,7 @@ def _show_matrix(title: str, languages: Sequence[str], cosines: Sequence[Sequenc
     """A symmetric matrix, in parts of as many columns as the screen has room for."""
     room = max(1, (console.width - max(map(len, languages)) - 4) // max(7, 2 + max(map(len, languages))))
     for start in range(0, len(languages), room):
-        table = _table(title if start == 0 else "", ("", *languages[start : start + room]))
+        table = _table(title if start == 0 else "", ("language", *languages[start : start + room]))
         for language, row in zip(languages, cosines, strict=True):
             table.add_row(language, *(f"{value:.2f}" for value in row[start : start + room]))
         show(table)
@@ -160,9 +160,9 @@ def overlap_values(first: str, second: str) -> dict[str, Any]:
         raise RunDirectoryError(f"{without_keys(first)} and {without_keys(second)} have no pair in common")
     columns = [both[name].to_numpy() for name in ("kept", "kept_second", "score", "score_second")]
     rows = overlaps(both["language"].to_pylist(), (columns[0], columns[1]), (columns[2], columns[3]))
-    languages = [asdict(row) for row in rows]
-    for row in languages:
-        row["language"] = "all" if row["language"] == EVERY_LANGUAGE else row["language"]
+    languages = [{**asdict(row), "by_chance": row.by_chance, "share": row.share} for row in rows]
+    for values in languages:
+        values["language"] = "all" if values["language"] == EVERY_LANGUAGE else values["language"]
     names = [without_keys(first), without_keys(second)]
     return {"selections": names, "languages": languages, "only_in": [len(table) - len(both) for table in tables]}
 

@@ -43,8 +43,7 @@ def starter_recipe(name: str, schema: str | None = None) -> str:
     lines = [f"# yaml-language-server: $schema={schema}"] if schema else []
     lines += [
         "# A recipe: what to do. Where to do it is the profile's matter (congrad run --profile).",
-        "# Settings that are commented out have the value shown. It is checked before anything runs:",
-        "#   congrad plan FILE",
+        "# A setting with a # before it has the value shown; take the # away to set another.",
         "",
     ]
     for key, field in Recipe.model_fields.items():
@@ -58,26 +57,26 @@ def starter_recipe(name: str, schema: str | None = None) -> str:
 
 def _section(key: str, model: type[BaseModel], values: dict[str, Any]) -> list[str]:
     said = textwrap.wrap(" ".join((model.__doc__ or "").split()), _WIDTH - 2)
+    if not values:  # a section needs a setting that is not commented out
+        name, field = next(iter(model.model_fields.items()))
+        values = {name: field.get_default(call_default_factory=True)}
     inner = [line for name, field in model.model_fields.items() for line in _setting(name, field, values, 1)]
-    mark = "" if any(not line.lstrip().startswith("#") for line in inner) else "# "
-    return [*(f"# {line}" for line in said), f"{mark}{key}:", *inner]
+    return [*(f"# {line}" for line in said), f"{key}:", *inner]
 
 
 def _setting(key: str, field: FieldInfo, values: dict[str, Any], depth: int) -> list[str]:
-    """A setting with its comment above it."""
+    """A setting with its comment above it: `# comment`, then `#key: value` or `key: value`."""
     indent = "  " * depth
     told = "; ".join(part for part in (field.description, _choices(field.annotation)) if part)
     comment = [f"{indent}# {line}" for line in textwrap.wrap(told, _WIDTH - 2 - len(indent))]
     if key in values:
         return [*comment, f"{indent}{key}: {_yaml(values[key])}"]
-    if field.is_required():
-        return [*comment, f"{indent}# {key}:"]
     default = field.get_default(call_default_factory=True)
     if isinstance(default, BaseModel):
         inner = [line for name, each in type(default).model_fields.items() for line in _setting(name, each, {}, 0)]
-        # Two marks, so that taking away the first leaves the comments of the settings that are inside.
-        return [*comment, f"{indent}# {key}:", *(f"{indent}#   {line}" for line in inner)]
-    return [*comment, f"{indent}# {key}: {_yaml(default)}"]
+        inner = [line.removeprefix("#") if line.startswith("#") and line[1] != " " else line for line in inner]
+        return [*comment, f"{indent}#{key}:", *(f"{indent}#  {line}" for line in inner)]
+    return [*comment, f"{indent}#{key}: {_yaml(default)}"]
 
 
 def _choices(annotation: Any) -> str:

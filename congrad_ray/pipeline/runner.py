@@ -213,7 +213,7 @@ def _summary(manifest: Manifest) -> str:
             parts.append(
                 f"{total:,} in quarantine ({', '.join(f'{key} {count}' for key, count in value.items())})"
             )
-        elif isinstance(value, bool) or not isinstance(value, int | float):
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not value:
             continue
         elif isinstance(value, int):
             parts.append(f"{value:,} {words}")
