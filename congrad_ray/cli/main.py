@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import typer
 from congrad_ray.cli import cluster, filtering, loop, setup, stages
 from congrad_ray.cli.options import screen
 from congrad_ray.config.printable import printable
-from congrad_ray.runtime.logs import configure
+from congrad_ray.runtime.logs import configure, quieten_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +57,9 @@ def options(
     """
     screen.json = False
     screen.level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
-    if verbose:
-        os.environ["CONGRAD_RAY_VERBOSE"] = "1"
     configure(level=screen.level)
+    if not verbose:
+        quieten_libraries()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -116,6 +118,19 @@ class _Screen(logging.Handler):
     def close(self) -> None:
         self.end_bar()
         super().close()
+
+
+def quieten_libraries() -> None:
+    """Keeps off the screen what libraries say of themselves there, which a user can do nothing about."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore", FutureWarning)
+    # A Ray of one's own, which ends with the command, has a token that nobody needs to know of.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    # DeepSpeed sets its logger's level when it is imported, and then says that there is no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _screens() -> list[_Screen]:

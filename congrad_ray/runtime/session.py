@@ -43,11 +43,13 @@ def connect(profile: Profile, cpus_needed: float) -> None:
             **(_PASSIVE if profile.device == "cpu" else {}),
         }
         address = profile.ray_address
+        verbose = logging.getLogger("congrad_ray").isEnabledFor(logging.DEBUG)
+        level = logging.INFO if verbose else logging.WARNING
         if address:
             ray.init(
                 address=address,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
+                log_to_driver=verbose,
+                logging_level=level,
                 runtime_env={"env_vars": environment},
             )
         else:
@@ -58,8 +60,8 @@ def connect(profile: Profile, cpus_needed: float) -> None:
                 object_store_memory=int(store * 2**30) if store else None,
                 object_spilling_directory=profile.spill_directory,
                 include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
+                log_to_driver=verbose,
+                logging_level=level,
                 runtime_env={"env_vars": environment},
             )
         # ray.init puts its own handler there, which ends the process without a word of how to go on.
