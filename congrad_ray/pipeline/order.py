@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.modeling.source import check_models
-from congrad_ray.pipeline.runner import run_stage
+from congrad_ray.pipeline.runner import loads_models, run_stage
 from congrad_ray.rundir.directory import Manifest, RunDirectory
 from congrad_ray.runtime.lock import only_writer
 from congrad_ray.stages.base import Stage
@@ -51,11 +51,12 @@ def run_all(
         end = max(number for number, (stage, _) in enumerate(steps) if stage.name == until)
         steps = steps[: end + 1]
     with only_writer(run):
-        if any(stage.uses_ray and not _is_done(stage, run, iteration) for stage, iteration in steps):
+        to_do = [step for step in steps if not _is_done(run, *step)]
+        if any(loads_models(stage, recipe, iteration) for stage, iteration in to_do):
             check_models(recipe, present=True)  # before the first stage, not before the first that needs them
         for stage, iteration in steps:
             after(stage, run_stage(stage, recipe, profile, run, iteration, redo))
 
 
-def _is_done(stage: Stage, run: RunDirectory, iteration: int) -> bool:
+def _is_done(run: RunDirectory, stage: Stage, iteration: int) -> bool:
     return run.stage(stage.folder, iteration if stage.each_iteration else None).manifest() is not None

@@ -76,7 +76,7 @@ def _locked_stage(
         output.delete()
 
     def check() -> None:
-        check_models(recipe, stage.chats, present=stage.uses_ray)
+        check_models(recipe, stage.chats, present=loads_models(stage, recipe, iteration))
         if stage.uses_ray and not (profile.cluster or profile.ray_address or connected()):
             cpus = most_cpus(recipe, profile)
             check_fits(_need(stage, recipe, profile), this_machine(profile, cpus), None)
@@ -93,6 +93,11 @@ def _locked_stage(
         if not isinstance(error, StageStopped) and (not stage.uses_ray or isinstance(error, _OF_INPUT)):
             output.withdraw()
         raise
+
+
+def loads_models(stage: Stage, recipe: Recipe, iteration: int) -> bool:
+    """Whether the work of a stage is with models, so that they decide its output."""
+    return stage.uses_ray and "model" in _named(stage.settings(recipe, iteration))
 
 
 def _named(settings: Any) -> dict[str, Any]:

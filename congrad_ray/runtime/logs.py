@@ -99,15 +99,15 @@ class _Screen(logging.Handler):
             self.handleError(record)
 
     def _move(self, record: logging.LogRecord, done: int, total: int) -> None:
+        label = self.format(record).partition("  ")[2]  # without the time
         if self._bar is None:
             from rich.progress import BarColumn, Progress, TextColumn
 
             text = TextColumn("{task.description}", markup=False)
             # It redirects standard output as long as it is there: lines come above it.
             self._bar = Progress(BarColumn(20), text, transient=True)
-            self._bar.add_task("", total=total)
+            self._bar.add_task(label, total=total, completed=done)
             self._bar.start()
-        label = self.format(record).partition("  ")[2]
         self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=label)
 
     def end_bar(self) -> None:

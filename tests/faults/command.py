@@ -48,8 +48,8 @@ PROFILE = {
     "sketchers": {"min_actors": 2, "max_actors": 2, "cpus": 1},
     "trainers": {"num_workers": 2, "cpus": 1, "max_failures": 100},
 }
-_BEGINS = re.compile(r"^\S+  (\w+)(?: \(iteration \d+\))?: (?:starting|going on): ")
-_ENDS = re.compile(r"^\S+  (\w+)(?: \(iteration \d+\))?: \d+ rows in ")
+_BEGINS = re.compile(r"^\S+  (\w+)(?: \(iteration \d+\))?: (?:starting|resuming): ")
+_ENDS = re.compile(r"^\S+  (\w+)(?: \(iteration \d+\))?: done: [\d,]+ rows? in ")
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def test_interrupted_in_every_stage_it_goes_on_and_finishes(world: Path, tmp_pat
             assert process.stdout is not None
             for line in process.stdout:
                 lines.append(line)
-                if f"{stage} (iteration 0):" in line and ("starting" in line or "going on" in line):
+                if f"{stage} (iteration 0):" in line and ("starting" in line or "resuming" in line):
                     break
             # Long enough to be in the middle of the stages that take long.
             time.sleep(8 if stage in ("generate", "judge", "sketch", "train", "evaluate") else 0)

@@ -248,7 +248,10 @@ def test_stored_bytes(llama: ModelShape, recipe: Recipe) -> None:
 
 def test_a_wrong_assumption_is_refused_with_what_is_allowed() -> None:
     assert load_assumptions(["response_share=0.2"]).response_share == 0.2
-    with pytest.raises(SettingsError, match="response_shares: no such setting; allowed here: prompt_share"):
+    with pytest.raises(
+        SettingsError,
+        match=r"response_shares: no such setting \(did you mean response_share\?\); allowed here: prompt_share",
+    ):
         load_assumptions(["response_shares=0.2"])
     with pytest.raises(SettingsError, match="prefill_mfu"):
         load_assumptions(["prefill_mfu=2"])

@@ -182,7 +182,7 @@ def test_generating_goes_on_after_a_kill(
     folder = run / "iteration-0" / "responses"
     parts = run_killed(command, folder, own_ray)
     output = run_to_end(command)
-    assert "prompts: done already" in output and "generate (iteration 0): going on" in output
+    assert "prompts: done already" in output and "generate (iteration 0): resuming" in output
     assert len(rows_of(folder, "response_id", parts)) == 24 * 2
 
 
@@ -196,6 +196,6 @@ def test_sketching_goes_on_after_a_kill(
     command = congrad("filter", preferences, "--model", real_model("smollm2"), "--out", out, "--chat", *batches)
     folder = out / "work" / "iteration-0" / "sketches"
     parts = run_killed(command, folder, own_ray)
-    assert "going on" in run_to_end(command)
+    assert "resuming" in run_to_end(command)
     assert len(rows_of(folder, "pair_id", parts)) == len(pairs)
     assert len(pq.read_table(out / "selected.parquet")) == len(pairs) // 2

@@ -379,8 +379,8 @@ def test_a_store_that_cannot_be_used_is_told_without_its_keys(store_query: str, 
 
 def test_the_doctor_looks_at_a_store(store_uri: str) -> None:
     good, bad = examine(store_uri)[-1], examine(f"s3://{KEY}:{SECRET}@bucket/run?endpoint=x")[-1]
-    assert good.found == f"s3://{bucket_of(store_uri)}/run can be reached" and not good.mend
-    assert "Unexpected query" in bad.found and SECRET not in bad.found and bad.mend
+    assert good.found == f"s3://{bucket_of(store_uri)}/run can be reached" and not good.fix
+    assert "Unexpected query" in bad.found and SECRET not in bad.found and bad.fix
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_a_killed_driver_goes_on_from_the_store(
     assert sketches.manifest() is None and before
     assert 0 < len(sketches.ids("pair_id")) < 400
     again = subprocess.run(call, check=True, timeout=300, capture_output=True, text=True)
-    assert "sketch (iteration 0): going on" in again.stdout
+    assert "sketch (iteration 0): resuming" in again.stdout
     assert f"kept pairs: s3://{bucket_of(store_uri)}/run/selected.parquet" in again.stdout
     assert before <= set(sketches.files(".parquet")), "rows that were there are not computed again"
 

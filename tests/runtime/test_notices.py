@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,7 +29,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield now
 
 
-def test_what_workers_say_and_warn_is_on_the_screen_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_workers_say_and_warn_is_on_the_screen_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, warned: Callable[[], list[str]]
+) -> None:
     import ray
 
     connect(Profile(name="test"), 3)
@@ -65,8 +67,7 @@ def test_what_workers_say_and_warn_is_on_the_screen_once(tmp_path: Path, caplog:
     write_rows(worked, context, SCHEMA, "id", 20)
     lines = caplog.messages
     assert lines.count("loading a model") == 1
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warnings == ["the prompt's end is dropped"]
+    assert warned() == ["the prompt's end is dropped"]
     assert lines[-1].startswith("20/20 rows") or "20/20 rows" in " ".join(lines)
     assert progressed
 
