@@ -142,5 +142,5 @@ def submit(
         logger.info(f"job {job} on {address}: {without_keys(command)}")
         code = submission.follow(client, job, lambda text: typer.echo(printable(text, lines=True), nl=False))
     except KeyboardInterrupt:
-        raise submission.StillRunning(f"\nThe job goes on. {submission.again(client, job)}") from None
+        raise submission.StillRunning(f"\nThe job keeps running. {submission.again(client, job)}") from None
     raise typer.Exit(code)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.table import Table
 
 from congrad_ray.config.printable import printable
@@ -30,8 +29,6 @@ TABLES: dict[str, Any] = {
     "padding": (0, 1, 0, 0),
     "pad_edge": False,
     "show_edge": False,
-    "title_justify": "left",
-    "caption_justify": "left",
 }
 
 
@@ -44,8 +41,15 @@ def _table(title: str, columns: Sequence[str], texts: int = 1, caption: str = ""
 
 
 def show(table: Table) -> None:
-    """Prints a table and an empty line."""
-    console.print(Padding(table, (0, 0, 1, 0), expand=False))
+    """Prints a table and an empty line; rich would fold title and caption to the table's own width."""
+    title, caption = table.title, table.caption
+    table.title = table.caption = None
+    if title:
+        console.print(f"[bold]{title}[/bold]", highlight=False)
+    console.print(table)
+    if caption:
+        console.print(f"[dim]{caption}[/dim]", highlight=False)
+    console.print()
 
 
 def plain(text: str) -> str:

@@ -130,7 +130,7 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None]) 
             failures += 1
             if failures > _TRIES:
                 raise SubmitError(
-                    f"lost the job server: {error}\nThe job goes on. {again(client, job)}"
+                    f"lost the job server: {error}\nThe job keeps running. {again(client, job)}"
                 ) from error
         time.sleep(_RECONNECT_S)
     if details.status == "SUCCEEDED":

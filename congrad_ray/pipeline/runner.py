@@ -139,7 +139,7 @@ _OF_INPUT = (SettingsError, InputError, ModelError, MissingChatTemplate, DoesNot
 
 @dataclass(frozen=True)
 class Claim:
-    """What a stage's result is told apart by."""
+    """What a stage's result is known by."""
 
     fingerprint: str
     settings: Any
@@ -204,7 +204,7 @@ def _work(stage: Stage, context: Context, label: str) -> Outcome:
         left = "" if free is None else f" ({free / 2**30:.2f} GiB are free)"
         raise RunDirectoryError(
             f"{label}: no space left on a disk: that of {context.output.path}{left}, or Ray's in /tmp/ray. "
-            "What is written is kept: make room, and the same command goes on with what is missing."
+            "What is written is kept: make room, and the same command resumes with what is missing."
         ) from error
 
 

@@ -82,7 +82,7 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_find_it(
     following.send_signal(signal.SIGINT)
     _, told = following.communicate(timeout=60)
     assert following.returncode == 130
-    assert "The job goes on." in told and f"ray job logs --follow --address {dashboard} raysubmit_" in told
+    assert "The job keeps running." in told and f"ray job logs --follow --address {dashboard} raysubmit_" in told
     end = time.monotonic() + 200
     while not (tmp_path / "run" / "prompts" / "_manifest.json").is_file():
         assert time.monotonic() < end, "the job did not go on"

@@ -350,7 +350,7 @@ def test_stages_give_on_a_store_what_they_give_on_a_local_path(
     app(["status", "--run", uri], standalone_mode=False)
     printed = capsys.readouterr().out
     assert "select (iteration 0): done already (24 rows)" in printed
-    assert [line.split()[5] for line in printed.splitlines() if line.startswith("│ select")] == ["done"]
+    assert [line.split()[2] for line in printed.splitlines() if line.startswith("select  ")] == ["done"]
     found = everything_in(store)
     assert {"report.html", "recipe.yaml", "iteration-0/selection/direction.safetensors"} <= set(found)
     for keys in (KEY, SECRET):
