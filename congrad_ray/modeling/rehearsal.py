@@ -10,7 +10,6 @@ soft-capping) keep what they keep.
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,66 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
-from congrad_ray.config.recipe import Recipe
-from congrad_ray.modeling.logprobs import summed_logprobs
-from congrad_ray.modeling.shape import ModelShape, meta_model
-from congrad_ray.modeling.tokenization import TokenizedPair
-from congrad_ray.stages.sketch.capture import GradientCapture
-from congrad_ray.stages.sketch.countsketch import CountSketch, FoldRule
-from congrad_ray.stages.sketch.sketcher import sketch_pairs
+from congrad_ray.modeling.shape import ModelShape
 
 # A deeper model is rehearsed with so many layers and with twice as many; each further layer adds what those of the
 # second half did, because all are alike. Even, for models whose layers alternate between two kinds.
 _LAYERS = 2
 
 
-def sketch_working_bytes(shape: ModelShape, recipe: Recipe, pairs: int) -> int:
-    """Bytes beside the weights, at their peak, for a micro-batch of pairs with rows of model.max_length."""
-    settings, length = recipe.sketch, recipe.model.max_length
-    fold = FoldRule(None if settings.fold == "auto" else settings.fold, settings.min_side)
-
-    def peak(config: PretrainedConfig) -> int:
-        model = meta_model(config, recipe.model.dtype)
-        sketch = CountSketch(settings.width, settings.seed, fold)
-        with GradientCapture(
-            model, settings.layers, settings.average_log_prob, settings.gradient_checkpointing
-        ) as capture:
-            ids = [0] * (length - 1)
-            batch = capture.layout([TokenizedPair([0], ids, ids)] * pairs)
-            return _peak_bytes(model, lambda: sketch_pairs(capture, sketch, batch))
-
-    return _extrapolated(shape, peak)
-
-
-def training_working_bytes(shape: ModelShape, recipe: Recipe, pairs: int) -> int:
-    """Bytes beside weights, gradients and optimiser, at their peak, for a micro-batch of such pairs.
-
-    A weight's gradient is freed when it is whole, as DeepSpeed does that moves it to where it gathers gradients.
-    """
-    rows, length = 2 * pairs, recipe.model.max_length
-
-    def peak(config: PretrainedConfig) -> int:
-        model = meta_model(config, recipe.model.dtype).train()
-        if recipe.train.gradient_checkpointing:
-            with warnings.catch_warnings():  # of a new name for this, which training itself tells of
-                warnings.simplefilter("ignore", FutureWarning)
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(_forget_gradient)
-        ids = torch.zeros((rows, length), dtype=torch.int64, device="meta")
-
-        def step() -> None:
-            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            of_row = torch.zeros(rows * (length - 1), dtype=torch.int64, device="meta")
-            logps = summed_logprobs(model, states[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), of_row, rows)
-            logps.sum().backward()
-
-        return _peak_bytes(model, step)
-
-    return _extrapolated(shape, peak)
-
-
-def _extrapolated(shape: ModelShape, peak: Callable[[PretrainedConfig], int]) -> int:
+def extrapolated(shape: ModelShape, peak: Callable[[PretrainedConfig], int]) -> int:
+    """`peak` of the whole model, from two of few layers where it is deep."""
     if shape.layers <= 2 * _LAYERS:
         return peak(shape.config)
     few, more = peak(_with_layers(shape.config, _LAYERS)), peak(_with_layers(shape.config, 2 * _LAYERS))
@@ -97,11 +45,12 @@ def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return shorter
 
 
-def _forget_gradient(parameter: Tensor) -> None:
+def forget_gradient(parameter: Tensor) -> None:
+    """A hook that frees a gradient as soon as it is whole."""
     parameter.grad = None
 
 
-def _peak_bytes(model: PreTrainedModel, work: Callable[[], object]) -> int:
+def peak_bytes(model: PreTrainedModel, work: Callable[[], object]) -> int:
     """The most bytes alive at once of what `work` makes beside the model."""
     storages = _Storages(tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
     with _fused_attention(), storages:

@@ -21,8 +21,6 @@ from congrad_ray.config.recipe import BUILTIN_WORLD, Model
 from congrad_ray.config.settings import SettingsError, local_path
 from congrad_ray.modeling.source import ModelError
 
-BYTES = {"float32": 4, "bfloat16": 2}
-
 
 @dataclass(frozen=True)
 class ModelShape:

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from congrad_ray.config.profile import Cluster, Engines, Pool, Profile
-from congrad_ray.config.recipe import Recipe
 
 
 class DoesNotFit(ValueError):
@@ -22,7 +21,7 @@ class Node:
     gpus: float
     count: int = 1
 
-    def holds(self, need: StageNeed) -> int:
+    def holds(self, need: Demand) -> int:
         """How many of the stage's actors one such node has room for."""
         fitting = [
             math.floor(have / asked + 1e-9)
@@ -85,8 +84,10 @@ def nodes_of(cluster: Cluster | None) -> tuple[Node, ...]:
 
 
 @dataclass(frozen=True)
-class StageNeed:
-    """What one stage asks for. `least_*` must be there for it to move at all, `most_*` is its full pool.
+class Demand:
+    """What one stage asks for, and its rows (at most) in one iteration.
+
+    `least_*` must be there for it to move at all, `most_*` is its full pool.
 
     `actor_*` is what one actor asks of one node; an engine over several GPUs asks in as many bundles, which may
     lie on several nodes. `least_actors` of them have to run at once.
@@ -112,10 +113,24 @@ def between(least: float, most: float) -> str:
     return f"{least:g}" if least == most else f"{least:g}..{most:g}"
 
 
-def _pool(stage: str, rows: int, what: str, pool: Pool, profile: Profile) -> StageNeed:
-    """A pool's actors hold their CPUs all the time; reading and writing needs some beside them."""
+def driver_demand(stage: str, rows: int) -> Demand:
+    """A stage that the driver's own process does."""
+    return Demand(stage, rows, "this process")
+
+
+def tasks_demand(stage: str, rows: int, profile: Profile) -> Demand:
+    """A stage that Ray Data's tasks do."""
+    return Demand(stage, rows, "Ray Data tasks", profile.data_cpus, 0.0, profile.data_cpus, 0.0)
+
+
+def pool_demand(stage: str, rows: int, what: str, setting: str, profile: Profile) -> Demand:
+    """A pool's actors hold their CPUs all the time; reading and writing needs some beside them.
+
+    `setting`: the pool's section of the profile, such as "engines".
+    """
+    pool: Pool = getattr(profile, setting)
     bundles = pool.tensor_parallel_size if isinstance(pool, Engines) else 1
-    return StageNeed(
+    return Demand(
         stage,
         rows,
         f"{what}: {between(pool.min_actors, pool.max_actors)}",
@@ -126,64 +141,11 @@ def _pool(stage: str, rows: int, what: str, pool: Pool, profile: Profile) -> Sta
         pool.cpus / bundles,
         pool.gpus / bundles,
         pool.min_actors * bundles,
-        "engines" if isinstance(pool, Engines) else "sketchers",
+        setting,
     )
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What a recipe asks for in one iteration."""
-
-    training: int  # prompts
-    evaluation: int  # prompts
-    responses: int
-    judgements: int
-    answers: int  # of one model to the evaluation prompts
-
-
-def rows_of(recipe: Recipe) -> Rows:
-    """The numbers of rows that follow from the recipe alone."""
-    prompts = recipe.prompts
-    training = len(prompts.languages) * prompts.train_per_language
-    evaluation = (len(prompts.languages) + len(prompts.unseen_languages)) * prompts.evaluation_per_language
-    responses = training * recipe.generate.num_generations
-    return Rows(
-        training,
-        evaluation,
-        responses,
-        responses * (recipe.judge.samples if recipe.judge.method == "sampled" else 1),
-        evaluation * (2 if recipe.evaluate.sampled else 1),
-    )
-
-
-def needs(recipe: Recipe, profile: Profile) -> list[StageNeed]:
-    """The needs of every stage of one iteration, in order. Rows are upper bounds: pairs may be fewer."""
-    rows = rows_of(recipe)
-    kept = round(rows.training * recipe.select.keep)
-    workers = profile.trainers
-    return [
-        StageNeed("prompts", rows.training + rows.evaluation, "this process"),
-        _pool("generate", rows.responses, "vLLM engines", profile.engines, profile),
-        _pool("judge", rows.judgements, "vLLM engines", profile.engines, profile),
-        StageNeed("pair", rows.training, "this process"),
-        _pool("sketch", rows.training, "model replicas", profile.sketchers, profile),
-        StageNeed("select", rows.training, "Ray Data tasks", profile.data_cpus, 0.0, profile.data_cpus, 0.0),
-        StageNeed(
-            "train",
-            kept * recipe.train.num_train_epochs,
-            f"DeepSpeed workers: {workers.num_workers}, ZeRO {recipe.train.zero_stage}",
-            *(2 * (workers.num_workers * workers.cpus, workers.num_workers * workers.gpus)),
-            workers.cpus,
-            workers.gpus,
-            workers.num_workers,
-            "trainers",
-        ),
-        _pool("evaluate", 2 * rows.answers, "vLLM engines", profile.engines, profile),
-        StageNeed("report", rows.evaluation, "this process"),
-    ]
-
-
-def check_fits(need: StageNeed, machine: Machine, cluster: Cluster | None = None) -> None:
+def check_fits(need: Demand, machine: Machine, cluster: Cluster | None = None) -> None:
     """Raises DoesNotFit with numbers when the stage's smallest form can never run on `machine`.
 
     Without this check Ray waits without a word: actors that hold all CPUs starve the map tasks that feed them, and
@@ -223,8 +185,3 @@ def check_fits(need: StageNeed, machine: Machine, cluster: Cluster | None = None
             f"{need.stage} ({need.what}) needs {need.least_actors} times {asked} at once, and the nodes have room "
             f"for {room} ({listed}): lower {need.setting} in the profile, or use more nodes"
         )
-
-
-def most_cpus(recipe: Recipe, profile: Profile) -> float:
-    """CPUs of the hungriest stage with its full pool: what a Ray started for this run is given."""
-    return max(need.most_cpus for need in needs(recipe, profile))

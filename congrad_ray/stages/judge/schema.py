@@ -6,6 +6,8 @@ import pyarrow as pa
 
 from congrad_ray.data.tables import LANGUAGE, PROMPT_ID, RESPONSE_ID, field
 
+ROWS_PER_PART = 4096  # of JUDGEMENTS
+
 JUDGEMENTS = pa.schema(
     [
         RESPONSE_ID,

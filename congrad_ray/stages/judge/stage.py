@@ -37,7 +37,7 @@ from congrad_ray.runtime.rows import Counts, outcome_of, write_rows
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.generate.schema import RESPONSES
 from congrad_ray.stages.judge.rubric import Rubric, load_rubric
-from congrad_ray.stages.judge.schema import JUDGEMENT_SAMPLES, JUDGEMENTS
+from congrad_ray.stages.judge.schema import JUDGEMENT_SAMPLES, JUDGEMENTS, ROWS_PER_PART
 from congrad_ray.stages.judge.scores import expected_score, read_score, score_token_ids
 from congrad_ray.stages.judge.unreadable import Tally, by_reason, counts_by_language, explain, keep_failed
 
@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-_ROWS_PER_PART = 4096
 # A mean probability of the score tokens below this is told of: what is left over says little.
 _TINY_MASS = 0.01
 
@@ -256,7 +255,7 @@ def _combine(samples: StageFolder, output: StageFolder, asked: int) -> None:
             if len(judgements) == asked:
                 complete_rows.append(_judgement(list(pending.pop(row["response_id"]).values()), asked))
                 done.add(row["response_id"])
-                if len(complete_rows) == _ROWS_PER_PART:
+                if len(complete_rows) == ROWS_PER_PART:
                     write()
     if complete_rows:
         write()

@@ -24,7 +24,7 @@ from congrad_ray.runtime.resources import pool_sizes
 from congrad_ray.runtime.rows import PartWriter, follow, outcome_of, read_missing_batches, text_bytes
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.sketch.replicas import LANGUAGE_GRADIENTS, SketchReplica, SummingReplica
-from congrad_ray.stages.sketch.schema import sketches_schema
+from congrad_ray.stages.sketch.schema import PAIRS_PER_PART, PART_BYTES, sketches_schema
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a kill can cost, and what a part holds: so many pairs, or of long ones so many bytes of text. On a CPU that
-# is a minute of work or so for a model of some hundred million parameters.
-_PAIRS_PER_TASK = 64
-_TASK_BYTES = {"cpu": 2**15, "cuda": 2**21}
 # About the pairs of a micro-batch; one drawn pair has its whole micro-batch audited, which takes up to half as
 # long again. So a sixth of the micro-batches is a twelfth of the time.
 _PAIRS_PER_AUDIT = 8
@@ -59,7 +55,7 @@ def run(context: Context) -> Outcome:
     device, threads = context.profile.device, context.profile.threads_of(pool)
     model = (source, recipe, device, max(1, int(pool.gpus)), threads)
     dataset, missing, batches = read_missing_batches(
-        pairs, context.output, "pair_id", _PAIRS_PER_TASK, _TASK_BYTES[device]
+        pairs, context.output, "pair_id", PAIRS_PER_PART, PART_BYTES[device]
     )
     if missing:
         ids = pairs.read_table(["pair_id", "language"])
