@@ -12,8 +12,8 @@ import logging
 from pathlib import Path
 
 from congrad_ray.config.profile import load_profile
+from congrad_ray.pipeline.plan import most_cpus
 from congrad_ray.runtime.logs import configure
-from congrad_ray.runtime.resources import most_cpus
 from congrad_ray.runtime.session import connect
 from study.analysis import without_seeds
 from study.protocol import cells, load_protocol

@@ -48,7 +48,8 @@ def run(
     redo: Redo = False,
 ) -> None:
     """Run all stages in order, for every iteration of the recipe. Stages that are done are skipped."""
-    from congrad_ray.pipeline.order import STAGES, run_all
+    from congrad_ray.pipeline.loop import run_all
+    from congrad_ray.pipeline.order import STAGES
     from congrad_ray.runtime.progress import duration
 
     if until is not None and until not in STAGES:
@@ -98,16 +99,17 @@ def plan(
     Reads the model's configuration and downloads nothing. The exit code is 2 if something does not fit, with the
     setting that helps.
     """
+    from congrad_ray.pipeline.plan import demands, known_lengths, make_plan, where_it_runs
     from congrad_ray.planning.assumptions import load_assumptions
-    from congrad_ray.planning.inputs import known_lengths, read_shapes, where_it_runs
-    from congrad_ray.planning.plan import make_plan
-    from congrad_ray.runtime.resources import DoesNotFit, check_fits, needs
+    from congrad_ray.planning.estimate import Planned
+    from congrad_ray.planning.shapes import read_shapes
+    from congrad_ray.runtime.resources import DoesNotFit, check_fits
 
     loaded, where = load_recipe(recipe, set_ or []), load_profile(profile)
     assumptions = load_assumptions(assume or [])
     there_is = where_it_runs(loaded, where, assumptions)
     lengths = known_lengths(loaded, assumptions, RunDirectory.open(run) if run else None)
-    found = make_plan(loaded, where, read_shapes(loaded), lengths, assumptions, there_is)
+    found = make_plan(Planned(loaded, where, read_shapes(loaded), lengths, assumptions), there_is)
     if as_json:
         from congrad_ray.cli.plan_tables import plan_values
 
@@ -116,8 +118,8 @@ def plan(
         from congrad_ray.cli.plan_tables import show_plan
 
         show_plan(found, loaded, where, lengths, assumptions, there_is)
-    for need in needs(loaded, where):
-        check_fits(need, there_is, where.cluster)
+    for demand in demands(loaded, where):
+        check_fits(demand, there_is, where.cluster)
     if found.short:
         raise DoesNotFit(f"{', '.join(stage.stage for stage in found.short)}: not enough memory for one replica")
     if not as_json:

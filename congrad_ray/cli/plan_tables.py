@@ -14,7 +14,7 @@ from congrad_ray.config.recipe import Recipe
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.memory import GIB
 from congrad_ray.planning.plan import Plan
-from congrad_ray.planning.tokens import Lengths
+from congrad_ray.planning.volume import Lengths
 from congrad_ray.runtime.resources import Machine
 
 # Counts below a thousand are whole.
@@ -31,8 +31,9 @@ def show_plan(
     for line in memory_parts(plan):
         console.print(Padding(line, (0, 0, 0, 2)), highlight=False)
     console.print()
-    if plan.training_checkpoints:
-        console.print(f"While training runs, its two checkpoints take {size(plan.training_checkpoints)} besides.")
+    for stage in plan.stages:
+        if stage.temporary:
+            console.print(f"While {stage.stage} runs, its checkpoints take {size(stage.temporary)} besides.")
     console.print(told_lengths(lengths, assumptions), highlight=False)
     console.print(f"There is: {there_is.where}, {there_is.cpus:g} CPUs and {there_is.gpus:g} GPUs for Ray")
     for line in plan.advice:
@@ -53,7 +54,6 @@ def plan_values(plan: Plan, recipe: str, profile: str) -> dict[str, Any]:
         "seconds": plan.total(lambda stage: stage.seconds),
         "dollars": plan.total(lambda stage: stage.dollars),
         "stored": plan.total(lambda stage: stage.stored),
-        "training_checkpoints": plan.training_checkpoints,
         "advice": plan.advice,
         "stages": stages,
     }

@@ -40,6 +40,7 @@ from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.lock import only_writer
+from congrad_ray.runtime.resources import driver_demand
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select import stage as select
@@ -105,6 +106,7 @@ def filter_preferences(
             "chat": chat,
         },
         run=read,
+        demand=lambda recipe, profile: driver_demand("preferences", 0),
         uses_ray=False,
     )
     with only_writer(work):

@@ -15,6 +15,7 @@ from congrad_ray.config.settings import Settings, SettingsError, to_yaml
 from congrad_ray.data.records import InputError
 from congrad_ray.modeling.source import ModelError, check_models, named_model
 from congrad_ray.modeling.tokenization import MissingChatTemplate
+from congrad_ray.pipeline.plan import most_cpus
 from congrad_ray.rundir.directory import Manifest, RunDirectory, RunDirectoryError, StageFolder, fingerprint
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.interrupts import StageStopped
@@ -22,7 +23,7 @@ from congrad_ray.runtime.lock import only_writer
 from congrad_ray.runtime.logs import about, stage_label
 from congrad_ray.runtime.metrics import Meter
 from congrad_ray.runtime.progress import duration
-from congrad_ray.runtime.resources import DoesNotFit, StageNeed, check_fits, most_cpus, needs
+from congrad_ray.runtime.resources import DoesNotFit, check_fits
 from congrad_ray.runtime.session import connect, connected, machine, this_machine
 from congrad_ray.runtime.watchdog import free_disk, watched
 from congrad_ray.stages.base import Stage
@@ -79,7 +80,7 @@ def _locked_stage(
         check_models(recipe, stage.chats, present=loads_models(stage, recipe, iteration))
         if stage.uses_ray and not (profile.cluster or profile.ray_address or connected()):
             cpus = most_cpus(recipe, profile)
-            check_fits(_need(stage, recipe, profile), this_machine(profile, cpus), None)
+            check_fits(stage.demand(recipe, profile), this_machine(profile, cpus), None)
 
     state = output.begin(identity, redo, label, settings, inputs, _named, check)
     if state == "done":
@@ -146,10 +147,6 @@ class Claim:
     inputs: dict[str, str]
 
 
-def _need(stage: Stage, recipe: Recipe, profile: Profile) -> StageNeed:
-    return next(need for need in needs(recipe, profile) if need.stage == stage.name)
-
-
 def _do(
     stage: Stage,
     recipe: Recipe,
@@ -169,7 +166,7 @@ def _do(
     run.write_bytes("recipe.yaml", to_yaml(recipe).encode())
     if stage.uses_ray:
         connect(profile, most_cpus(recipe, profile))
-        check_fits(_need(stage, recipe, profile), machine(), profile.cluster)
+        check_fits(stage.demand(recipe, profile), machine(), profile.cluster)
     before = time.monotonic()
     meter = Meter(run.path, stage.name, number)
     context = Context(recipe, profile, run, iteration, output, meter)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from congrad_ray.planning.inputs import known_lengths, read_shapes, where_it_runs
 
 from congrad_ray.cli import display
 from congrad_ray.cli.plan_tables import memory_table, plan_table
 from congrad_ray.config.profile import load_profile
 from congrad_ray.config.recipe import load_recipe
 from congrad_ray.planning.assumptions import Assumptions
-from congrad_ray.planning.inputs import known_lengths, read_shapes, where_it_runs
 from congrad_ray.planning.plan import make_plan
 
 from .test_cli import DEMO, OLD

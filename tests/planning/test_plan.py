@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from congrad_ray.planning.tokens import assumed_lengths, stage_counts, with_measured
+from congrad_ray.planning.work import forward_flops, stage_flops
 
 from congrad_ray.config.profile import load_profile
 from congrad_ray.config.recipe import Model, Recipe
@@ -25,8 +27,6 @@ from congrad_ray.planning.storage import (
     stage_bytes,
     stored_sketch_bytes,
 )
-from congrad_ray.planning.tokens import assumed_lengths, stage_counts, with_measured
-from congrad_ray.planning.work import forward_flops, stage_flops
 from congrad_ray.rundir.directory import Manifest
 from congrad_ray.runtime.resources import cluster_machine
 from congrad_ray.stages.pair.schema import PAIRS

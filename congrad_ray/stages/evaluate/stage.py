@@ -18,6 +18,7 @@ from congrad_ray.config.recipe import Recipe
 from congrad_ray.data.tables import row_id
 from congrad_ray.modeling.source import ModelSource, policy
 from congrad_ray.modeling.tokenization import chat_prompt_ids
+from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import RunDirectoryError, StageFolder
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.engines import (
@@ -32,8 +33,10 @@ from congrad_ray.runtime.engines import (
     with_length,
 )
 from congrad_ray.runtime.requests import read_requests
+from congrad_ray.runtime.resources import pool_demand
 from congrad_ray.runtime.rows import outcome_of, write_rows
 from congrad_ray.stages.base import Stage
+from congrad_ray.stages.evaluate.estimate import ESTIMATE
 from congrad_ray.stages.evaluate.pairwise import ORDERS, fill_pairwise, pairwise_template, read_win
 from congrad_ray.stages.evaluate.schema import ANSWERS, COMPARISONS
 from congrad_ray.stages.evaluate.statistics import (
@@ -322,5 +325,10 @@ STAGE = Stage(
     ],
     settings=settings,
     run=run,
+    demand=lambda recipe, profile: pool_demand(
+        "evaluate", 2 * rows_of(recipe).answers, "vLLM engines", "engines", profile
+    ),
+    schema=lambda recipe: ANSWERS,
+    estimate=ESTIMATE,
     chats=True,
 )

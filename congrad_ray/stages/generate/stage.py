@@ -11,12 +11,15 @@ import pyarrow.compute as pc
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.data.tables import response_id
 from congrad_ray.modeling.source import policy, policy_input
+from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import RunDirectoryError, StageFolder
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.engines import Completion, Request, complete, engine_failures, sampling_seed
 from congrad_ray.runtime.requests import read_requests
+from congrad_ray.runtime.resources import pool_demand
 from congrad_ray.runtime.rows import outcome_of, write_rows
 from congrad_ray.stages.base import Stage
+from congrad_ray.stages.generate.estimate import ESTIMATE
 from congrad_ray.stages.generate.schema import RESPONSES
 
 Row = dict[str, Any]
@@ -119,5 +122,10 @@ STAGE = Stage(
     inputs=lambda iteration: [("prompts", None), *policy_input(iteration)],
     settings=settings,
     run=run,
+    demand=lambda recipe, profile: pool_demand(
+        "generate", rows_of(recipe).responses, "vLLM engines", "engines", profile
+    ),
+    schema=lambda recipe: RESPONSES,
+    estimate=ESTIMATE,
     chats=True,
 )

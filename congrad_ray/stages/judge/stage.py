@@ -20,6 +20,7 @@ from congrad_ray.config.recipe import Recipe
 from congrad_ray.data.tables import row_id, table_of
 from congrad_ray.modeling.source import policy, policy_input
 from congrad_ray.modeling.tokenization import chat_prompt_ids
+from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import RunDirectoryError, StageFolder
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.engines import (
@@ -33,9 +34,11 @@ from congrad_ray.runtime.engines import (
     with_length,
 )
 from congrad_ray.runtime.requests import read_requests
+from congrad_ray.runtime.resources import pool_demand
 from congrad_ray.runtime.rows import Counts, outcome_of, write_rows
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.generate.schema import RESPONSES
+from congrad_ray.stages.judge.estimate import ESTIMATE
 from congrad_ray.stages.judge.rubric import Rubric, load_rubric
 from congrad_ray.stages.judge.schema import JUDGEMENT_SAMPLES, JUDGEMENTS, ROWS_PER_PART
 from congrad_ray.stages.judge.scores import expected_score, read_score, score_token_ids
@@ -321,5 +324,10 @@ STAGE = Stage(
     inputs=lambda iteration: [("responses", iteration), *policy_input(iteration)],
     settings=settings,
     run=run,
+    demand=lambda recipe, profile: pool_demand(
+        "judge", rows_of(recipe).judgements, "vLLM engines", "engines", profile
+    ),
+    schema=lambda recipe: JUDGEMENTS,
+    estimate=ESTIMATE,
     chats=True,
 )

@@ -18,12 +18,8 @@ def _volume(planned: Planned, iteration: int) -> Volume:
 
 def _stored(planned: Planned, volume: Volume) -> float:
     lengths = planned.lengths
-    of_row = (
-        number_bytes(PAIRS)
-        + text_bytes(planned, lengths.prompt)
-        + 2 * text_bytes(planned, lengths.paired_response)
-    )
-    return table_bytes(planned, "pair", PAIRS, volume.rows, of_row)
+    texts = text_bytes(planned, lengths.prompt) + 2 * text_bytes(planned, lengths.paired_response)
+    return table_bytes(planned, "pair", PAIRS, volume.rows, number_bytes(PAIRS) + texts)
 
 
 def _measured(recipe: Recipe, manifest: Manifest, finished: Mapping[str, Manifest]) -> dict[str, float]:

@@ -14,10 +14,13 @@ import pyarrow.parquet as pq
 
 from congrad_ray.config.recipe import Pair, Recipe
 from congrad_ray.data.tables import pair_id, table_of
+from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import RunDirectoryError, StageFolder
 from congrad_ray.runtime.context import Context, Outcome
+from congrad_ray.runtime.resources import driver_demand
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.pair.best_and_worst import BestAndWorst, JudgedResponse, NoPair, best_and_worst
+from congrad_ray.stages.pair.estimate import ESTIMATE
 from congrad_ray.stages.pair.schema import PAIRS
 
 logger = logging.getLogger(__name__)
@@ -173,5 +176,8 @@ STAGE = Stage(
     inputs=lambda iteration: [("responses", iteration), ("judgements", iteration)],
     settings=_settings,
     run=run,
+    demand=lambda recipe, profile: driver_demand("pair", rows_of(recipe).training),
+    schema=lambda recipe: PAIRS,
+    estimate=ESTIMATE,
     uses_ray=False,
 )

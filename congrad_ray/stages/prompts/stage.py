@@ -10,8 +10,11 @@ from congrad_ray.config.printable import brief
 from congrad_ray.config.recipe import BUILTIN_WORLD, Recipe, Source
 from congrad_ray.data.records import BadRow, InputError, clean_language, clean_messages, file_digest, read_records
 from congrad_ray.data.tables import prompt_id, quarantined, row_id, table_of
+from congrad_ray.planning.volume import rows_of
 from congrad_ray.runtime.context import Context, Outcome
+from congrad_ray.runtime.resources import driver_demand
 from congrad_ray.stages.base import Stage
+from congrad_ray.stages.prompts.estimate import ESTIMATE
 from congrad_ray.stages.prompts.schema import PROMPTS
 
 logger = logging.getLogger(__name__)
@@ -157,6 +160,9 @@ STAGE = Stage(
     inputs=lambda iteration: [],
     settings=_settings,
     run=run,
+    demand=lambda recipe, profile: driver_demand("prompts", rows_of(recipe).training + rows_of(recipe).evaluation),
+    schema=lambda recipe: PROMPTS,
+    estimate=ESTIMATE,
     each_iteration=False,
     uses_ray=False,
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 
+from congrad_ray.planning.volume import rows_of
 from congrad_ray.runtime.context import Context, Outcome
+from congrad_ray.runtime.resources import driver_demand
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.report.facts import gather
 from congrad_ray.stages.report.html import render
@@ -29,6 +31,7 @@ STAGE = Stage(
     inputs=lambda iteration: [],
     settings=lambda recipe, iteration: recipe.model_dump(mode="json"),
     run=run,
+    demand=lambda recipe, profile: driver_demand("report", rows_of(recipe).evaluation),
     each_iteration=False,
     uses_ray=False,
     always=True,

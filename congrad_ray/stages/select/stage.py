@@ -11,10 +11,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from congrad_ray.config.recipe import Select
+from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import Folder, RunDirectoryError
 from congrad_ray.runtime.context import Context, Outcome
+from congrad_ray.runtime.resources import tasks_demand
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.select.directions import Float64Array
+from congrad_ray.stages.select.estimate import ESTIMATE
 from congrad_ray.stages.select.keep import keep_above, keep_top_fraction, keep_within_tokens
 from congrad_ray.stages.select.reducer import Layout, Rows, Shares, gram_matrices, language_gradients, score_pairs
 from congrad_ray.stages.select.schema import SCORES, SELECTED
@@ -316,4 +319,7 @@ STAGE = Stage(
     inputs=lambda iteration: [("pairs", iteration), ("sketches", iteration)],
     settings=lambda recipe, iteration: recipe.select.model_dump(mode="json"),
     run=run,
+    demand=lambda recipe, profile: tasks_demand("select", rows_of(recipe).training, profile),
+    schema=lambda recipe: SCORES,
+    estimate=ESTIMATE,
 )

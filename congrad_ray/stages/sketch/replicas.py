@@ -305,8 +305,8 @@ class SketchReplica(Replica):
 
     def _surely_fits(self, length: int) -> bool:
         """On a CPU, where trying takes a minute: whether twice what a plan expects of a micro-batch is free."""
-        from congrad_ray.modeling.rehearsal import sketch_working_bytes
         from congrad_ray.modeling.shape import shape_of
+        from congrad_ray.stages.sketch.estimate import sketch_working_bytes
         from congrad_ray.stages.sketch.memory import free_memory
 
         model = self.capture.model

@@ -15,14 +15,16 @@ from congrad_ray.config.recipe import Recipe
 from congrad_ray.data.tables import MESSAGES
 from congrad_ray.modeling.source import policy, policy_input
 from congrad_ray.modeling.tokenization import chat_prompt_ids
+from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import Folder, RunDirectoryError
 from congrad_ray.runtime.attempts import attempts
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.notices import heard
 from congrad_ray.runtime.progress import Progress
-from congrad_ray.runtime.resources import pool_sizes
+from congrad_ray.runtime.resources import pool_demand, pool_sizes
 from congrad_ray.runtime.rows import PartWriter, follow, outcome_of, read_missing_batches, text_bytes
 from congrad_ray.stages.base import Stage
+from congrad_ray.stages.sketch.estimate import ESTIMATE, schema_of
 from congrad_ray.stages.sketch.replicas import LANGUAGE_GRADIENTS, SketchReplica, SummingReplica
 from congrad_ray.stages.sketch.schema import PAIRS_PER_PART, PART_BYTES, sketches_schema
 
@@ -195,4 +197,9 @@ STAGE = Stage(
     inputs=lambda iteration: [("pairs", iteration), *policy_input(iteration)],
     settings=_settings,
     run=run,
+    demand=lambda recipe, profile: pool_demand(
+        "sketch", rows_of(recipe).training, "model replicas", "sketchers", profile
+    ),
+    schema=schema_of,
+    estimate=ESTIMATE,
 )

@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
+from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.modeling.source import policy, policy_input
+from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import Folder
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.notices import heard, looking
+from congrad_ray.runtime.resources import Demand
 from congrad_ray.stages.base import Stage
+from congrad_ray.stages.train.estimate import ESTIMATE
 from congrad_ray.stages.train.metrics import FAILURE, REFERENCE_GAP, Row, read_metrics
 from congrad_ray.stages.train.schedule import TrainingError, make_schedule
 
@@ -226,6 +230,24 @@ def _warn_of_reference_gap(rows: list[Row], context: Context) -> None:
         )
 
 
+def _demand(recipe: Recipe, profile: Profile) -> Demand:
+    kept, workers = round(rows_of(recipe).training * recipe.select.keep), profile.trainers
+    cpus, gpus = workers.num_workers * workers.cpus, workers.num_workers * workers.gpus
+    return Demand(
+        "train",
+        kept * recipe.train.num_train_epochs,
+        f"DeepSpeed workers: {workers.num_workers}, ZeRO {recipe.train.zero_stage}",
+        cpus,
+        gpus,
+        cpus,
+        gpus,
+        workers.cpus,
+        workers.gpus,
+        workers.num_workers,
+        "trainers",
+    )
+
+
 STAGE = Stage(
     name="train",
     folder="policy",
@@ -233,4 +255,6 @@ STAGE = Stage(
     inputs=lambda iteration: [("selection", iteration), *policy_input(iteration)],
     settings=settings,
     run=run,
+    demand=_demand,
+    estimate=ESTIMATE,
 )
