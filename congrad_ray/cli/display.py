@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,11 @@ from congrad_ray.config.printable import printable
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, without_keys
 from congrad_ray.stages.evaluate.statistics import EVERY_LANGUAGE
-from congrad_ray.stages.judge.unreadable import by_reason
 
 if TYPE_CHECKING:
     from congrad_ray.deploy.doctor import Finding
     from congrad_ray.stages.base import Stage
+    from congrad_ray.stages.view import Figures
 
 console = Console()
 
@@ -83,53 +83,40 @@ def show_run(directory: RunDirectory, recipe: Recipe) -> None:
         else:
             table.add_row(stage.name, label, "", "", "")
     show(table)
-    for number in range(recipe.iterations):
-        show_stage(directory, "judge", number)
-        show_stage(directory, "evaluate", number)
+    for stage, number in steps_of(recipe):
+        for figures in stage.figures(directory.stage(stage.folder, number)):
+            if figures.brief:
+                show_figures(figures)
 
 
-def show_stage(directory: RunDirectory, name: str, iteration: int) -> None:
+def show_stage(directory: RunDirectory, stage: Stage, iteration: int) -> None:
     """The result of a stage that a person wants to see at once."""
-    if name == "select":
-        show_selection(directory.stage("selection", iteration).read_json("summary.json"))
-    manifest = directory.stage("judgements", iteration).manifest() if name == "judge" else None
-    if manifest and "judgements" in manifest.counters:
-        show_judgements(manifest.counters)
-    if name == "evaluate":
-        summary = directory.stage("evaluation", iteration).read_json("summary.json")
-        if summary:
-            show_evaluation(summary)
+    for figures in stage.figures(directory.stage(stage.folder, iteration if stage.each_iteration else None)):
+        show_figures(figures)
 
 
-def show_selection(summary: dict[str, Any]) -> None:
-    """What was kept by language, and the languages' cosines; `summary` is the selection's summary.json."""
-    table = _table(
-        "selection",
-        ("language", "pairs", "kept", "cosine", "conflicting", "language's cosine"),
-        caption="cosine: mean of the pairs with the direction; language's cosine: of its gradient with it",
-    )
-    for language, row in summary["per_language"].items():
-        table.add_row(
-            language,
-            f"{row['pairs']:,}",
-            f"{row['kept']:,}",
-            f"{row['mean_cosine']:.3f}",
-            f"{row['conflicting']:.1%}",
-            f"{row['cosine_with_direction']:.2f}" if row["in_direction"] else "not in it",
+def show_figures(figures: Figures) -> None:
+    """A stage's table with its notes and warnings; a wide one that may fold in parts."""
+    columns = figures.columns
+    room = len(columns)
+    if figures.fold:
+        width = max(map(len, columns))
+        room = max(1, (console.width - width - 4) // max(7, 2 + width))
+    for start in range(1, max(2, len(columns)) if columns else 1, room):
+        part = slice(start, start + room)
+        table = _table(
+            plain(figures.title) if start == 1 else "",
+            (*columns[:1], *columns[part]),
+            figures.texts,
+            plain(figures.caption),
         )
-    show(table)
-    for when in ("before", "after"):
-        _show_matrix(f"cosines between languages {when} surgery", summary["languages"], summary[f"cosine_{when}"])
-
-
-def _show_matrix(title: str, languages: Sequence[str], cosines: Sequence[Sequence[float]]) -> None:
-    """A symmetric matrix, in parts of as many columns as the screen has room for."""
-    room = max(1, (console.width - max(map(len, languages)) - 4) // max(7, 2 + max(map(len, languages))))
-    for start in range(0, len(languages), room):
-        table = _table(title if start == 0 else "", ("language", *languages[start : start + room]))
-        for language, row in zip(languages, cosines, strict=True):
-            table.add_row(language, *(f"{value:.2f}" for value in row[start : start + room]))
+        for row in figures.rows:
+            table.add_row(*map(plain, (*row[:1], *row[part])))
         show(table)
+    for note in figures.notes:
+        console.print(plain(note), highlight=False)
+    for warning in figures.warnings:
+        console.print(f"[bold yellow]warning:[/bold yellow] {plain(warning)}")
 
 
 def show_overlaps(first: str, second: str) -> None:
@@ -169,84 +156,6 @@ def overlap_values(first: str, second: str) -> dict[str, Any]:
         values["language"] = "all" if values["language"] == EVERY_LANGUAGE else values["language"]
     names = [without_keys(first), without_keys(second)]
     return {"selections": names, "languages": languages, "only_in": [len(table) - len(both) for table in tables]}
-
-
-def show_judgements(counters: dict[str, Any]) -> None:
-    """Judgements asked, readable and unreadable by language; `counters` are of the judge stage's manifest."""
-    masses = counters.get("mean_mass") is not None
-    heads = ("language", "asked", "readable", "unreadable", "score")
-    table = _table(
-        "judgements",
-        (*heads, "mass") if masses else heads,
-        caption="score: the mean; mass: mean probability of the score tokens" if masses else "score: the mean",
-    )
-    for language, row in counters["judgements"].items():
-        unreadable = sum(row["unreadable"].values())
-        cells = [language, f"{row['asked']:,}", f"{row['readable']:,}", f"{unreadable:,}"]
-        cells.append("" if row["mean_score"] is None else f"{row['mean_score']:.2f}")
-        if masses:
-            cells.append("" if row["mean_mass"] is None else f"{row['mean_mass']:.2g}")
-        table.add_row(*cells)
-    show(table)
-    _show_unreadable({language: row["unreadable"] for language, row in counters["judgements"].items()})
-
-
-def _show_unreadable(counts: Mapping[str, Any]) -> None:
-    """What could not be read, by language and reason; older runs know only how many."""
-    found = [
-        f"{language} {by_reason(row)}" for language, row in counts.items() if row and not isinstance(row, int)
-    ]
-    if found:
-        console.print(f"unreadable by reason: {'; '.join(found)}", highlight=False)
-
-
-def show_evaluation(summary: dict[str, Any]) -> None:
-    """Changes of true scores and win rates by language; `summary` is the evaluation's summary.json."""
-    model, baseline = summary["model"], summary["baseline"]
-    if summary["score_changes"]:
-        heads = ("language", "", "decoding", "prompts", baseline, model, "change", "95% interval")
-        table = _table(f"true score of {model} against {baseline}", heads, texts=3)
-        for row in summary["score_changes"]:
-            table.add_row(
-                *_language_cells(row),
-                row["decoding"],
-                str(row["count"]),
-                f"{row['before']:.3f}",
-                f"{row['after']:.3f}",
-                f"{row['change']:+.3f}",
-                f"{row['low']:+.3f}..{row['high']:+.3f}",
-            )
-        show(table)
-    if summary["win_rates"]:
-        heads = ("language", "", "prompts", "win rate", "95% interval", "asked", "readable", "unreadable")
-        table = _table(f"{model} against {baseline}, judged in both orders", heads, texts=2)
-        for row in summary["win_rates"]:
-            known = row["win_rate"] is not None
-            table.add_row(
-                *_language_cells(row),
-                str(row["prompts"]),
-                f"{row['win_rate']:.1%}" if known else "too few",
-                f"{row['low']:.1%}..{row['high']:.1%}" if known else "",
-                *_readings(row),
-            )
-        show(table)
-        _show_unreadable({_language_cells(row)[0]: row["unreadable"] for row in summary["win_rates"]})
-    for warning in summary.get("warnings", []):
-        console.print(f"[bold yellow]warning:[/bold yellow] {plain(warning)}")
-
-
-def _readings(row: dict[str, Any]) -> tuple[str, str, str]:
-    """How many comparisons were asked for, could be read and could not; older runs know the last alone."""
-    unreadable = row["unreadable"]
-    if isinstance(unreadable, int):
-        return "", "", str(unreadable)
-    return str(row["asked"]), str(row["readable"]), str(sum(unreadable.values()))
-
-
-def _language_cells(row: dict[str, Any]) -> tuple[str, str]:
-    """The first two cells of an evaluation's row: which language, and whether it is trained on."""
-    language = "all" if row["language"] == EVERY_LANGUAGE else row["language"]
-    return language, "seen" if row["seen"] else "unseen"
 
 
 def show_findings(findings: Sequence[Finding]) -> None:

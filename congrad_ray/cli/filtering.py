@@ -83,7 +83,9 @@ def filter_command(
         redo,
     )
     if where.log_format == "text" and not screen.quiet:
-        from congrad_ray.cli.display import show_selection
+        from congrad_ray.cli.display import show_figures
+        from congrad_ray.stages.select.figures import selection
 
-        show_selection(summary)
+        for figures in selection(summary):
+            show_figures(figures)
     logger.info(f"kept pairs: {without_keys(out).rstrip('/')}/selected.parquet")

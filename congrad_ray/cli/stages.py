@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from congrad_ray.cli.options import STAGES as PANEL
 from congrad_ray.cli.options import (
-    STAGES,
     AsJson,
     Iteration,
     Overrides,
@@ -24,16 +24,18 @@ from congrad_ray.cli.options import (
 )
 from congrad_ray.config.profile import load_profile
 from congrad_ray.config.recipe import load_recipe
+from congrad_ray.pipeline.order import STAGES
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
+from congrad_ray.stages.base import Stage
+from congrad_ray.stages.select.stage import STAGE as SELECT
 
 app = typer.Typer()
 
 
-def perform(
-    name: str, recipe: Path, run: str, iteration: int, profile: str, set_: list[str] | None, redo: bool
+def _perform(
+    stage: Stage, recipe: Path, run: str, iteration: int, profile: str, set_: list[str] | None, redo: bool
 ) -> RunDirectory:
     """Runs one stage; returns its run directory. Raises RunDirectoryError for an iteration that there is not."""
-    from congrad_ray.pipeline import order
     from congrad_ray.pipeline.runner import run_stage
 
     loaded = load_recipe(recipe, set_ or [])
@@ -42,21 +44,21 @@ def perform(
     if iteration >= loaded.iterations:
         raise RunDirectoryError(f"--iteration {iteration}: the recipe has iterations 0..{loaded.iterations - 1}")
     profile_for(profile, directory.path)
-    run_stage(order.STAGES[name], loaded, where, directory, iteration, redo)
+    run_stage(stage, loaded, where, directory, iteration, redo)
     return directory
 
 
 def _perform_and_show(
-    name: str, recipe: Path, run: str, iteration: int, profile: str, set_: list[str] | None, redo: bool
+    stage: Stage, recipe: Path, run: str, iteration: int, profile: str, set_: list[str] | None, redo: bool
 ) -> None:
-    directory = perform(name, recipe, run, iteration, profile, set_, redo)
+    directory = _perform(stage, recipe, run, iteration, profile, set_, redo)
     if load_profile(profile).log_format == "text" and not screen.quiet:
         from congrad_ray.cli.display import show_stage
 
-        show_stage(directory, name, iteration)
+        show_stage(directory, stage, iteration)
 
 
-def _stage_command(name: str, summary: str, each_iteration: bool) -> Callable[..., None]:
+def _stage_command(stage: Stage) -> Callable[..., None]:
     def in_iteration(
         recipe: RecipePath,
         run: RunUri,
@@ -65,7 +67,7 @@ def _stage_command(name: str, summary: str, each_iteration: bool) -> Callable[..
         set_: Overrides = None,
         redo: Redo = False,
     ) -> None:
-        _perform_and_show(name, recipe, run, iteration, profile, set_, redo)
+        _perform_and_show(stage, recipe, run, iteration, profile, set_, redo)
 
     def once(
         recipe: RecipePath,
@@ -74,42 +76,21 @@ def _stage_command(name: str, summary: str, each_iteration: bool) -> Callable[..
         set_: Overrides = None,
         redo: Redo = False,
     ) -> None:
-        _perform_and_show(name, recipe, run, 0, profile, set_, redo)
+        _perform_and_show(stage, recipe, run, 0, profile, set_, redo)
 
-    command = in_iteration if each_iteration else once
-    command.__doc__ = f"{summary}."
+    command = in_iteration if stage.each_iteration else once
+    command.__doc__ = f"{stage.summary}."
     return command
 
 
-def _add(name: str, summary: str, each_iteration: bool = True, change: str = "") -> None:
-    lines = [f"congrad {name} my.yaml --run runs/first"]
-    if change:
-        lines.append(f"congrad {name} my.yaml --run runs/first --set {change} --redo")
-    command = _stage_command(name, summary, each_iteration)
-    app.command(name, rich_help_panel=STAGES, epilog=examples(*lines))(command)
+def _examples(stage: Stage, *more: str) -> str:
+    lines = [f"congrad {stage.name} my.yaml --run runs/first"]
+    if stage.example:
+        lines.append(f"congrad {stage.name} my.yaml --run runs/first --set {stage.example} --redo")
+    return examples(*lines, *more)
 
 
-_add("prompts", "Read, clean and draw the training and evaluation prompts", False, "prompts.train.name=data.jsonl")
-_add("generate", "Sample responses from the policy with vLLM under Ray Data", True, "generate.temperature=1.0")
-_add(
-    "judge",
-    "Score the responses from 0 to 5 with the policy or another model",
-    True,
-    "judge.method=expected_score",
-)
-_add("pair", "Pair the best with the worst response of every prompt", True, "pair.min_margin=0.5")
-_add("sketch", "Count-sketch every pair's gradient on a pool of model replicas", True, "sketch.width=65536")
-
-
-@app.command(
-    rich_help_panel=STAGES,
-    epilog=examples(
-        "congrad select my.yaml --run runs/first",
-        "congrad select my.yaml --run runs/first --set select.direction=mean --redo",
-        "congrad select --compare runs/first/iteration-0/selection runs/second/iteration-0/selection",
-    ),
-)
-def select(
+def _select(
     recipe: Annotated[
         Path | None, typer.Argument(metavar="RECIPE", help="A recipe YAML; congrad init writes one.")
     ] = None,
@@ -143,12 +124,16 @@ def select(
         raise RunDirectoryError("give RECIPE and --run DIR, or --compare DIR1 DIR2; see congrad select --help")
     if as_json:
         screen.json = True
-        directory = perform("select", recipe, run, iteration, profile, set_, redo)
-        print_json(directory.stage("selection", iteration).read_json("summary.json"))
+        directory = _perform(SELECT, recipe, run, iteration, profile, set_, redo)
+        print_json(directory.stage(SELECT.folder, iteration).read_json("summary.json"))
     else:
-        _perform_and_show("select", recipe, run, iteration, profile, set_, redo)
+        _perform_and_show(SELECT, recipe, run, iteration, profile, set_, redo)
 
 
-_add("train", "Train by DPO on the kept pairs, with Ray Train and DeepSpeed", True, "train.beta=0.2")
-_add("evaluate", "Compare the trained model with its starting point", True, "evaluate.sampled=false")
-_add("report", "Write DIR/report.html", False)
+for _stage in STAGES.values():
+    if _stage is SELECT:
+        folders = " ".join(f"runs/{run}/iteration-0/{SELECT.folder}" for run in ("first", "second"))
+        compare = f"congrad {SELECT.name} --compare {folders}"
+        app.command(_stage.name, rich_help_panel=PANEL, epilog=_examples(_stage, compare))(_select)
+    else:
+        app.command(_stage.name, rich_help_panel=PANEL, epilog=_examples(_stage))(_stage_command(_stage))

@@ -10,7 +10,7 @@ from congrad_ray.stages.generate import stage as generate
 from congrad_ray.stages.judge import stage as judge
 from congrad_ray.stages.pair import stage as pair
 from congrad_ray.stages.prompts import stage as prompts
-from congrad_ray.stages.report import stage as report
+from congrad_ray.stages.report.stage import report_of
 from congrad_ray.stages.select import stage as select
 from congrad_ray.stages.sketch import stage as sketch
 from congrad_ray.stages.train import stage as train
@@ -25,5 +25,5 @@ ITERATED: Sequence[Stage] = (
     train.STAGE,
     evaluate.STAGE,
 )
-LAST: Sequence[Stage] = (report.STAGE,)
+LAST: Sequence[Stage] = (report_of((*FIRST, *ITERATED)),)
 STAGES: dict[str, Stage] = {stage.name: stage for stage in (*FIRST, *ITERATED, *LAST)}

@@ -162,7 +162,8 @@ def _do(
     if recipe.model.name == BUILTIN_WORLD and stage.uses_ray:
         # Built here, before the clock runs and Ray takes memory; every later stage finds it in the cache.
         named_model(recipe.model.name, recipe.model, recipe.seed)
-    logger.info(f"{'resuming' if state == 'continue' else 'starting'}: {stage.summary}")
+    doing = stage.summary[:1].lower() + stage.summary[1:]
+    logger.info(f"{'resuming' if state == 'continue' else 'starting'}: {doing}")
     run.write_bytes("recipe.yaml", to_yaml(recipe).encode())
     if stage.uses_ray:
         connect(profile, most_cpus(recipe, profile))

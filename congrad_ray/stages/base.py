@@ -11,19 +11,24 @@ import pyarrow as pa
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.planning.estimate import Estimate
+from congrad_ray.rundir.directory import StageFolder
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.resources import Demand
+from congrad_ray.stages.view import Figures, Step
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage.
+    """A stage, and all that the rest of the program knows of it.
 
-    `inputs(iteration)` names the folders read, as (folder, iteration or None); `settings(recipe, iteration)` is
-    the part of the recipe that decides the output; `run(context)` does the work; `demand(recipe, profile)` is what
-    it asks of a cluster; `schema(recipe)` is of its table; `estimate` is for the plan. A stage that `uses_ray` is
-    called on a connected Ray. One that is to run `always` is cheap and done again each time. One that `chats` asks
-    models by chat messages whatever its rows are.
+    What it does: `inputs(iteration)` names the folders read, as (folder, iteration or None); `settings(recipe,
+    iteration)` is the part of the recipe that decides the output; `run(context)` does the work. A stage that
+    `uses_ray` is called on a connected Ray. One that is to run `always` is cheap and done again each time. One
+    that `chats` asks models by chat messages whatever its rows are.
+
+    What is said of it: `demand(recipe, profile)` is what it asks of a cluster; `schema(recipe)` is of its table;
+    `estimate` is for the plan, where it has one; `figures(folder)` are tables for the screen, and `step` is a
+    column of the report; `summary` and `example`, a setting of the recipe, are for the help.
     """
 
     name: str
@@ -33,9 +38,12 @@ class Stage:
     settings: Callable[[Recipe, int], Any]
     run: Callable[[Context], Outcome]
     demand: Callable[[Recipe, Profile], Demand]
-    schema: Callable[[Recipe], pa.Schema] | None = None
-    estimate: Estimate | None = None
     each_iteration: bool = True
     uses_ray: bool = True
     always: bool = False
     chats: bool = False
+    schema: Callable[[Recipe], pa.Schema] | None = None
+    estimate: Estimate | None = None
+    figures: Callable[[StageFolder], Sequence[Figures]] = lambda folder: ()
+    step: Step | None = None
+    example: str = ""

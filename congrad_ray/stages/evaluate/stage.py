@@ -37,6 +37,7 @@ from congrad_ray.runtime.resources import pool_demand
 from congrad_ray.runtime.rows import outcome_of, write_rows
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.evaluate.estimate import ESTIMATE
+from congrad_ray.stages.evaluate.figures import figures
 from congrad_ray.stages.evaluate.pairwise import ORDERS, fill_pairwise, pairwise_template, read_win
 from congrad_ray.stages.evaluate.schema import ANSWERS, COMPARISONS
 from congrad_ray.stages.evaluate.statistics import (
@@ -317,7 +318,8 @@ def settings(recipe: Recipe, iteration: int) -> Any:
 STAGE = Stage(
     name="evaluate",
     folder="evaluation",
-    summary="the trained policy against the starting model on held-out prompts",
+    summary="Compare the trained model with its starting point",
+    example="evaluate.sampled=false",
     inputs=lambda iteration: [
         ("prompts", None),
         ("policy", iteration),
@@ -330,5 +332,6 @@ STAGE = Stage(
     ),
     schema=lambda recipe: ANSWERS,
     estimate=ESTIMATE,
+    figures=figures,
     chats=True,
 )

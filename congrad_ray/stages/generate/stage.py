@@ -21,6 +21,7 @@ from congrad_ray.runtime.rows import outcome_of, write_rows
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.generate.estimate import ESTIMATE
 from congrad_ray.stages.generate.schema import RESPONSES
+from congrad_ray.stages.view import Step, rows_by_language
 
 Row = dict[str, Any]
 
@@ -118,7 +119,8 @@ def settings(recipe: Recipe, iteration: int) -> Any:
 STAGE = Stage(
     name="generate",
     folder="responses",
-    summary="sampled responses of the policy to every training prompt",
+    summary="Sample responses from the policy with vLLM under Ray Data",
+    example="generate.temperature=1.0",
     inputs=lambda iteration: [("prompts", None), *policy_input(iteration)],
     settings=settings,
     run=run,
@@ -127,5 +129,13 @@ STAGE = Stage(
     ),
     schema=lambda recipe: RESPONSES,
     estimate=ESTIMATE,
+    step=Step(
+        "responses",
+        "responses",
+        "of prompts × generations",
+        rows_by_language,
+        "prompts",
+        lambda recipe: recipe.generate.num_generations,
+    ),
     chats=True,
 )

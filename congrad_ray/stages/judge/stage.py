@@ -39,6 +39,7 @@ from congrad_ray.runtime.rows import Counts, outcome_of, write_rows
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.generate.schema import RESPONSES
 from congrad_ray.stages.judge.estimate import ESTIMATE
+from congrad_ray.stages.judge.figures import STEP, figures
 from congrad_ray.stages.judge.rubric import Rubric, load_rubric
 from congrad_ray.stages.judge.schema import JUDGEMENT_SAMPLES, JUDGEMENTS, ROWS_PER_PART
 from congrad_ray.stages.judge.scores import expected_score, read_score, score_token_ids
@@ -320,7 +321,8 @@ def settings(recipe: Recipe, iteration: int) -> Any:
 STAGE = Stage(
     name="judge",
     folder="judgements",
-    summary="a score for every response from an LLM judge",
+    summary="Score the responses from 0 to 5 with the policy or another model",
+    example="judge.method=expected_score",
     inputs=lambda iteration: [("responses", iteration), *policy_input(iteration)],
     settings=settings,
     run=run,
@@ -329,5 +331,7 @@ STAGE = Stage(
     ),
     schema=lambda recipe: JUDGEMENTS,
     estimate=ESTIMATE,
+    figures=figures,
+    step=STEP,
     chats=True,
 )

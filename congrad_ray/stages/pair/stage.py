@@ -22,6 +22,7 @@ from congrad_ray.stages.base import Stage
 from congrad_ray.stages.pair.best_and_worst import BestAndWorst, JudgedResponse, NoPair, best_and_worst
 from congrad_ray.stages.pair.estimate import ESTIMATE
 from congrad_ray.stages.pair.schema import PAIRS
+from congrad_ray.stages.view import Step, rows_by_language
 
 logger = logging.getLogger(__name__)
 
@@ -172,12 +173,14 @@ def _settings(recipe: Recipe, iteration: int) -> Any:
 STAGE = Stage(
     name="pair",
     folder="pairs",
-    summary="pairing the best with the worst response of each prompt",
+    summary="Pair the best with the worst response of every prompt",
+    example="pair.min_margin=0.5",
     inputs=lambda iteration: [("responses", iteration), ("judgements", iteration)],
     settings=_settings,
     run=run,
     demand=lambda recipe, profile: driver_demand("pair", rows_of(recipe).training),
     schema=lambda recipe: PAIRS,
     estimate=ESTIMATE,
+    step=Step("pairs", "pairs", "of prompts", rows_by_language, "prompts"),
     uses_ray=False,
 )

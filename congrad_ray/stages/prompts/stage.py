@@ -6,16 +6,20 @@ import logging
 from collections import Counter, defaultdict
 from typing import Any
 
+import pyarrow.compute as pc
+
 from congrad_ray.config.printable import brief
 from congrad_ray.config.recipe import BUILTIN_WORLD, Recipe, Source
 from congrad_ray.data.records import BadRow, InputError, clean_language, clean_messages, file_digest, read_records
 from congrad_ray.data.tables import prompt_id, quarantined, row_id, table_of
 from congrad_ray.planning.volume import rows_of
+from congrad_ray.rundir.directory import Folder
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.resources import driver_demand
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.prompts.estimate import ESTIMATE
 from congrad_ray.stages.prompts.schema import PROMPTS
+from congrad_ray.stages.view import Step
 
 logger = logging.getLogger(__name__)
 
@@ -153,16 +157,25 @@ def _settings(recipe: Recipe, iteration: int) -> Any:
     return [recipe.prompts.model_dump(mode="json"), recipe.seed, files]
 
 
+def _training(folder: Folder) -> Counter[str] | None:
+    if not folder.files(".parquet"):
+        return None
+    table = folder.read_table(["language", "split"])
+    return Counter(table.filter(pc.equal(table["split"], "train"))["language"].to_pylist())
+
+
 STAGE = Stage(
     name="prompts",
     folder="prompts",
-    summary="reading and cleaning prompts",
+    summary="Read, clean and draw the training and evaluation prompts",
+    example="prompts.train.name=data.jsonl",
     inputs=lambda iteration: [],
     settings=_settings,
     run=run,
     demand=lambda recipe, profile: driver_demand("prompts", rows_of(recipe).training + rows_of(recipe).evaluation),
     schema=lambda recipe: PROMPTS,
     estimate=ESTIMATE,
+    step=Step("prompts", "prompts", "training prompts", _training),
     each_iteration=False,
     uses_ray=False,
 )

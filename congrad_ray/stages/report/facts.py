@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from congrad_ray.rundir.directory import Folder, Manifest, RunDirectory
+from congrad_ray.stages.base import Stage
 from congrad_ray.stages.report.evaluation import EvaluationRow, evaluation_rows
 from congrad_ray.stages.train.metrics import Row, read_metrics
 
-ITERATED = ("responses", "judgements", "pairs", "sketches", "selection", "policy", "evaluation")
-FUNNEL = ("prompts", "responses", "readable", "pairs", "sketched", "kept")
 _BINS = 20
 
 
@@ -60,7 +60,7 @@ class IterationFacts:
     """What one iteration left behind."""
 
     number: int
-    funnel: dict[str, dict[str, int]]  # language -> step of FUNNEL -> count; a step that is missing was not done
+    funnel: dict[str, dict[str, int]]  # language -> step -> count; a step that is missing was not done
     selection: dict[str, Any] | None  # selection/summary.json
     histograms: list[Histogram] = field(default_factory=list)
     samples: list[tuple[SamplePair, SamplePair]] = field(default_factory=list)  # best kept, worst dropped
@@ -79,29 +79,32 @@ class RunFacts:
     iterations: list[IterationFacts]
 
 
-def gather(run: RunDirectory) -> RunFacts:
-    """Everything the report shows. Reads only what is there, and of the big tables only the columns it counts."""
-    stages = [StageFact(None, "prompts", run.stage("prompts", None).manifest())]
+def gather(run: RunDirectory, stages: Sequence[Stage]) -> RunFacts:
+    """Everything the report shows of these stages. Reads only what is there, and of the big tables only the
+    columns it counts."""
+    once = [stage for stage in stages if not stage.each_iteration]
+    iterated = [stage for stage in stages if stage.each_iteration]
+    found = [StageFact(None, stage.folder, run.stage(stage.folder, None).manifest()) for stage in once]
     iterations = []
     number = 0
     while run.exists(f"iteration-{number}"):
-        stages += [
-            StageFact(number, folder, run.stage(folder, number).manifest())
-            for folder in ITERATED
-            if run.exists(f"iteration-{number}/{folder}")
+        found += [
+            StageFact(number, stage.folder, run.stage(stage.folder, number).manifest())
+            for stage in iterated
+            if run.exists(f"iteration-{number}/{stage.folder}")
         ]
-        iterations.append(_iteration(run, number))
+        iterations.append(_iteration(run, number, stages))
         number += 1
     recipe = run.read_bytes("recipe.yaml").decode() if run.exists("recipe.yaml") else None
-    return RunFacts(run.path, recipe, stages, iterations)
+    return RunFacts(run.path, recipe, found, iterations)
 
 
-def _iteration(run: RunDirectory, number: int) -> IterationFacts:
+def _iteration(run: RunDirectory, number: int, stages: Sequence[Stage]) -> IterationFacts:
     selection, evaluation = run.stage("selection", number), run.stage("evaluation", number)
     scores = selection.read_table(name="scores.parquet") if selection.exists("scores.parquet") else None
     return IterationFacts(
         number=number,
-        funnel=_funnel(run, number, scores),
+        funnel=_funnel(run, number, stages),
         selection=selection.read_json("summary.json"),
         histograms=_histograms(scores) if scores is not None else [],
         samples=_samples(run.stage("pairs", number), scores) if scores is not None else [],
@@ -111,33 +114,15 @@ def _iteration(run: RunDirectory, number: int) -> IterationFacts:
     )
 
 
-def _column(folder: Folder, name: str) -> list[Any] | None:
-    if not folder.files(".parquet"):
-        return None
-    values: list[Any] = folder.read_table([name])[name].to_pylist()
-    return values
-
-
-def _funnel(run: RunDirectory, number: int, scores: pa.Table | None) -> dict[str, dict[str, int]]:
+def _funnel(run: RunDirectory, number: int, stages: Sequence[Stage]) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = {}
-    prompts = run.stage("prompts", None)
-    if prompts.files(".parquet"):
-        table = prompts.read_table(["language", "split"])
-        counts["prompts"] = Counter(table.filter(pc.equal(table["split"], "train"))["language"].to_pylist())
-    for step, folder in (("responses", "responses"), ("pairs", "pairs"), ("sketched", "sketches")):
-        languages = _column(run.stage(folder, number), "language")
-        if languages is not None:
-            counts[step] = Counter(languages)
-    judgements = run.stage("judgements", number)
-    if judgements.files(".parquet"):
-        table = judgements.read_table(["language", "score"])
-        counts["readable"] = Counter(table.filter(pc.is_valid(table["score"]))["language"].to_pylist())
-    if scores is not None:
-        counts["kept"] = Counter(scores.filter(scores["kept"])["language"].to_pylist())
+    for stage in stages:
+        if stage.step:
+            found = stage.step.counts(run.stage(stage.folder, number if stage.each_iteration else None))
+            if found is not None:
+                counts[stage.step.name] = found
     languages = sorted({language for counter in counts.values() for language in counter})
-    return {
-        language: {step: counts[step][language] for step in FUNNEL if step in counts} for language in languages
-    }
+    return {language: {step: counter[language] for step, counter in counts.items()} for language in languages}
 
 
 def _histograms(scores: pa.Table) -> list[Histogram]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from congrad_ray.config.recipe import Recipe
 from congrad_ray.stages.report import pictures
-from congrad_ray.stages.report.facts import FUNNEL, IterationFacts, RunFacts
+from congrad_ray.stages.report.facts import IterationFacts, RunFacts
+from congrad_ray.stages.view import Step
 
 _CURVES = (
     ("loss", "loss", False),
@@ -20,15 +23,6 @@ _CURVES = (
     ("grad_norm", "gradient norm before clipping", True),
 )
 _LONGEST_TEXT = 1200
-_STEPS = {
-    "prompts": ("prompts", "training prompts"),
-    "responses": ("responses", "of prompts × generations"),
-    "readable": ("readable judgements", "of responses"),
-    "pairs": ("pairs", "of prompts"),
-    "sketched": ("sketched", "of pairs"),
-    "kept": ("kept", "of sketched"),
-}
-_OF = {"readable": "responses", "pairs": "prompts", "sketched": "pairs", "kept": "sketched"}
 
 
 def page_environment(folder: Path) -> Environment:
@@ -44,8 +38,9 @@ def page_environment(folder: Path) -> Environment:
     return environment
 
 
-def render(facts: RunFacts, recipe: dict[str, Any]) -> str:
-    """The page. `recipe` is the recipe's plain values; texts of models and users are escaped by the template."""
+def render(facts: RunFacts, steps: Sequence[Step], recipe: Recipe) -> str:
+    """The page; `steps` are the funnel's. Texts of models and users are escaped by the template."""
+    values = recipe.model_dump(mode="json")
     environment = page_environment(Path(__file__).parent)
     environment.filters.update(
         whole=_whole,
@@ -56,10 +51,9 @@ def render(facts: RunFacts, recipe: dict[str, Any]) -> str:
     )
     return environment.get_template("report.html.jinja").render(
         facts=facts,
-        recipe=recipe,
-        headline=headline(facts, recipe),
-        steps=_STEPS,
-        funnels={iteration.number: _funnel(iteration, recipe) for iteration in facts.iterations},
+        recipe=values,
+        headline=headline(facts, values),
+        funnels={iteration.number: _funnel(iteration, steps, recipe) for iteration in facts.iterations},
         curves={iteration.number: _curves(iteration) for iteration in facts.iterations},
         versions=_versions(facts),
         longest_stage=max((s.manifest.seconds for s in facts.stages if s.manifest), default=1.0) or 1.0,
@@ -115,19 +109,16 @@ def _total(iteration: IterationFacts, step: str) -> int:
     return sum(row.get(step, 0) for row in iteration.funnel.values())
 
 
-def _funnel(iteration: IterationFacts, recipe: dict[str, Any]) -> dict[str, Any]:
+def _funnel(iteration: IterationFacts, steps: Sequence[Step], recipe: Recipe) -> dict[str, Any]:
     """The table's steps and, per language and step, the count and its share of what it came from."""
-    present = [step for step in FUNNEL if any(step in row for row in iteration.funnel.values())]
-    generations = recipe["generate"]["num_generations"]
-    total = {step: _total(iteration, step) for step in present}
+    present = [step for step in steps if any(step.name in row for row in iteration.funnel.values())]
+    total = {step.name: _total(iteration, step.name) for step in present}
     rows = []
     for language, counts in [*iteration.funnel.items(), ("all", total)]:
         cells = []
         for step in present:
-            whole = counts.get(_OF.get(step, step), 0)
-            if step == "responses":
-                whole = counts.get("prompts", 0) * generations
-            count = counts.get(step, 0)
+            whole = counts.get(step.of or step.name, 0) * step.each(recipe)
+            count = counts.get(step.name, 0)
             cells.append({"count": count, "share": min(1.0, count / whole) if whole else None})
         rows.append({"language": language, "cells": cells})
     return {"steps": present, "rows": rows if len(iteration.funnel) > 1 else rows[:-1]}

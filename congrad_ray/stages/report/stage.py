@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from congrad_ray.planning.volume import rows_of
 from congrad_ray.runtime.context import Context, Outcome
@@ -14,25 +15,28 @@ from congrad_ray.stages.report.html import render
 logger = logging.getLogger(__name__)
 
 
-def run(context: Context) -> Outcome:
-    """Writes the page at the run's root; a run that stopped early gets the parts that exist."""
-    facts = gather(context.run)
-    page = render(facts, context.recipe.model_dump(mode="json"))
-    context.run.write_bytes("report.html", page.encode())
-    finished = sum(stage.manifest is not None for stage in facts.stages)
-    logger.info(f"{context.run.path}/report.html: {finished} of {len(facts.stages)} stages that were begun")
-    return Outcome(finished, {"iterations": len(facts.iterations), "bytes": len(page.encode())})
+def report_of(stages: Sequence[Stage]) -> Stage:
+    """The stage that reports on these stages."""
+    steps = [stage.step for stage in stages if stage.step]
 
+    def run(context: Context) -> Outcome:
+        """Writes the page at the run's root; a run that stopped early gets the parts that exist."""
+        facts = gather(context.run, stages)
+        page = render(facts, steps, context.recipe)
+        context.run.write_bytes("report.html", page.encode())
+        finished = sum(stage.manifest is not None for stage in facts.stages)
+        logger.info(f"{context.run.path}/report.html: {finished} of {len(facts.stages)} stages that were begun")
+        return Outcome(finished, {"iterations": len(facts.iterations), "bytes": len(page.encode())})
 
-STAGE = Stage(
-    name="report",
-    folder="report",
-    summary="one HTML file about the run",
-    inputs=lambda iteration: [],
-    settings=lambda recipe, iteration: recipe.model_dump(mode="json"),
-    run=run,
-    demand=lambda recipe, profile: driver_demand("report", rows_of(recipe).evaluation),
-    each_iteration=False,
-    uses_ray=False,
-    always=True,
-)
+    return Stage(
+        name="report",
+        folder="report",
+        summary="Write DIR/report.html",
+        inputs=lambda iteration: [],
+        settings=lambda recipe, iteration: recipe.model_dump(mode="json"),
+        run=run,
+        demand=lambda recipe, profile: driver_demand("report", rows_of(recipe).evaluation),
+        each_iteration=False,
+        uses_ray=False,
+        always=True,
+    )

@@ -18,6 +18,7 @@ from congrad_ray.runtime.resources import tasks_demand
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.select.directions import Float64Array
 from congrad_ray.stages.select.estimate import ESTIMATE
+from congrad_ray.stages.select.figures import STEP, figures
 from congrad_ray.stages.select.keep import keep_above, keep_top_fraction, keep_within_tokens
 from congrad_ray.stages.select.reducer import Layout, Rows, Shares, gram_matrices, language_gradients, score_pairs
 from congrad_ray.stages.select.schema import SCORES, SELECTED
@@ -315,11 +316,14 @@ def _write_direction(
 STAGE = Stage(
     name="select",
     folder="selection",
-    summary="one direction from the languages' gradients, every pair's agreement with it, and what is kept",
+    summary="Keep the pairs that agree with the languages' common direction",
+    example="select.direction=mean",
     inputs=lambda iteration: [("pairs", iteration), ("sketches", iteration)],
     settings=lambda recipe, iteration: recipe.select.model_dump(mode="json"),
     run=run,
     demand=lambda recipe, profile: tasks_demand("select", rows_of(recipe).training, profile),
     schema=lambda recipe: SCORES,
     estimate=ESTIMATE,
+    figures=figures,
+    step=STEP,
 )

@@ -27,6 +27,7 @@ from congrad_ray.stages.base import Stage
 from congrad_ray.stages.sketch.estimate import ESTIMATE, schema_of
 from congrad_ray.stages.sketch.replicas import LANGUAGE_GRADIENTS, SketchReplica, SummingReplica
 from congrad_ray.stages.sketch.schema import PAIRS_PER_PART, PART_BYTES, sketches_schema
+from congrad_ray.stages.view import Step, rows_by_language
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -193,7 +194,8 @@ def _settings(recipe: Recipe, iteration: int) -> Any:
 STAGE = Stage(
     name="sketch",
     folder="sketches",
-    summary="one forward and one backward per pair, its gradient count-sketched",
+    summary="Count-sketch every pair's gradient on a pool of model replicas",
+    example="sketch.width=65536",
     inputs=lambda iteration: [("pairs", iteration), *policy_input(iteration)],
     settings=_settings,
     run=run,
@@ -202,4 +204,5 @@ STAGE = Stage(
     ),
     schema=schema_of,
     estimate=ESTIMATE,
+    step=Step("sketched", "sketched", "of pairs", rows_by_language, "pairs"),
 )

@@ -251,7 +251,8 @@ def _demand(recipe: Recipe, profile: Profile) -> Demand:
 STAGE = Stage(
     name="train",
     folder="policy",
-    summary="length-penalised DPO on the selected pairs",
+    summary="Train by DPO on the kept pairs, with Ray Train and DeepSpeed",
+    example="train.beta=0.2",
     inputs=lambda iteration: [("selection", iteration), *policy_input(iteration)],
     settings=settings,
     run=run,

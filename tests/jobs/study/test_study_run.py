@@ -86,7 +86,7 @@ def test_a_study_runs_goes_on_and_reports(tmp_path: Path) -> None:
     assert after[: len(lines) - 2] == rows[:-2] and len(after) == len(rows)
     known = {name: value for name, value in rows[-2].items() if name != "seconds"}
     assert any(known == {n: v for n, v in row.items() if n != "seconds"} for row in after), "the same numbers"
-    assert "starting: sampled responses" not in again.stdout
+    assert "starting: sample responses" not in again.stdout
 
     exact = subprocess.run([*command, "--exact"], capture_output=True, text=True, timeout=900, check=False)
     assert exact.returncode == 0, exact.stdout + exact.stderr
