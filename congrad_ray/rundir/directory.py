@@ -212,20 +212,32 @@ class Folder:
 
     def read_parquet(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
         """One Parquet file of the folder, its pages checked. Raises RunDirectoryError for one that is damaged."""
-        try:
+        with _damage_reported(path):
             return pq.read_table(
                 path,
                 columns=list(columns) if columns else None,
                 filesystem=self.filesystem,
                 page_checksum_verification=True,
             )
-        except (pa.ArrowInvalid, OSError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise RunDirectoryError(
-                f"{path} cannot be read: {error}. If it is damaged, delete it and run the stage that made it "
-                "again: only what was in it is done anew."
-            ) from error
+
+    @contextmanager
+    def open_parquet(self, path: str) -> Iterator[pq.ParquetFile]:
+        """One Parquet file of the folder, for several looks at it. Raises as `read_parquet` does."""
+        with _damage_reported(path), self.filesystem.open_input_file(path) as stream:
+            yield pq.ParquetFile(stream, page_checksum_verification=True)
+
+
+@contextmanager
+def _damage_reported(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise RunDirectoryError(
+            f"{path} cannot be read: {error}. If it is damaged, delete it and run the stage that made it "
+            "again: only what was in it is done anew."
+        ) from error
 
 
 class StageFolder(Folder):
