@@ -75,6 +75,18 @@ class ModelSource:
             arguments["revision"] = self.settings.revision
         return arguments
 
+    def check_files(self) -> None:
+        """Raises ModelError for a model whose folder has no configuration or weights that could be loaded."""
+        from transformers import AutoConfig
+
+        path = self.local_path()
+        try:
+            AutoConfig.from_pretrained(path, **self.pretrained_arguments())
+            if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+                raise FileNotFoundError(f"no *.safetensors in {path}")
+        except Exception as error:  # as for the tokenizer
+            raise _cannot_load("model", path, error) from error
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with the recipe's chat template where it names one.
 

@@ -250,6 +250,11 @@ class StageFolder(Folder):
         except TypeError:
             return None
 
+    def fingerprint(self) -> str | None:
+        """Of what made the result that is here, or began it; None where there is none, or it does not say."""
+        manifest = self.manifest()
+        return manifest.fingerprint if manifest else _fingerprint_in(self.read_json(STARTED))
+
     def begin(
         self, stage_fingerprint: str, redo: bool, what: str, log: Callable[[str], None] = print
     ) -> Literal["done", "continue", "new"]:
@@ -400,8 +405,11 @@ class RunDirectory(Folder):
     """RUN: `recipe.yaml`, `prompts/`, `iteration-N/<stage folder>/`, `report.html`."""
 
     @classmethod
-    def open(cls, uri: str | Path) -> RunDirectory:
-        """The run directory at a local path or a pyarrow filesystem URI. Raises RunDirectoryError."""
+    def open(cls, uri: str | Path, what: str = "the run directory") -> RunDirectory:
+        """The run directory at a local path or a pyarrow filesystem URI. Raises RunDirectoryError.
+
+        `what`: how messages call it.
+        """
         text = str(uri)
         try:
             if "://" in text:
@@ -412,13 +420,11 @@ class RunDirectory(Folder):
             there = [filesystem.get_file_info(place).type for place in (path, bucket) if place]
         except (pa.ArrowInvalid, OSError) as error:
             why = str(error).replace(text, without_keys(text))
-            raise RunDirectoryError(f"cannot open the run directory {without_keys(text)}: {why}") from None
+            raise RunDirectoryError(f"cannot open {what} {without_keys(text)}: {why}") from None
         if there[0] == pafs.FileType.File:
-            raise RunDirectoryError(f"the run directory {without_keys(text)} is a file; give a folder")
+            raise RunDirectoryError(f"{what} {without_keys(text)} is a file; give a folder")
         if bucket and there[1] == pafs.FileType.NotFound:
-            raise RunDirectoryError(
-                f"cannot open the run directory {without_keys(text)}: there is no bucket {bucket}"
-            )
+            raise RunDirectoryError(f"cannot open {what} {without_keys(text)}: there is no bucket {bucket}")
         return cls(filesystem, path.rstrip("/"))
 
     def stage(self, folder: str, iteration: int | None) -> StageFolder:

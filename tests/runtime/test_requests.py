@@ -117,7 +117,8 @@ def test_finished_rows_have_one_type_whether_they_failed_or_not() -> None:
         assert completion.first_logprobs == {7: -1.0}
         return {**row, "text": completion.text}
 
-    tables = [engine._finish([row], answer, SCHEMA) for row in (good, too_long, broken)]
+    task = Task(lambda row: Request([], 8), answer, SCHEMA, 8)
+    tables = [engine._finish([row], task) for row in (good, too_long, broken)]
     assert len({table.schema for table in tables}) == 1
     rows = pa.concat_tables(tables).to_pylist()
     assert rows == [
