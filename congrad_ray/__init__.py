@@ -1,7 +1,7 @@
 """ConGrad on Ray: conflicting gradient filtering for multilingual preference alignment.
 
-What a notebook needs is here, and is imported when it is first used: `import congrad_ray` alone loads neither torch
-nor Ray. docs/how-to/python.md has examples.
+What a notebook needs is here, and is imported when it is first used: `import congrad_ray` alone loads neither
+torch nor Ray. docs/how-to/python.md has examples.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from congrad_ray.modeling.tokenization import tokenize_pair as tokenize_pair
     from congrad_ray.pipeline.public import filter_preferences as filter_preferences
     from congrad_ray.pipeline.public import run as run
+    from congrad_ray.stages.select.selection import select_pairs as select_pairs
     from congrad_ray.stages.sketch.capture import GradientCapture as GradientCapture
     from congrad_ray.stages.sketch.countsketch import CountSketch as CountSketch
     from congrad_ray.stages.sketch.sketcher import sketch_pairs as sketch_pairs
@@ -30,6 +31,7 @@ _MODULES = {
     "load_recipe": "config.recipe",
     "load_tokenizer": "modeling.tokenization",
     "run": "pipeline.public",
+    "select_pairs": "stages.select.selection",
     "sketch_pairs": "stages.sketch.sketcher",
     "tokenize_pair": "modeling.tokenization",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "load_recipe",
     "load_tokenizer",
     "run",
+    "select_pairs",
     "sketch_pairs",
     "tokenize_pair",
 ]

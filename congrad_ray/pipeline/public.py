@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 
@@ -17,37 +17,34 @@ from congrad_ray.pipeline.filtering import COLUMNS, FilterSettings, run_filter
 from congrad_ray.pipeline.order import STAGES, run_all
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 
-if TYPE_CHECKING:
-    from os import PathLike
-
 _GIVEN = "a datasets.Dataset"
 
 
 def filter_preferences(
-    dataset: datasets.Dataset | str | PathLike[str],
-    model: str | PathLike[str] | Model,
+    dataset: datasets.Dataset | str | os.PathLike[str],
+    model: str | os.PathLike[str] | Model,
     *,
     keep: float | None = None,
-    out: str | PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
     select: Select | Mapping[str, Any] | None = None,
     sketch: Sketch | Mapping[str, Any] | None = None,
     beta: float = 0.1,
     length_penalty: float = 0.0,
     chat: bool = False,
-    profile: str | PathLike[str] | Profile = "local",
+    profile: str | os.PathLike[str] | Profile = "local",
     redo: bool = False,
 ) -> datasets.Dataset:
     """Keeps the preference pairs whose gradients agree across languages.
 
     Args:
-        dataset: preference pairs with the columns prompt, chosen and rejected (strings or chat messages, as in TRL)
-            and language (a BCP-47 tag). A Dataset, a .jsonl or .parquet file, or the name of a dataset on the hub.
+        dataset: preference pairs with the columns prompt, chosen and rejected (strings or chat messages, as in
+            TRL) and language (a BCP-47 tag). A Dataset, a .jsonl or .parquet file, or a dataset's name on the hub.
         model: the model to be trained: a folder or hub name, loaded in float32; or a `Model` with more settings,
             such as `Model(name="my/model", dtype="bfloat16", max_length=4096)`.
         keep: the top fraction kept of each language; by default that of `select`, 0.5.
-        out: a folder or URI for selected.parquet, scores.parquet and summary.json. An interrupted call with the same
-            arguments is resumed from it, and a finished one is not repeated. By default the work goes to a temporary
-            folder (see TMPDIR), which is removed at the end.
+        out: a folder or URI for selected.parquet, scores.parquet and summary.json. An interrupted call with the
+            same arguments is resumed from it, and a finished one is not repeated. By default the work goes to a
+            temporary folder (see TMPDIR), which is removed at the end.
         select: how pairs are selected: the recipe's section `select`, as `{"direction": "mean"}` or a `Select`.
         sketch: how gradients are sketched: the recipe's section `sketch`.
         beta: DPO's beta of the training to come.
@@ -56,11 +53,11 @@ def filter_preferences(
         profile: where to compute: a profile's name, YAML file, or `Profile`.
         redo: replaces what is in `out` and was made from other rows or with other settings.
 
-    Returns the kept rows in their order: all columns of the input, and congrad_score. Of a Dataset, its own rows, so
-    its features are kept; a column congrad_score is replaced.
+    Returns the kept rows in their order: all columns of the input, and congrad_score. Of a Dataset, its own rows,
+    so its features are kept; a column congrad_score is replaced.
 
-    Ray is started as the profile says, unless it is connected already, which is then used as it is. It stays up, so
-    that a second call is fast; `ray.shutdown()`, or the end of the process, ends it.
+    Ray is started as the profile says; a Ray that is connected already is used as it is. It stays up, so that a
+    second call is fast; `ray.shutdown()`, or the end of the process, ends it.
 
     Raises TypeError for anything but one split of a dataset, and ValueError with a text that says what to do for
     everything that is wrong with the rows, the model or the settings, before Ray starts.
@@ -68,7 +65,7 @@ def filter_preferences(
     where = profile if isinstance(profile, Profile) else load_profile(str(profile))
     if out is None and (where.ray_address or where.cluster):
         raise SettingsError(
-            f"profile {where.name} is of a cluster, whose nodes share no temporary folder of this machine: give out="
+            f"profile {where.name} is of a cluster, whose nodes do not share a temporary folder: give out"
         )
     named = (
         model if isinstance(model, Model) else validate(Model, {"name": str(model), "dtype": "float32"}, "model")
@@ -83,9 +80,9 @@ def filter_preferences(
     with tempfile.TemporaryDirectory(prefix="congrad-filter-") as folder:
         place = f"{folder}/out" if out is None else str(out)
         if not isinstance(dataset, datasets.Dataset):
-            if not isinstance(dataset, str | Path):
+            if not isinstance(dataset, str | os.PathLike):
                 raise TypeError(
-                    f"dataset is a {type(dataset).__name__}; give one split as a datasets.Dataset, a file, or a name"
+                    f"dataset is a {type(dataset).__name__}; give a datasets.Dataset, a file or a name"
                 )
             run_filter(str(dataset), place, settings, where, redo)
             table = RunDirectory.open(place, "out").read_table(name="selected.parquet")
@@ -101,10 +98,10 @@ def filter_preferences(
 
 
 def run(
-    recipe: str | PathLike[str] | Recipe,
-    run: str | PathLike[str],
+    recipe: str | os.PathLike[str] | Recipe,
+    run: str | os.PathLike[str],
     *,
-    profile: str | PathLike[str] | Profile = "local",
+    profile: str | os.PathLike[str] | Profile = "local",
     until: str | None = None,
     redo: bool = False,
     set: Sequence[str] = (),
@@ -119,7 +116,7 @@ def run(
         redo: replaces the results of stages that were made with other settings or inputs.
         set: settings that override the recipe's, as `["select.direction=mean"]`.
 
-    Returns the run directory: `.stage("selection", 0).read_table(name="selected.parquet")` is what iteration 0 kept.
+    Returns the run directory: `.stage("selection", 0).read_table(name="selected.parquet")` has what was kept.
 
     Ray is treated as by `filter_preferences`. Raises ValueError with a text that says what to do.
     """
@@ -143,7 +140,7 @@ def _section(
     more: Mapping[str, Any],
     name: str,
 ) -> SettingsType:
-    values = given.model_dump() if isinstance(given, kind) else dict(given or {})  # type: ignore[arg-type]
+    values = given.model_dump() if isinstance(given, kind) else dict(given or {})
     return validate(kind, {**values, **more}, name)
 
 

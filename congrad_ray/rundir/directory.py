@@ -251,9 +251,12 @@ class StageFolder(Folder):
             return None
 
     def fingerprint(self) -> str | None:
-        """Of what made the result that is here, or began it; None where there is none, or it does not say."""
-        manifest = self.manifest()
-        return manifest.fingerprint if manifest else _fingerprint_in(self.read_json(STARTED))
+        """Of what made the result that is here, or began it; None where there is none, or it is not known."""
+        manifest, started = self.manifest(), self.read_json(STARTED)
+        if manifest:
+            return manifest.fingerprint
+        withdrawn = isinstance(started, dict) and started.get("withdrawn")
+        return None if withdrawn else _fingerprint_in(started)
 
     def begin(
         self, stage_fingerprint: str, redo: bool, what: str, log: Callable[[str], None] = print
