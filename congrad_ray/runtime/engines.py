@@ -114,7 +114,7 @@ def engine_failures() -> Iterator[None]:
             "What vLLM said is in the worker-*.out and worker-*.err files of the engine's node, by default in "
             "/tmp/ray/session_latest/logs. If it ran out of memory, lower engines.max_num_seqs, "
             "gpu_memory_utilization or kv_cache_gib in the profile, or model.max_length in the recipe. Rows that "
-            "were written are kept: run the stage again to go on."
+            "were written are kept: run the stage again to resume."
         ) from error
 
 
@@ -365,7 +365,7 @@ def _cpu_environment(profile: Profile) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(profile.threads_of(profile.engines)),
         # Decoding is many small products, between which threads should not sleep: libgomp's own default, which
-        # comes before the waiting that other workers are told (session.connect).
+        # takes precedence over the waiting that session.connect sets for other workers.
         "GOMP_SPINCOUNT": "300000",
         # Without it the first request with log-probabilities waits for a C++ compilation of the sampler.
         "TORCH_COMPILE_DISABLE": "1",
@@ -376,7 +376,7 @@ def _engine_class(engine: type[Any], source: ModelSource, of_driver: Any, notify
     """The engine stage's class, for a model that may be on an object store and rows that may kill the engine.
 
     It loads its node's copy of the model. `of_driver` is the actor of `runtime.attempts`: rows that ended engines
-    again and again are asked one at a time, and then not any more. Every answer is told of by `notify`.
+    again and again are asked one at a time, and then no longer. Every answer is reported by `notify`.
     """
 
     class Engine(engine):

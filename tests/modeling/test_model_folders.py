@@ -305,7 +305,7 @@ def test_an_adapter_is_refused_before_any_work_and_told_how_to_become_a_model(
 ) -> None:
     folder = adapter(tiny_model, tmp_path / "adapter")
     for said in refused_by_all(folder, tmp_path, capsys, monkeypatch):
-        assert f"holds a LoRA adapter for '{tiny_model}'" in said
+        assert f"is a LoRA adapter for '{tiny_model}'" in said
         assert "merge_and_unload().save_pretrained(folder)" in said and "taken out" not in said
     # The way out is one.
     from peft import PeftModel
@@ -322,7 +322,7 @@ def test_a_model_and_an_adapter_in_one_folder_are_ambiguous(tiny_model: Path, tm
     folder = tmp_path / "both"
     shutil.copytree(tiny_model, folder)
     (folder / "adapter_config.json").write_text("[]")
-    with pytest.raises(ModelError, match=r"for a model that it does not name.*take adapter_config.json out"):
+    with pytest.raises(ModelError, match=r"for a model that it does not name.*remove adapter_config.json from"):
         named_model(str(folder), Model())
 
 

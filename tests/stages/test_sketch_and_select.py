@@ -148,7 +148,7 @@ def test_a_micro_batch_that_does_not_fit_the_memory_is_done_in_halves(
         assert "Tried to allocate 2.00 GiB" in failures[0]["detail"]
         return
     assert max(positions) > most_positions >= positions[-1]
-    assert "did not fit the memory; from now on" in capsys.readouterr().out
+    assert "did not fit into memory; the limit is now" in capsys.readouterr().out
     columns = [table_of(rows.to_pylist(), sketches_schema(WIDTH, "float32")) for rows in (whole, found)]
     np.testing.assert_allclose(*(sketch_numbers(rows, "float32") for rows in columns), rtol=1e-4, atol=1e-5)
     calls = len(positions)

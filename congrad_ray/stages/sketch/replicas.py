@@ -68,7 +68,7 @@ class PairRow(TypedDict):
 
 
 class Replica:
-    """A model replica in an actor: reads rows of pairs, sets apart those it cannot use, forms micro-batches."""
+    """A model replica in an actor: reads rows of pairs, reports those it cannot use, forms micro-batches."""
 
     def __init__(self, spec: ReplicaSpec, notify: Notify | None = None) -> None:
         source, device = spec.source, spec.device
@@ -94,7 +94,7 @@ class Replica:
             pad,
         )
         if self.capture.why_not_shared is not None:
-            self._notify(f"prompts are computed twice, once for each response: {self.capture.why_not_shared}")
+            self._notify(f"each prompt is computed twice, once for each response: {self.capture.why_not_shared}")
         self.max_tokens = settings.batch_tokens(device)
 
     def micro_batches(self, rows: Sequence[PairRow], failures: dict[int, dict[str, str]]) -> Iterator[MicroBatch]:
@@ -220,7 +220,7 @@ class SketchReplica(Replica):
             return
         self.max_tokens = max(1, tokens // 2)
         self._notify(
-            f"a micro-batch of {tokens} tokens did not fit the memory; from now on {self.max_tokens} tokens"
+            f"a micro-batch of {tokens} tokens did not fit into memory; the limit is now {self.max_tokens} tokens"
         )
         middle = len(members.pairs) // 2
         for part in (slice(middle), slice(middle, None)):
@@ -310,8 +310,8 @@ class SketchReplica(Replica):
         fitting = fitting_token_budget(self.capture, work, self.max_tokens, length)
         if fitting < self.max_tokens:
             self._notify(
-                f"micro-batches of sketch.max_tokens_per_batch = {self.max_tokens} tokens do not fit the memory; "
-                f"they are made with {fitting}"
+                f"micro-batches of sketch.max_tokens_per_batch = {self.max_tokens} tokens do not fit into memory; "
+                f"{fitting} tokens are used"
             )
             self.max_tokens = fitting
 
@@ -334,7 +334,7 @@ class SketchReplica(Replica):
 
 
 def _finite(values: np.ndarray[Any, Any] | None, place: int) -> float | None:
-    """None as well where another pair of the micro-batch, whose gradient is not finite, has spoilt the value."""
+    """The value; None where there is none, or another pair of the micro-batch made it infinite or NaN."""
     value = float("nan") if values is None else float(values[place])
     return value if math.isfinite(value) else None
 
@@ -350,8 +350,8 @@ class SummingReplica(Replica):
         needed, free = 4 * entries * len(languages), free_memory(self.capture.model.device)
         if needed > free:
             raise ValueError(
-                f"sketch.method: exact holds the gradients of {len(languages)} languages, {needed / 2**30:.1f} "
-                f"GiB, and {free / 2**30:.1f} GiB are free; use sketch.method: count_sketch or fewer sketch.layers"
+                f"sketch.method: exact needs {needed / 2**30:.1f} GiB for the gradients of {len(languages)} "
+                f"languages, but {free / 2**30:.1f} GiB are free; use sketch.method: count_sketch or fewer sketch.layers"
             )
         self._languages = languages
         self._sums: LayerVectors = {}
