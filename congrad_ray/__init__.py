@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from congrad_ray.config.recipe import Model as Model
+    from congrad_ray.config.recipe import Select as Select
     from congrad_ray.config.recipe import load_recipe as load_recipe
     from congrad_ray.modeling.tokenization import load_tokenizer as load_tokenizer
     from congrad_ray.modeling.tokenization import tokenize_pair as tokenize_pair
@@ -27,6 +28,7 @@ _MODULES = {
     "CountSketch": "stages.sketch.countsketch",
     "GradientCapture": "stages.sketch.capture",
     "Model": "config.recipe",
+    "Select": "config.recipe",
     "filter_preferences": "pipeline.public",
     "load_recipe": "config.recipe",
     "load_tokenizer": "modeling.tokenization",
@@ -39,6 +41,7 @@ __all__ = [
     "CountSketch",
     "GradientCapture",
     "Model",
+    "Select",
     "__version__",
     "filter_preferences",
     "load_recipe",

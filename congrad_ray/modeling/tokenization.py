@@ -152,8 +152,8 @@ def _on_day(template: str, day: str, model: str) -> str:
     if re.search(r"\bstrftime_now\b(?!\s+is\b)", _COMMENT.sub("", fixed)):
         raise MissingChatTemplate(
             f"the chat template of {brief(model)} asks for today's date (strftime_now) in a way that cannot be "
-            "fixed to one day, so token ids would change every day; set model.chat_template to the path of a Jinja "
-            'file that calls strftime_now("%d %b %Y") or holds a date'
+            "fixed to one day, so token ids would change every day; set model.chat_template to the path of a "
+            'Jinja file that calls strftime_now("%d %b %Y") or holds a date'
         )
     if calls:
         logger.warning(

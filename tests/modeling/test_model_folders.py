@@ -217,10 +217,10 @@ def test_tokens_without_rows_in_the_embedding_are_refused_before_any_work(
     beyond = changed_tokenizer(
         tiny_model, tmp_path / "larger", lambda t: [t.add_tokens(f"<|x{n}|>") for n in range(rows + 1 - len(t))]
     )
-    with pytest.raises(ModelError, match=f"token ids up to {rows}, and the model's embedding {rows} rows"):
+    with pytest.raises(ModelError, match=f"token ids up to {rows}, but the embedding has {rows} rows"):
         named_model(str(beyond), Model()).load_tokenizer()
     for said in refused_by_all(beyond, tmp_path, capsys, monkeypatch):
-        assert f"token ids up to {rows}, and the model's embedding {rows} rows: '<|x" in said
+        assert f"token ids up to {rows}, but the embedding has {rows} rows: '<|x" in said
         assert f"resize_token_embeddings({rows + 1})" in said and "save_pretrained" in said
 
 
@@ -266,7 +266,7 @@ def test_the_weights_are_believed_and_not_the_configuration(tiny_model: Path, tm
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 10}))
     named_model(str(folder), Model()).load_tokenizer()
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="embedding 10 rows"):
+    with pytest.raises(ModelError, match="embedding has 10 rows"):
         named_model(str(folder), Model()).load_tokenizer()
 
 
@@ -281,7 +281,7 @@ def test_rows_are_read_in_shards_too(tmp_path: Path, shards: bool) -> None:
     tokenizer.add_tokens([f"<|x{n}|>" for n in range(600 - len(tokenizer))])
     tokenizer.save_pretrained(folder)
     with pytest.raises(
-        ModelError, match=r"token ids up to 599, and the model's embedding 512 rows: '<\|x.*\.\.\. \(88 in"
+        ModelError, match=r"token ids up to 599, but the embedding has 512 rows: '<\|x.*\.\.\. \(88 in"
     ):
         named_model(str(folder), Model()).load_tokenizer()
 

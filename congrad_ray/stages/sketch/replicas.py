@@ -351,7 +351,8 @@ class SummingReplica(Replica):
         if needed > free:
             raise ValueError(
                 f"sketch.method: exact needs {needed / 2**30:.1f} GiB for the gradients of {len(languages)} "
-                f"languages, but {free / 2**30:.1f} GiB are free; use sketch.method: count_sketch or fewer sketch.layers"
+                f"languages, but {free / 2**30:.1f} GiB are free; use sketch.method: count_sketch or fewer "
+                "sketch.layers"
             )
         self._languages = languages
         self._sums: LayerVectors = {}
