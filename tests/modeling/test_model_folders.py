@@ -240,7 +240,7 @@ def test_a_placeholder_for_images_without_a_row_is_fine_and_a_text_with_it_is_no
     tokenizer = load_chat_tokenizer(named_model(str(folder), Model()))
     answers = [[{"role": "assistant", "content": text}] for text in ("Fine", "The <image_soft_token>")]
     assert max(chat_prompt_ids(tokenizer, QUESTION)) < rows
-    told = f"holds the token '<image_soft_token>', and the model's embedding of {rows} rows has none"
+    told = f"holds the token '<image_soft_token>', but the model's embedding of {rows} rows has none"
     with pytest.raises(ValueError, match=told):
         tokenize_pair(tokenizer, QUESTION, *answers, 256)
     with pytest.raises(ValueError, match=told):
