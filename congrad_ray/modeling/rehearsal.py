@@ -30,8 +30,8 @@ from congrad_ray.stages.sketch.capture import GradientCapture
 from congrad_ray.stages.sketch.countsketch import CountSketch, FoldRule
 from congrad_ray.stages.sketch.sketcher import sketch_pairs
 
-# A deeper model is rehearsed with so many layers and with twice as many; each further layer adds what those of the
-# second half did, because all are alike. Even, for models whose layers alternate between two kinds.
+# A deeper model is rehearsed with this many layers and with twice as many; each further layer adds what those of
+# the second half did, because all are alike. Even, for models whose layers alternate between two kinds.
 _LAYERS = 2
 
 
@@ -63,7 +63,7 @@ def training_working_bytes(shape: ModelShape, recipe: Recipe, pairs: int) -> int
     def peak(config: PretrainedConfig) -> int:
         model = meta_model(config, recipe.model.dtype).train()
         if recipe.train.gradient_checkpointing:
-            with warnings.catch_warnings():  # of a new name for this, which training itself tells of
+            with warnings.catch_warnings():  # of a new name for this, which training itself reports
                 warnings.simplefilter("ignore", FutureWarning)
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for parameter in model.parameters():

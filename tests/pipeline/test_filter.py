@@ -35,6 +35,86 @@ def kept_rows(out: Path) -> list[dict[str, object]]:
     return pq.read_table(out / "selected.parquet").to_pylist()
 
 
+GOOD = {"prompt": "x", "chosen": "y", "rejected": "z", "language": "en"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "model", "message"),
+    [
+        ("nowhere.jsonl", None, "", "no file"),
+        ("nowhere.csv", None, "", "no file"),
+        (
+            "rows.csv",
+            "prompt,chosen\nx,y",
+            "",
+            "CSV files are not supported. Write its rows to a .jsonl or .parquet",
+        ),
+        ("rows.parquet", "PAR1", "", "is not a readable Parquet file"),
+        ("rows.jsonl", "prompt,chosen\nx,y", "", "none is a JSON object"),
+        ("rows.jsonl", "", "", "is empty"),
+        ("rows.jsonl", json.dumps({**GOOD, "language": None}), "", "no usable pair"),
+        ("rows.jsonl", json.dumps({"prompt": "x", "chosen": "y", "rejected": "z"}), "", "no column 'language'"),
+        ("rows.jsonl", json.dumps(GOOD), "./nowhere", "there is no such folder"),
+        ("rows.jsonl", json.dumps(GOOD), "no-weights", "no *.safetensors"),
+        ("rows.jsonl", json.dumps(GOOD), "no-template", "has no chat template"),
+        ("rows.jsonl", json.dumps(GOOD), "empty", "cannot load the"),
+    ],
+)
+def test_a_mistake_is_reported_and_leaves_nothing(
+    tmp_path: Path,
+    tiny_model: Path,
+    name: str,
+    text: str | None,
+    model: str,
+    message: str,
+    filter_command: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from congrad_ray.cli.main import main
+
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    for folder, missing in (("no-weights", "model.safetensors"), ("no-template", "chat_template.jinja")):
+        shutil.copytree(tiny_model, tmp_path / folder, ignore=shutil.ignore_patterns(missing))
+    (tmp_path / "empty").mkdir()
+    named = tiny_model if not model else model if model.startswith(".") else tmp_path / model
+    with pytest.raises(SystemExit) as ended:
+        main(filter_command(tmp_path / name, named, tmp_path / "out")[3:])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said
+    assert "iteration" not in said and "--run" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_corrected_command_works_in_the_same_folder_and_other_settings_are_refused(
+    tmp_path: Path, tiny_model: Path, write_preferences: Any, filter_command: Any
+) -> None:
+    out = tmp_path / "out"
+
+    def run(preferences: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [*filter_command(preferences, tiny_model, out), *more]
+        return subprocess.run(command, timeout=300, capture_output=True, text=True, check=False)
+
+    (tmp_path / "rows.csv").write_text("prompt,chosen")
+    assert run(tmp_path / "rows.csv").returncode == 2
+    good = write_preferences(tmp_path / "preferences.jsonl", 24)
+    done = run(good)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "28 rows = 12 kept + 12 dropped + 3 quarantined + 1 duplicates" in done.stdout
+    assert len(kept_rows(out)) == 12
+    other = write_preferences(tmp_path / "others.jsonl", 12)
+    for preferences, more, what in (
+        (other, (), "preferences"),
+        (good, ("--width", "1024"), "settings of sketches"),
+        (good, ("--select", "direction=mean"), "settings of the selection"),
+    ):
+        refused = run(preferences, *more)
+        assert refused.returncode == 2 and what in refused.stderr
+        assert "Give another --out, or add --redo" in refused.stderr
+        assert "--run" not in refused.stderr and "iteration" not in refused.stderr
+    assert run(good, "--select", "direction=mean", "--redo").returncode == 0
+
+
 @pytest.fixture(scope="module")
 def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_preferences: Any, filter_command: Any

@@ -66,8 +66,8 @@ def test_rows_that_kill_their_workers_are_set_apart_and_no_other_is_lost(tmp_pat
     poison = frozenset(["03", "17", "18"])
     notes = tmp_path / "notes"
     notes.mkdir()
-    dataset, missing, _ = read_missing_batches(source, context.output, "id", 8, 2**30)
-    done = dataset.map_batches(
+    missing = read_missing_batches(source, context.output, "id", 8, 2**30)
+    done = missing.dataset.map_batches(
         Killed,
         fn_constructor_args=(attempts(), poison, notes),
         batch_format="pyarrow",
@@ -75,7 +75,7 @@ def test_rows_that_kill_their_workers_are_set_apart_and_no_other_is_lost(tmp_pat
         compute=ActorPoolStrategy(size=2),
         num_cpus=1,
     )
-    write_rows(done, context, SCHEMA, "id", missing)
+    write_rows(done, context, SCHEMA, "id", missing.count)
     assert outcome_of(context.output, "id").counters["quarantined"] == {"killed_worker": 3}
     assert set(context.output.read_table(["id"])["id"].to_pylist()) == {row["id"] for row in rows} - poison
     set_apart = (context.output / "quarantine").read_table().to_pylist()
@@ -111,9 +111,10 @@ def test_batches_do_not_depend_on_what_is_done(tmp_path: Path) -> None:
     batches += [ids[start : start + 64] for start in range(1500, 2500, 64)]
 
     def found() -> list[list[str]]:
-        dataset, missing, _ = read_missing_batches(source, output, "id", 64, 2**30)
-        blocks = [ray.get(ref)["id"].to_pylist() for ref in dataset.to_arrow_refs()]
-        assert missing <= sum(map(len, blocks))
+        missing = read_missing_batches(source, output, "id", 64, 2**30)
+        blocks = [ray.get(ref)["id"].to_pylist() for ref in missing.dataset.to_arrow_refs()]
+        assert missing.count <= sum(map(len, blocks))
+        assert missing.table["id"].to_pylist() == ids, "of all rows, whether they are done or not"
         return sorted(block for block in blocks if block)
 
     assert found() == batches
@@ -134,6 +135,12 @@ def test_batches_of_long_rows_are_smaller(tmp_path: Path) -> None:
             {"id": [f"{name}{number}" for number in range(40)], "text": [f"{text}{n}" for n in range(40)]}
         )
         source.write_table(f"{name}.parquet", rows)
-    dataset, missing, batches = read_missing_batches(source, output, "id", 64, 5000)
-    sizes = sorted(batch["id"].count() for batch in dataset.iter_batches(batch_format="pandas", batch_size=None))
-    assert missing == 80 and batches == len(sizes) and sizes[-1] == 40 and 2 <= sizes[0] <= sizes[-2] <= 5
+    missing = read_missing_batches(source, output, "id", 64, 5000)
+    blocks = missing.dataset.iter_batches(batch_format="pandas", batch_size=None)
+    sizes = sorted(block["id"].count() for block in blocks)
+    assert (
+        missing.count == 80
+        and missing.batches == len(sizes)
+        and sizes[-1] == 40
+        and 2 <= sizes[0] <= sizes[-2] <= 5
+    )

@@ -184,7 +184,8 @@ def test_a_checkpoint_that_is_not_on_a_local_filesystem_is_fetched(
     import ray
 
     from congrad_ray.rundir.directory import Folder
-    from congrad_ray.runtime.engines import Completion, Request, complete
+    from congrad_ray.runtime.engines import Completion, Request, Task, complete
+    from congrad_ray.runtime.notices import Notify
     from congrad_ray.runtime.session import connect
 
     monkeypatch.setenv("CONGRAD_RAY_CACHE", str(tmp_path / "cache"))
@@ -203,7 +204,7 @@ def test_a_checkpoint_that_is_not_on_a_local_filesystem_is_fetched(
     def answer(row: dict[str, Any], completion: Completion) -> dict[str, Any]:
         return {**row, "text": completion.text}
 
-    found = complete(rows, rows.count(), source, profile, request, answer, schema).take_all()
+    found = complete(rows, rows.count(), source, profile, Task(request, answer, schema, 4), Notify()).take_all()
     assert sorted(row["id"] for row in found) == ["0", "1", "2", "3"]
     assert len({row["text"] for row in found}) == 1  # greedy: the same question has the same answer
     assert (tmp_path / "cache" / "checkpoints" / ("f" * 16) / "config.json").exists()

@@ -16,13 +16,13 @@ from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, StageFolder
-from congrad_ray.runtime.rows import FAILURE
+from congrad_ray.runtime.rows import FAILURE, MissingRows
 from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select import stage as select
 from congrad_ray.stages.select.reducer import Layout, language_gradients, sums_of
 from congrad_ray.stages.select.scores import Agreement
 from congrad_ray.stages.select.shares import moving_average_shares
-from congrad_ray.stages.sketch.replicas import SketchReplica
+from congrad_ray.stages.sketch.replicas import ReplicaSpec, SketchReplica
 from congrad_ray.stages.sketch.schema import sketch_bytes, sketch_numbers, sketches_schema
 from congrad_ray.stages.sketch.stage import _drawn_for_audit
 
@@ -81,7 +81,7 @@ def test_a_replica_writes_the_sketch_of_autograds_gradient(tiny_model: Path, dty
 
     recipe = recipe_for(tiny_model, sketch={"width": WIDTH, "dtype": dtype, "max_tokens_per_batch": 256})
     source = ModelSource(str(tiny_model), recipe.model)
-    replica = SketchReplica(source, recipe, "cpu", 1, 1, audited=frozenset(["pair-0"]))
+    replica = SketchReplica(ReplicaSpec(source, recipe), audited=frozenset(["pair-0"]))
     table = replica(table_of(ROWS, PAIRS))
     found = table.to_pylist()
     assert [row["pair_id"] for row in found] == [row["pair_id"] for row in ROWS]
@@ -128,8 +128,8 @@ def test_a_micro_batch_that_does_not_fit_the_memory_is_done_in_halves(
     recipe = recipe_for(tiny_model)
     source = ModelSource(str(tiny_model), recipe.model)
     table = table_of([pair(n, f"Count to {n}", "1 2 3 4 5 6", "fox", "en") for n in range(6)], PAIRS)
-    whole = SketchReplica(source, recipe, "cpu", 1, 1)(table)
-    replica = SketchReplica(source, recipe, "cpu", 1, 1)
+    whole = SketchReplica(ReplicaSpec(source, recipe))(table)
+    replica = SketchReplica(ReplicaSpec(source, recipe))
     positions: list[int] = []
 
     def fill_memory(gradient: torch.Tensor) -> None:
@@ -148,7 +148,7 @@ def test_a_micro_batch_that_does_not_fit_the_memory_is_done_in_halves(
         assert "Tried to allocate 2.00 GiB" in failures[0]["detail"]
         return
     assert max(positions) > most_positions >= positions[-1]
-    assert "did not fit the memory; from now on" in caplog.text
+    assert "did not fit into memory; the limit is now" in caplog.text
     columns = [table_of(rows.to_pylist(), sketches_schema(WIDTH, "float32")) for rows in (whole, found)]
     np.testing.assert_allclose(*(sketch_numbers(rows, "float32") for rows in columns), rtol=1e-4, atol=1e-5)
     calls = len(positions)
@@ -401,16 +401,12 @@ def one_each(batch: pa.Table) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("pairs", "drawn"), [(8, 0), (40, 1), (80, 2), (400, 4)])
-def test_audits_stay_within_their_share_of_the_micro_batches(
-    tmp_path: Path, tiny_model: Path, pairs: int, drawn: int
-) -> None:
+def test_audits_stay_within_their_share_of_the_micro_batches(tiny_model: Path, pairs: int, drawn: int) -> None:
     recipe = recipe_for(tiny_model, sketch={"width": WIDTH, "audit_pairs": 32, "max_tokens_per_batch": 1000})
-    folder = RunDirectory.open(tmp_path).stage("pairs", 0)
     ids = [f"pair-{number:03}" for number in range(pairs)]
-    random = np.random.default_rng(0)
-    texts = ["".join(map(chr, random.integers(97, 123, 600))) for _ in ids]  # 150 tokens by four bytes each
-    folder.write_table("pairs.parquet", pa.table({"pair_id": ids, "prompt": texts}))
-    found = _drawn_for_audit(recipe, folder, ids, "cpu")
+    table = pa.table({"pair_id": ids})
+    # 150 tokens of four bytes each
+    found = _drawn_for_audit(recipe, MissingRows(None, pairs, 1, table, table.schema, 600 * pairs), "cpu")
     assert len(found) == drawn and found <= set(ids)
 
 
@@ -421,9 +417,8 @@ def test_the_memory_probe_is_left_out_where_memory_is_plenty(
     for free in (2**40, 2**20):
         monkeypatch.setattr("congrad_ray.stages.sketch.memory.free_memory", lambda device, free=free: free)
         try:
-            SketchReplica(
-                ModelSource(str(tiny_model), recipe_for(tiny_model).model), recipe_for(tiny_model), "cpu", 1, 1
-            )
+            recipe = recipe_for(tiny_model)
+            SketchReplica(ReplicaSpec(ModelSource(str(tiny_model), recipe.model), recipe))
         except ValueError:  # a megabyte is too little for any pair
             assert free == 2**20
         said.append("measuring the memory" in caplog.text)

@@ -14,7 +14,7 @@ from congrad_ray.config.settings import validate
 from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.stages.pair.schema import PAIRS
-from congrad_ray.stages.sketch.replicas import SketchReplica
+from congrad_ray.stages.sketch.replicas import ReplicaSpec, SketchReplica
 from congrad_ray.world.corpus import JUDGED_FLAWS, flawed_answer
 from congrad_ray.world.model import world_model
 from congrad_ray.world.score import true_score
@@ -84,7 +84,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Recipe]:
             )
             truth.append((scores[chosen], scores[1 - chosen]))
     recipe = recipe_for(model)
-    replica = SketchReplica(ModelSource(str(model), recipe.model), recipe, "cpu", 1, 1)
+    replica = SketchReplica(ReplicaSpec(ModelSource(str(model), recipe.model), recipe))
     table = table_of(rows, PAIRS)
     sketches = replica(table)
     for name in sketches.schema.names:

@@ -16,7 +16,7 @@ from congrad_ray.modeling.source import ModelSource
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 from congrad_ray.runtime.context import Context
-from congrad_ray.runtime.engines import Completion
+from congrad_ray.runtime.engines import Completion, Task
 from congrad_ray.stages.evaluate import stage as evaluate
 from congrad_ray.stages.evaluate.pairwise import ORDERS
 from congrad_ray.stages.evaluate.schema import ANSWERS, COMPARISONS
@@ -149,10 +149,8 @@ def test_a_comparison_that_is_cut_off_is_not_read(
 
     found: dict[str, Any] = {}
 
-    def complete(
-        dataset: Any, rows: int, source: Any, profile: Any, request: Any, answer: Any, *_: Any, **__: Any
-    ) -> None:
-        found["answer"] = answer
+    def complete(dataset: Any, rows: int, source: Any, profile: Any, task: Task, notify: Any) -> None:
+        found["answer"] = task.answer
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "complete", complete)
