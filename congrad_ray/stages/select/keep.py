@@ -7,9 +7,35 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from congrad_ray.config.recipe import Select
 from congrad_ray.stages.select.directions import Float64Array
+
+# A pair's tokens: its prompt once, and both responses.
+TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
+
+
+def keep_pairs(settings: Select, scores: Float64Array, pairs: pa.Table) -> NDArray[np.bool_]:
+    """What the keep rule of the settings keeps of `pairs`; a mask (N,).
+
+    `pairs` has pair_id, language and, for a budget of tokens, TOKENS. Raises ValueError as `keep_top_fraction`.
+    """
+    if settings.strategy == "all":
+        return np.ones(len(pairs), dtype=np.bool_)
+    ids = pairs["pair_id"].to_pylist()
+    match settings.keep_rule:
+        case "threshold":
+            return keep_above(scores, ids, settings.threshold)
+        case "token_budget":
+            assert settings.token_budget is not None  # the recipe sees to it
+            tokens = sum(pairs[name].to_numpy().astype(np.int64) for name in TOKENS)
+            return keep_within_tokens(scores, ids, tokens, settings.token_budget)
+        case "overall":
+            return keep_top_fraction(scores, ids, settings.keep)
+        case "per_language":
+            return keep_top_fraction(scores, ids, settings.keep, pairs["language"].to_pylist())
 
 
 def keep_top_fraction(

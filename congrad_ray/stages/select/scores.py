@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from congrad_ray.config.recipe import DirectionMethod, LeaveOut
+from congrad_ray.config.recipe import DirectionMethod, LeaveOut, Select
 from congrad_ray.stages.select.directions import (
     Float64Array,
     check_gram,
@@ -26,6 +27,10 @@ from congrad_ray.stages.select.directions import (
 # Squared length of a direction, relative to the parts that it is the sum of, below which only rounding is
 # left.
 _CANCELLED = 1e-12
+
+# Columns of a pair that strategies without a direction go by.
+LENGTHS = ("chosen_tokens", "rejected_tokens")
+JUDGED = ("chosen_score", "rejected_score")
 
 
 @dataclass(frozen=True)
@@ -240,3 +245,24 @@ def cosines_with_direction(direction: Direction) -> Float64Array:
     norms = np.sqrt(np.where(squared > _CANCELLED * parts, squared, 0.0))
     own = np.sqrt(np.maximum(direction.whole_gram[languages, languages], 0.0))
     return _cosine(dots, norms, own)
+
+
+def score_of(settings: Select, pairs: pa.Table, found: Agreement) -> Float64Array:
+    """The numbers (N,) that the keep rule goes by, higher is better.
+
+    Of `pairs` the strategy 'length_balanced' needs LENGTHS, and 'reward_gap' JUDGED.
+    """
+    match settings.strategy:
+        case "random":
+            return np.random.default_rng(settings.seed).random(len(pairs))
+        case "own_language":
+            return found.own_cosine
+        case "length_balanced":
+            chosen, rejected = (pairs[name].to_numpy().astype(np.float64) for name in LENGTHS)
+            return -np.abs(chosen - rejected) / (chosen + rejected)
+        case "reward_gap":
+            chosen, rejected = (pairs[name].to_numpy() for name in JUDGED)
+            return (chosen - rejected).astype(np.float64)
+        case "no_surgery":
+            return found.cosine
+    return np.asarray(getattr(found, settings.score))

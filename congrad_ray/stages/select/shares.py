@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
+from congrad_ray.config.recipe import Select
 from congrad_ray.stages.select.directions import Float64Array
+
+
+def pair_shares(settings: Select, index: NDArray[np.int64]) -> Float64Array:
+    """Each pair's share in its language's gradient, (N,); `index` (N,) has the language of each, by pair_id."""
+    shares = np.empty(len(index))
+    for language, count in enumerate(np.bincount(index).tolist()):
+        shares[index == language] = (
+            mean_shares(count)
+            if settings.language_gradient == "mean"
+            else moving_average_shares(count, settings.ema_decay, settings.ema_batch_size, settings.seed)
+        )
+    return shares
 
 
 def mean_shares(pairs: int) -> Float64Array:
