@@ -41,6 +41,7 @@ def recipe_for(model: Path) -> Recipe:
             "model": {"name": str(model), "dtype": "float32", "max_length": 256},
             "prompts": {"languages": list(LANGUAGES)},
             "generate": {"max_tokens": 64},
+            "judge": {"max_tokens": 16},
             "evaluate": {"max_tokens": 64},
             "sketch": {"width": 8192, "groups": 4},
         },
