@@ -40,14 +40,14 @@ class Choice:
     """None of an oracle, which has no direction."""
 
 
-def prepared(run: RunDirectory, most_pairs: Mapping[str, int]) -> Prepared:
-    """The pairs and sketches in a run directory; of the languages in `most_pairs` only the first so many by id."""
+def prepared(run: RunDirectory, max_pairs: Mapping[str, int]) -> Prepared:
+    """The pairs and sketches in a run directory; of a language in `max_pairs` only its first pairs by id."""
     sketches = run.stage("sketches", 0).read_table().sort_by("pair_id").combine_chunks()
     rank: dict[str, int] = {}
     wanted = []
     for language in sketches["language"].to_pylist():
         rank[language] = rank.get(language, 0) + 1
-        wanted.append(rank[language] <= most_pairs.get(language, len(sketches)))
+        wanted.append(rank[language] <= max_pairs.get(language, len(sketches)))
     sketches = sketches.filter(pa.array(wanted))
     texts = run.stage("pairs", 0).read_table().combine_chunks()
     texts = texts.take(pc.index_in(sketches["pair_id"], value_set=texts["pair_id"].combine_chunks()))

@@ -84,8 +84,8 @@ class Trials:
         """What the cell's strategy keeps."""
         key = (cell.seed, cell.variant)
         if self._data is None or self._data[0] != key:
-            most = self._protocol.variants[cell.variant].pairs
-            self._data = key, prepared(RunDirectory.open(Path(folder)), most)
+            max_pairs = self._protocol.variants[cell.variant].pairs
+            self._data = key, prepared(RunDirectory.open(Path(folder)), max_pairs)
         data = self._data[1]
         return data, select(data, recipe, self._protocol.strategies[cell.strategy], cell.keep)
 

@@ -35,7 +35,7 @@ JUDGED = ("chosen_score", "rejected_score")
 
 @dataclass(frozen=True)
 class PairProducts:
-    """What the scores of N pairs are worked out from; s_n is the sketch of pair n, g_l the gradient of language l.
+    """What the scores of N pairs are computed from; s_n is the sketch of pair n, g_l the gradient of language l.
 
     A language's gradient is g_l = sum over its pairs of shares[n] * coefficients[n] * s_n.
     """
@@ -92,7 +92,7 @@ class Agreement:
 
     cosine: Float64Array  # with the direction
     dot: Float64Array  # with the direction
-    worst_cosine: Float64Array  # the least of the cosines with the languages' gradients that take part
+    worst_cosine: Float64Array  # lowest of the cosines with the languages' gradients that take part
     own_cosine: Float64Array  # with the gradient of the pair's own language
 
 
@@ -115,7 +115,7 @@ def make_direction(
         raise ValueError(f"the languages' weights are {scale.tolist()}; give one above 0 for each of {languages}")
     part = np.ones(languages, dtype=np.bool_) if included is None else np.asarray(included, dtype=np.bool_)
     if part.shape != (languages,) or not part.any():
-        raise ValueError("no language takes part in the direction; lower the least number of pairs per language")
+        raise ValueError("no language takes part in the direction; lower the minimum number of pairs per language")
     scaled = gram * np.outer(scale, scale)
     used = scaled if surgery.per_block else scaled.sum(axis=0, keepdims=True)
 

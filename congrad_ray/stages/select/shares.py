@@ -29,9 +29,9 @@ def mean_shares(pairs: int) -> Float64Array:
 def moving_average_shares(pairs: int, decay: float, batch_size: int, seed: int) -> Float64Array:
     """The shares (pairs,) in an exponential moving average over mini-batches of a language's pairs, of sum 1.
 
-    The pairs, in the order given (by id), are shuffled with `seed` and cut into mini-batches whose sizes differ by
-    one at most, none above `batch_size`. The average starts with the first batch's mean and goes on as
-    g <- decay * g + (1 - decay) * mean of the batch, as in the paper (arXiv 2503.23777), which does not publish
+    The pairs, in the order given (by id), are shuffled with `seed` and cut into mini-batches of up to `batch_size`
+    whose sizes differ by no more than one. The average g starts with the first batch's mean; each further batch
+    makes it decay * g + (1 - decay) * mean of the batch, as in the paper (arXiv 2503.23777), which does not give
     its decay. Raises ValueError for a decay outside [0, 1) or a batch size below 1.
     """
     if not 0.0 <= decay < 1.0 or batch_size < 1:

@@ -101,8 +101,11 @@ def _report(context: Context, selection: Selection) -> None:
     """Languages that take no part, on the log, and every language's metrics."""
     few = ", ".join(f"{row.language} ({row.pairs})" for row in selection.languages if not row.in_direction)
     if few:
-        least = selection.settings.min_pairs
-        context.log(f"not in the direction, with fewer than select.min_pairs ({least}) pairs: {few}; still scored")
+        minimum = selection.settings.min_pairs
+        context.log(
+            f"languages with fewer than select.min_pairs ({minimum}) pairs take no part in the direction; their "
+            f"pairs are scored: {few}"
+        )
     for row in selection.languages:
         context.meter.set("congrad_pairs", row.pairs, language=row.language)
         context.meter.set("congrad_conflicting_share", row.conflicting, language=row.language)

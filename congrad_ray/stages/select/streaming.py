@@ -129,7 +129,7 @@ class StreamedSketches:
         return look_up
 
     def _files(self) -> Dataset:
-        """The paths of the sketches' files, as a dataset of as many blocks as there shall be tasks."""
+        """The paths of the sketches' files, as a dataset with one block per task."""
         import ray
 
         paths = [{"path": path, "number": number} for number, path in enumerate(self._folder.files(".parquet"))]
