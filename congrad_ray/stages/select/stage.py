@@ -61,19 +61,19 @@ def read_scores(selection: Folder) -> pa.Table:
 
 
 def _pairs(context: Context) -> pa.Table:
-    """What is known of every pair but its sketch, by id."""
+    """What a selection needs to know of every pair but its sketch, sorted by pair_id."""
     sketches = context.input("sketches")
     if not sketches.files(".parquet"):
         raise RunDirectoryError(f"no sketches in {sketches.path}: run the sketch stage first")
     names = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "chosen_logps", "rejected_logps")
     pairs = sketches.read_table(["pair_id", "language", *names]).sort_by("pair_id").combine_chunks()
-    source = context.input("pairs")
-    schema = pq.read_schema(source.files(".parquet")[0], filesystem=source.filesystem)
-    if context.recipe.select.strategy == "reward_gap" and set(JUDGED) <= set(schema.names):
-        judged = source.read_table(["pair_id", *JUDGED])
-        judged = judged.take(pc.index_in(pairs["pair_id"], value_set=judged["pair_id"].combine_chunks()))
-        for name in JUDGED:
-            pairs = pairs.append_column(name, judged[name])
+    if context.recipe.select.strategy == "reward_gap":
+        source = context.input("pairs")
+        schema = pq.read_schema(source.files(".parquet")[0], filesystem=source.filesystem)
+        judged = source.read_table(["pair_id", *(name for name in JUDGED if name in schema.names)])
+        row = pc.index_in(pairs["pair_id"], value_set=judged["pair_id"].combine_chunks())
+        for name in judged.column_names[1:]:
+            pairs = pairs.append_column(name, judged[name].take(row))
     return pairs
 
 
