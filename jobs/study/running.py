@@ -124,8 +124,8 @@ def check_with_exact(protocol: Protocol, profile: Profile, root: Path, results: 
             run = prepare(protocol, seed, variant, profile, root, log)
             recipe = recipe_of(protocol, seed, variant, log)
             exact_run, exact_recipe = prepare_exact(run, recipe, profile, log)
-            max_pairs = protocol.variants[variant].pairs
-            sketched, exact = prepared(run, max_pairs), prepared(exact_run, max_pairs)
+            most = protocol.variants[variant].pairs
+            sketched, exact = prepared(run, most), prepared(exact_run, most)
             for name, strategy in directed.items():
                 row = against_exact(
                     select(sketched, recipe, strategy, keep), select(exact, exact_recipe, strategy, keep)
