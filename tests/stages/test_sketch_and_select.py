@@ -7,21 +7,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from congrad_ray.config.profile import Profile
-from congrad_ray.config.recipe import Recipe, Select
+from congrad_ray.config.recipe import Recipe, Select, Sketch
 from congrad_ray.config.settings import validate
 from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.pipeline.runner import run_stage
-from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, StageFolder
+from congrad_ray.rundir.directory import RunDirectory, StageFolder
 from congrad_ray.runtime.rows import FAILURE, MissingRows
 from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select import stage as select
-from congrad_ray.stages.select.reducer import Layout, language_gradients, sums_of
-from congrad_ray.stages.select.scores import Agreement
+from congrad_ray.stages.select.keep import keep_pairs
+from congrad_ray.stages.select.scores import Agreement, score_of
+from congrad_ray.stages.select.selection import SelectionError, select_pairs
 from congrad_ray.stages.select.shares import moving_average_shares
+from congrad_ray.stages.select.streaming import StreamedSketches
+from congrad_ray.stages.select.sums import Layout, sums_of
 from congrad_ray.stages.sketch.replicas import ReplicaSpec, SketchReplica
 from congrad_ray.stages.sketch.schema import sketch_bytes, sketch_numbers, sketches_schema
 from congrad_ray.stages.sketch.stage import _drawn_for_audit
@@ -295,8 +299,46 @@ def test_a_baseline_that_reads_the_judges_scores(sketched: RunDirectory, tiny_mo
     by_gap, summary = selected(sketched, tiny_model, strategy="reward_gap", keep_rule="overall", keep=0.25)
     assert kept_ids(by_gap) == set(sorted(gaps, key=lambda name: -gaps[name])[:10])
     assert summary["settings"]["strategy"] == "reward_gap"
-    with pytest.raises(RunDirectoryError, match=r"no pair is kept: select\.threshold left none of 40"):
+    with pytest.raises(SelectionError, match=r"no pair is kept: select\.threshold left none of 40"):
         selected(sketched, tiny_model, keep_rule="threshold", threshold=2.0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"strategy": "reward_gap", "keep_rule": "overall", "keep": 0.25},
+        {"strategy": "random", "keep_rule": "token_budget", "token_budget": 200},
+        {"strategy": "no_surgery", "keep_rule": "threshold"},
+        {"direction": "mgda", "score": "worst_cosine", "language_weights": {"de": 2.0}},
+        {"direction": "gradvac", "leave_out": "pair", "language_gradient": "ema", "ema_batch_size": 6},
+        {"per_block": True, "leave_out": "language"},
+    ],
+    ids=str,
+)
+def test_a_table_in_memory_gives_what_the_stage_gives(
+    sketched: RunDirectory, tiny_model: Path, settings: dict[str, Any]
+) -> None:
+    streamed, summary = selected(sketched, tiny_model, **settings)
+    table = sketched.stage("sketches", 0).read_table()
+    judged = sketched.stage("pairs", 0).read_table()
+    rows = pc.index_in(table["pair_id"], value_set=judged["pair_id"].combine_chunks())
+    for name in ("chosen_score", "rejected_score"):
+        table = table.append_column(name, judged[name].take(rows))
+    sketch = Sketch(width=WIDTH, dtype="float32", groups=4 if settings.get("per_block") else 1)
+    found = select_pairs(validate(Select, settings, "select"), table, sketch)
+    assert len(found.scores) == len(streamed) == 40
+    for row in found.scores.to_pylist():
+        expected = streamed[row["pair_id"]]
+        assert (row["language"], row["kept"]) == (expected["language"], expected["kept"])
+        for name in ("score", "cosine", "dot", "worst_cosine", "own_cosine"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-12)
+    said = found.summary()
+    assert said["languages"] == summary["languages"] and said["settings"] == summary["settings"]
+    for language in ("de", "en"):
+        assert said["per_language"][language] == pytest.approx(summary["per_language"][language])
+    for when in ("cosine_before", "cosine_after"):
+        np.testing.assert_allclose(said[when], summary[when], atol=1e-9)
 
 
 def test_strategies_and_keep_rules_go_by_the_same_products(sketched: RunDirectory) -> None:
@@ -312,18 +354,16 @@ def test_strategies_and_keep_rules_go_by_the_same_products(sketched: RunDirector
     }
     for strategy, scores in expected.items():
         settings = Select(strategy=strategy)  # type: ignore[arg-type]
-        np.testing.assert_allclose(select.score_of(settings, pairs, found, None), scores)
+        np.testing.assert_allclose(score_of(settings, pairs, found), scores)
     for name in ("cosine", "dot", "worst_cosine"):
-        scores = select.score_of(Select(score=name), pairs, found, None)  # type: ignore[arg-type]
+        scores = score_of(Select(score=name), pairs, found)  # type: ignore[arg-type]
         np.testing.assert_array_equal(scores, getattr(found, name))
-    chance = [select.score_of(Select(strategy="random", seed=seed), pairs, found, None) for seed in (3, 3, 4)]
+    chance = [score_of(Select(strategy="random", seed=seed), pairs, found) for seed in (3, 3, 4)]
     np.testing.assert_array_equal(chance[0], chance[1])
     assert not np.array_equal(chance[0], chance[2])
-    with pytest.raises(RunDirectoryError, match="needs pairs with a judge's scores"):
-        select.score_of(Select(strategy="reward_gap"), pairs, found, None)
 
     def kept(**settings: Any) -> np.ndarray:
-        return select.keep(Select(**settings), found.cosine, pairs)
+        return keep_pairs(Select(**settings), found.cosine, pairs)
 
     german = np.array(pairs["language"].to_pylist()) == "de"
     assert kept(strategy="all", keep=0.1).all()
@@ -355,9 +395,9 @@ def test_moving_averages_and_weights(sketched: RunDirectory, tiny_model: Path) -
     for row, vector in zip(rows, vectors, strict=True):
         expected = vector @ direction / np.linalg.norm(vector) / np.linalg.norm(direction)
         assert scores[row["pair_id"]]["cosine"] == pytest.approx(expected, abs=1e-6)
-    with pytest.raises(RunDirectoryError, match="language_weights names fr; the pairs are in de, en"):
+    with pytest.raises(SelectionError, match="language_weights names fr; the pairs are in de, en"):
         selected(sketched, tiny_model, language_weights={"fr": 2.0})
-    with pytest.raises(RunDirectoryError, match=r"no language has select.min_pairs \(21\) pairs: de \(20\), en"):
+    with pytest.raises(SelectionError, match=r"no language has select.min_pairs \(21\) pairs: de \(20\), en"):
         selected(sketched, tiny_model, min_pairs=21)
 
 
@@ -372,7 +412,8 @@ def test_a_language_below_the_floor_takes_no_part_and_is_named(
     folder.commit("pair", 0, "pairs", None, {}, 41, 0.0, {})
     recipe = recipe_for(tiny_model, select={"min_pairs": 21})
     run_stage(select.STAGE, recipe, Profile(name="test"), run)
-    assert any("fewer than select.min_pairs (21) pairs: de (20)" in line for line in caplog.messages)
+    lines = caplog.messages
+    assert any("fewer than select.min_pairs (21) pairs" in line and line.endswith("de (20)") for line in lines)
     english = np.mean([row["coefficient"] * row["sketch"] for row in rows if row["language"] == "en"], axis=0)
     for row in run.stage("selection", 0).read_table(name="scores.parquet").to_pylist():
         sketch = rows[int(row["pair_id"].split("-")[1])]["sketch"]
@@ -387,17 +428,14 @@ def test_the_order_of_parts_makes_no_difference(tmp_path: Path) -> None:
     shuffled = [rows[i] for i in generator.permutation(len(rows))]
     other.write_table("part.parquet", sketch_table(shuffled))
     layout = Layout(("de", "en"), 1, "float32", exact=False)
-    found = [
-        language_gradients(RunDirectory.open(tmp_path / name).stage("sketches", 0), layout, one_each)
-        for name in ("a", "b")
-    ]
+    found = []
+    for name in ("a", "b"):
+        folder = RunDirectory.open(tmp_path / name).stage("sketches", 0)
+        pairs = folder.read_table(["pair_id", "language"]).sort_by("pair_id")
+        found.append(StreamedSketches(folder, layout, pairs, np.ones(len(rows))).language_gradients())
     np.testing.assert_array_equal(*found)
     direct = sums_of(sketch_table(rows), layout, np.ones(len(rows))).astype(np.float32)
     np.testing.assert_array_equal(found[0], direct)
-
-
-def one_each(batch: pa.Table) -> np.ndarray:
-    return np.ones(len(batch))
 
 
 @pytest.mark.parametrize(("pairs", "drawn"), [(8, 0), (40, 1), (80, 2), (400, 4)])

@@ -41,6 +41,7 @@ def recipe_for(model: Path) -> Recipe:
             "model": {"name": str(model), "dtype": "float32", "max_length": 256},
             "prompts": {"languages": list(LANGUAGES)},
             "generate": {"max_tokens": 64},
+            "judge": {"max_tokens": 16},
             "evaluate": {"max_tokens": 64},
             "sketch": {"width": 8192, "groups": 4},
         },
@@ -126,8 +127,8 @@ def test_facts_of_a_selection(judged: tuple[Prepared, Recipe]) -> None:
     share = float((data.chosen > data.rejected).mean())
     assert said["better_kept"] == said["better_all"] == pytest.approx(share, abs=1e-5)
     assert said["auc"] is None
-    matrix = everything.before
-    assert matrix is not None
+    assert everything.selection is not None
+    matrix = everything.selection.cosine_before
     between = [matrix[i, k] for i in range(4) for k in range(i)]
     assert said["cosine_before"] == pytest.approx(np.mean(between), abs=1e-5)
     assert said["negative_before"] == pytest.approx(np.mean(np.array(between) < 0), abs=1e-5)
