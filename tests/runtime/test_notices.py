@@ -17,7 +17,6 @@ from congrad_ray.runtime.context import Context
 from congrad_ray.runtime.notices import Notify
 from congrad_ray.runtime.progress import Progress
 from congrad_ray.runtime.rows import FAILURE_FIELD, write_rows
-from congrad_ray.runtime.session import connect
 
 SCHEMA = pa.schema([("id", pa.string()), ("language", pa.string())])
 
@@ -29,10 +28,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield now
 
 
-def test_what_workers_say_and_warn_is_on_the_screen_once(tmp_path: Path) -> None:
+def test_what_workers_say_and_warn_is_on_the_screen_once(tmp_path: Path, shared_ray: None) -> None:
     import ray
 
-    connect(Profile(name="test"), 3)
     recipe = validate(Recipe, {"name": "t", "prompts": {"languages": ["en"]}}, "t")
     run = RunDirectory.open(tmp_path)
     lines: list[str] = []
