@@ -14,7 +14,6 @@ import pytest
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.attempts import Attempts, attempt, attempts, killed_worker
 from congrad_ray.runtime.rows import FAILURE, FAILURE_FIELD, outcome_of, read_missing_batches, write_rows
-from heads import connect_shared
 
 from .test_rows import SCHEMA, context_in
 
@@ -85,6 +84,8 @@ def test_rows_that_kill_their_workers_are_set_apart_and_no_other_is_lost(tmp_pat
 
 def test_another_ray_in_the_same_process_has_an_actor_of_its_own(shared_ray: None) -> None:
     import ray
+
+    from heads import connect_shared  # not above: the workers of other tests import this file, without `heads`
 
     for another in (False, True):
         if another:
