@@ -117,11 +117,11 @@ def test_the_corrected_command_works_in_the_same_folder_and_other_settings_are_r
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_preferences: Any, filter_command: Any
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_preferences: Any, filter_here: Any
 ) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("filter")
     preferences = write_preferences(folder / "preferences.jsonl", 300)
-    subprocess.run(filter_command(preferences, tiny_model, folder / "out"), check=True, timeout=300)
+    filter_here(preferences, tiny_model, folder / "out")
     return preferences, folder / "out"
 
 
@@ -148,7 +148,7 @@ def test_the_kept_pairs_come_out_in_the_shape_they_went_in(undisturbed: tuple[Pa
 
 
 def test_exact_scores_are_those_of_autograds_gradients(
-    tmp_path: Path, tiny_model: Path, write_preferences: Any, filter_command: Any
+    tmp_path: Path, tiny_model: Path, write_preferences: Any, filter_here: Any
 ) -> None:
     import torch
 
@@ -160,9 +160,8 @@ def test_exact_scores_are_those_of_autograds_gradients(
     from congrad_ray.stages.sketch.exact import pair_gradient
 
     preferences = write_preferences(tmp_path / "preferences.jsonl", 24)
-    call = filter_command(preferences, tiny_model, tmp_path / "out")
     more = ["--exact", "--keep", "1", "--length-penalty", "0.01", "--select", "score=dot"]
-    subprocess.run([*call, *more], check=True, timeout=300)
+    filter_here(preferences, tiny_model, tmp_path / "out", *more)
     found = {row["prompt"]: row["congrad_score"] for row in kept_rows(tmp_path / "out")}
 
     source = ModelSource(str(tiny_model), Model(dtype="float32"))
@@ -220,9 +219,14 @@ def test_a_second_run_skips_everything(
     assert kept_rows(out) == before
 
 
-# Ctrl-C in every stage, this one among them, is in the end-to-end tests.
+# SIGTERM to a command on Ray is in runtime/test_interrupts.py too; Ctrl-C in every stage, in the end-to-end tests.
 @pytest.mark.parametrize(
-    "stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+    "stop",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        signal.SIGKILL,
+    ],
 )
 def test_an_interrupted_run_goes_on_and_gives_the_same_selection(
     undisturbed: tuple[Path, Path], tiny_model: Path, tmp_path: Path, stop: signal.Signals, filter_command: Any

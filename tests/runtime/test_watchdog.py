@@ -17,18 +17,13 @@ from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, StageF
 from congrad_ray.runtime import watchdog
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.interrupts import StageStopped
-from congrad_ray.runtime.session import connect
 from congrad_ray.runtime.watchdog import watched
 from congrad_ray.stages.base import Stage
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_is_there() -> Iterator[None]:
-    import ray
-
-    connect(Profile(name="test"), 2)
-    yield
-    ray.shutdown()
+@pytest.fixture(autouse=True)
+def ray_is_there(shared_ray: None) -> None:
+    pass
 
 
 @pytest.fixture

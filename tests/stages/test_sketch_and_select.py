@@ -1,7 +1,6 @@
 """Sketch and select on a tiny real model, against autograd and a NumPy re-derivation."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from congrad_ray.stages.sketch.replicas import ReplicaSpec, SketchReplica
 from congrad_ray.stages.sketch.schema import sketch_bytes, sketch_numbers, sketches_schema
 from congrad_ray.stages.sketch.stage import _drawn_for_audit
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
 WIDTH = 256
 
 
@@ -238,15 +238,6 @@ def test_selection_equals_a_direct_derivation(tmp_path: Path, tiny_model: Path) 
     cosine = inner / np.linalg.norm(de) / np.linalg.norm(en)
     assert summary["cosine_before"][0][1] == pytest.approx(cosine, abs=1e-6)
     assert summary["per_language"]["en"]["kept"] == 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_ray_left() -> Iterator[None]:
-    """Other tests start a Ray of their own."""
-    yield
-    import ray
-
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

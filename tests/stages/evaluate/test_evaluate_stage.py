@@ -1,7 +1,6 @@
 """The evaluate stage with real engines: true scores, comparisons in both orders, and a later iteration."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,6 @@ from congrad_ray.stages.evaluate.statistics import win_rates
 from congrad_ray.stages.prompts.schema import PROMPTS
 from congrad_ray.world.score import true_score
 from congrad_ray.world.tasks import world_prompts
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_is_stopped_after() -> Iterator[None]:
-    yield
-    import ray
-
-    ray.shutdown()
 
 
 def _row(language: str, content: str, split: str, seen: bool, task: str | None) -> dict[str, Any]:
@@ -176,6 +167,7 @@ def test_a_comparison_that_is_cut_off_is_not_read(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.timeout(900)
 def test_two_iterations_against_the_start(tiny_model: Path, tmp_path: Path) -> None:
     directory = RunDirectory.open(tmp_path / "run")
