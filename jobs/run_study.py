@@ -2,7 +2,7 @@
 
     python jobs/run_study.py jobs/study/protocol.yaml --run runs/study --results runs/study/results.jsonl
 
-Every row of results is appended when it is known; the same command again goes on with what is missing.
+Every row of results is appended as soon as it is known. Run the same command again to resume.
 """
 
 from __future__ import annotations

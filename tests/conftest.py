@@ -16,7 +16,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from heads import RAY, free_port, head_environment
+from heads import RAY, connect_shared, free_port, head_environment
 from tiny_models import TEXTS, make_tiny_model
 
 # Whether an example is slow says something of the machine, not of the code.
@@ -49,6 +49,14 @@ def warned(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
         return [record.getMessage() for record in ours if record.levelno >= logging.WARNING]
 
     return warnings
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Beside busy processes two threads mostly wait for each other, at every small product of a tiny model."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +113,20 @@ def filter_command() -> Callable[[Path, Path, str | Path], list[str]]:
 
 
 @pytest.fixture(scope="session")
+def filter_here(filter_command: Callable[[Path, Path, str | Path], list[str]]) -> Callable[..., None]:
+    """Filters in this process and on the Ray that tests share, which saves starting both."""
+
+    def run(preferences: Path, model: Path, out: str | Path, *more: str) -> None:
+        from congrad_ray.cli.main import app
+
+        connect_shared()
+        command = filter_command(preferences, model, out)
+        app([*command[command.index("filter") :], *more], standalone_mode=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The address of an S3 server on loopback, in a process of its own; what it holds is in its memory."""
     missing = [name for name in ("moto", "flask", "flask_cors") if importlib.util.find_spec(name) is None]
@@ -138,6 +160,26 @@ def ray_command() -> str:
 def ray_environment() -> dict[str, str]:
     """The environment of a head and its submitters: they share a token, which Ray 2.60 asks for by default."""
     return head_environment()
+
+
+@pytest.fixture
+def shared_ray() -> None:
+    """This process is connected to the Ray that tests share.
+
+    For tests that need a Ray and are not about its life. Those that are end it before they begin, and the next
+    that needs it gets a new one.
+    """
+    connect_shared()
+
+
+@pytest.fixture
+def no_ray() -> Iterator[None]:
+    """This process is connected to no Ray, and to none afterwards: for tests that start one of their own."""
+    import ray
+
+    ray.shutdown()
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Ray heads for tests: each on ports of its own, in a process group of its own, with nothing else to share."""
+"""Ray for tests: one that tests of this process share, and heads with nothing to share.
+
+Each head is on ports of its own and in a process group of its own.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,8 @@ _LISTS = (
     "worker_start_ray_commands",
     "cluster_synced_files",
 )
+# Two workers that train, and what Ray Train and Ray Data take beside them.
+SHARED_CPUS = 4
 _STARTED_AFTER = 180.0  # seconds; a busy machine is slow
 
 
@@ -54,7 +59,24 @@ def head_environment() -> dict[str, str]:
     environment = {**os.environ, "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     environment.pop("RAY_ADDRESS", None)
+    # A head that ends would wait half a minute for its actors to end first, and those of Ray Data never do.
+    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     return environment
+
+
+def connect_shared() -> None:
+    """Connects this process to the Ray that tests share, of SHARED_CPUS logical CPUs, and starts it if needed.
+
+    What the fixture `shared_ray` does, for fixtures that live longer than a test.
+    """
+    import ray
+
+    from congrad_ray.config.profile import Profile
+    from congrad_ray.runtime.session import connect
+
+    if ray.is_initialized() and ray.cluster_resources().get("CPU") != SHARED_CPUS:
+        ray.shutdown()
+    connect(Profile(name="test", local_cpus=SHARED_CPUS), SHARED_CPUS)
 
 
 def end_in_order() -> None:

@@ -220,13 +220,11 @@ def collect_pairs(path: Path, place: Place, chat: bool) -> pa.Table:
     """What `congrad filter` would write if it kept all pairs, or InputError."""
     source = Source(name=str(path))
     context = place.context(Recipe(name="x", prompts=Prompts(train=source, languages=["und"])), "pairs")
-    try:
-        filtering._read(context, source, chat)
-    finally:
-        check_quarantine(context)
+    filtering._write(filtering._read(source, chat), context.output)
+    check_quarantine(context)
     ids = context.output.read_table(["pair_id"])["pair_id"].to_pylist()
-    table = filtering._selected(source, chat, dict.fromkeys(ids, 0.5))
-    assert len(table) == len(ids)
+    table, numbers = filtering._selected(source, chat, dict.fromkeys(ids, 0.5))
+    assert len(table) == len(numbers) == len(ids)
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return pq.read_table(sink)
@@ -280,7 +278,7 @@ def check_parquet(kinds: dict[str, Callable[[int], pa.Array]], place: Place) -> 
     pq.write_table(good, path)
     assert ids_of(GOOD_PAIRS) <= collect_prompts(path, place)
     table = collect_pairs(path, place, False)
-    assert texts_of(GOOD_PAIRS) <= texts_of(table.select([*filtering._COLUMNS]).to_pylist())
+    assert texts_of(GOOD_PAIRS) <= texts_of(table.select([*filtering.COLUMNS]).to_pylist())
     kept = set(good.column_names) - {"congrad_score"}
     assert {name: table.schema.field(name).type for name in kept} == {name: good[name].type for name in kept}
     pq.write_table(pa.table({name: make(2) for name, make in kinds.items()}), path)
@@ -462,7 +460,7 @@ COLUMNS = st.sampled_from(
 )
 SURFACES = {
     "prompt lines": Surface(st.lists(lines_like(("prompt", "language")), max_size=6), check_prompt_lines, 1500),
-    "pair lines": Surface(st.lists(lines_like(filtering._COLUMNS), max_size=6), check_pair_lines, 1000),
+    "pair lines": Surface(st.lists(lines_like(filtering.COLUMNS), max_size=6), check_pair_lines, 1000),
     "parquet": Surface(st.dictionaries(COLUMNS, parquet_types(), min_size=1, max_size=5), check_parquet, 700),
     "damaged parquet": Surface(
         st.tuples(st.sampled_from([0, 0, 1, 8, 100, 2000]), st.integers(0, 10**6), st.binary(max_size=30)),
@@ -705,7 +703,7 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path, tiny_model: Path) -> Non
     shutil.copytree(tiny_model, folder)
     (folder / "model.safetensors").unlink()
     torch.save({"x": Pickled(tmp_path / "loaded")}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"pytorch_model.bin is pickled and not loaded.*save_pretrained"):
+    with pytest.raises(ModelError, match=r"pytorch_model.bin is a pickle, which could run code.*save_pretrained"):
         named_model(str(folder), Model()).load_model("cpu")
     assert not (tmp_path / "loaded").exists()
 

@@ -56,21 +56,20 @@ def filter_command(
 
     PREFERENCES has prompt, chosen and rejected (strings or chat messages, as in TRL) and language.
     """
-    from congrad_ray.pipeline.filtering import filter_preferences
+    from congrad_ray.pipeline.filtering import FilterSettings, run_filter
 
     where = profile_for(profile, without_keys(out))
-    summary = filter_preferences(
-        preferences,
-        validate(
+    settings = FilterSettings(
+        model=validate(
             recipes.Model,
             {"name": model, "dtype": dtype, "chat_template": chat_template, "max_length": max_length},
             "--model",
         ),
-        out,
-        where,
-        validate(recipes.Select, apply_overrides({"keep": keep}, select or []), "--keep, --select"),
-        validate(recipes.Train, {"beta": beta, "length_penalty": length_penalty}, "--beta, --length-penalty"),
-        validate(
+        select=validate(recipes.Select, apply_overrides({"keep": keep}, select or []), "--keep, --select"),
+        train=validate(
+            recipes.Train, {"beta": beta, "length_penalty": length_penalty}, "--beta, --length-penalty"
+        ),
+        sketch=validate(
             recipes.Sketch,
             {
                 "method": "exact" if exact else "count_sketch",
@@ -79,13 +78,13 @@ def filter_command(
             },
             "--width, --max-tokens-per-batch",
         ),
-        chat,
-        redo,
+        chat=chat,
     )
+    filtered = run_filter(preferences, out, settings, where, redo)
     if where.log_format == "text" and not screen.quiet:
         from congrad_ray.cli.display import show_figures
         from congrad_ray.stages.select.figures import selection
 
-        for figures in selection(summary):
+        for figures in selection(filtered.summary):
             show_figures(figures)
     logger.info(f"kept pairs: {without_keys(out).rstrip('/')}/selected.parquet")

@@ -1,4 +1,4 @@
-"""Reading rows that users bring: JSONL, Parquet, or a Hugging Face dataset; bad rows are told, not fatal."""
+"""Reading rows that users bring: JSONL, Parquet, or a Hugging Face dataset; bad rows are reported, not fatal."""
 
 from __future__ import annotations
 
@@ -46,30 +46,53 @@ class BadRow(ValueError):
         self.reason = reason
 
 
+# Files that people have and that are read as nothing else here, by their suffix.
+_UNREAD = {
+    ".csv": "CSV",
+    ".tsv": "tab-separated",
+    ".xlsx": "Excel",
+    ".arrow": "Arrow",
+    ".zip": "zip",
+    ".gz": "gzip",
+}
+
+
+def check_source(source: Source, needed: tuple[str, ...]) -> None:
+    """What can be seen of a source without reading its rows. Raises InputError or SettingsError."""
+    path = local_path(source.name)
+    name = brief(source.name)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        raise InputError(
+            f"{name or repr(name)} is a folder; give a .jsonl or .parquet file, or a hub dataset's name"
+        )
+    if not path.is_file() and (
+        source.name.startswith((".", "/", "~")) or suffix in (".jsonl", ".json", ".parquet", *_UNREAD)
+    ):
+        raise InputError(f"no file {name}")
+    if suffix in _UNREAD:
+        raise InputError(
+            f"{name} cannot be read: {_UNREAD[suffix]} files are not supported. Write its rows to a .jsonl or "
+            ".parquet file, for example with pandas' DataFrame.to_parquet"
+        )
+    if is_parquet(path):
+        with _parquet(path) as file:
+            _check_columns(file.schema_arrow.names, printable(path), needed)
+
+
 def read_records(source: Source, needed: tuple[str, ...]) -> Iterator[Record]:
     """The rows of a source in its order.
 
     Raises InputError when there is no such file or dataset, it is no file of its kind or damaged, it is empty, or
     no row has one of the `needed` columns; SettingsError for a name that can be neither file nor dataset.
     """
+    check_source(source, needed)
     path = local_path(source.name)
-    name = brief(source.name)
-    looks_like_path = source.name.startswith((".", "/", "~")) or path.suffix in (
-        ".jsonl",
-        ".json",
-        ".parquet",
-    )
-    if path.is_dir():
-        raise InputError(
-            f"{name or repr(name)} is a folder; give a .jsonl or .parquet file, or a hub dataset's name"
-        )
     if path.is_file():
         records = _read_parquet(path, needed) if is_parquet(path) else _read_jsonl(path)
-    elif looks_like_path:
-        raise InputError(f"no file {name}")
     else:
         records = _read_hub(source)
-    yield from _checked(records, name, needed)
+    yield from _checked(records, brief(source.name), needed)
 
 
 def file_digest(name: str) -> str | None:

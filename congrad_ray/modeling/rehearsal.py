@@ -23,8 +23,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from congrad_ray.modeling.shape import ModelShape
 
-# A deeper model is rehearsed with so many layers and with twice as many; each further layer adds what those of the
-# second half did, because all are alike. Even, for models whose layers alternate between two kinds.
+# A deeper model is rehearsed with this many layers and with twice as many; each further layer adds what those of
+# the second half did, because all are alike. Even, for models whose layers alternate between two kinds.
 _LAYERS = 2
 
 

@@ -60,7 +60,9 @@ def shape_of(name: str, config: PretrainedConfig, settings: Model) -> ModelShape
     model = meta_model(config, settings.dtype)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None:
-        raise ModelError(f"{type(model).__name__} of {brief(name)} has no output embedding: no language model")
+        raise ModelError(
+            f"{type(model).__name__} of {brief(name)} has no output embedding, so it is not a language model"
+        )
     text = config.get_text_config()
     heads = text.num_attention_heads
     key_value_heads: int = getattr(text, "num_key_value_heads", None) or heads

@@ -74,6 +74,18 @@ class ModelSource:
             arguments["revision"] = self.settings.revision
         return arguments
 
+    def check_files(self) -> None:
+        """Raises ModelError for a model whose folder has no configuration or weights that could be loaded."""
+        from transformers import AutoConfig
+
+        path = self.local_path()
+        try:
+            AutoConfig.from_pretrained(path, **self.pretrained_arguments())
+            if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+                raise FileNotFoundError(f"no *.safetensors in {path}")
+        except Exception as error:  # as for the tokenizer
+            raise _cannot_load("model", path, error) from error
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with the recipe's chat template where it names one.
 
@@ -127,7 +139,7 @@ class ModelSource:
         if missing := sorted(loaded[1]["missing_keys"]):
             raise ModelError(
                 f"cannot load the model of {brief(path)}: {len(missing)} of its weights are in no file, the first "
-                f"is {printable(missing[0])}; copy all its files again, and see that config.json belongs to them"
+                f"is {printable(missing[0])}; copy all its files again, and check that config.json belongs to them"
             )
         if devices == 1:
             model = model.to(device)  # type: ignore[arg-type]
@@ -140,13 +152,13 @@ def _refuse_adapter(model: str, config: Path) -> NoReturn:
     except (OSError, ValueError, AttributeError):
         base = None
     beside = (
-        ". If the weights beside it are merged already, take adapter_config.json out of the folder"
+        ". If the weights beside it are merged already, remove adapter_config.json from the folder"
         if config.with_name("config.json").exists()
         else ""
     )
     raise ModelError(
-        f"{brief(model)} holds a LoRA adapter for {shown(base) if base else 'a model that it does not name'} "
-        "(adapter_config.json), and a whole model is needed: merge the two with peft, "
+        f"{brief(model)} is a LoRA adapter for {shown(base) if base else 'a model that it does not name'} "
+        "(adapter_config.json), but a whole model is needed: merge the two with peft, "
         "`PeftModel.from_pretrained(base_model, adapter_folder).merge_and_unload().save_pretrained(folder)`, save "
         f"the tokenizer to the same folder and give that as the model{beside}"
     )
@@ -163,7 +175,7 @@ def _embedding_rows(path: str, arguments: dict[str, Any]) -> int | None:
             with safe_open(file, "np") as weights:
                 names = [name for name in weights.keys() if _EMBEDDING.search(name)]  # noqa: SIM118
                 found += [weights.get_slice(name).get_shape()[0] for name in names]
-        except (SafetensorError, OSError):  # told where the weights are loaded
+        except (SafetensorError, OSError):  # reported where the weights are loaded
             return None
     if found:
         return max(found)
@@ -177,7 +189,8 @@ def _embedding_rows(path: str, arguments: dict[str, Any]) -> int | None:
 def _check_rows(path: str, tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
     """Refuses tokens beyond the embedding: any text may hit them. More rows than tokens are common, and fine.
 
-    So are placeholders for images in the tokenizer of a text model, as Gemma 3's has: rows with one are put aside.
+    So are placeholders for images in the tokenizer of a text model, as Gemma 3's has: rows with them are
+    quarantined.
     """
     from congrad_ray.modeling.tokenization import refuse_ids_from
 
@@ -194,9 +207,9 @@ def _check_rows(path: str, tokenizer: PreTrainedTokenizerBase, rows: int | None)
     size = max(beyond.values()) + 1
     first = sorted(beyond, key=lambda token: beyond[token])[:5]
     raise ModelError(
-        f"the tokenizer of {brief(path)} has token ids up to {size - 1}, and the model's embedding {rows} rows: "
+        f"the tokenizer of {brief(path)} has token ids up to {size - 1}, but the embedding has {rows} rows: "
         f"{', '.join(shown(token) for token in first)}{', ...' if len(beyond) > len(first) else ''} "
-        f"({len(beyond)} in all) have none; load both with transformers, call "
+        f"({len(beyond)} in all) have no row; load both with transformers, call "
         f"model.resize_token_embeddings({size}) and write both to a folder with save_pretrained (the new rows are "
         "not trained), or use a tokenizer without these tokens"
     )
@@ -214,8 +227,8 @@ def _cannot_load(what: str, path: str, error: Exception) -> ModelError:
         pickled = sorted(file.name for suffix in ("bin", "pt", "pth") for file in folder.glob(f"*.{suffix}"))
         if pickled:
             hint = (
-                f"{printable(pickled[0])} is pickled and not loaded, because a pickle runs code; where you "
-                "trust it, load it with transformers and write it again with save_pretrained"
+                f"{printable(pickled[0])} is a pickle, which could run code, so it is not loaded; if you "
+                "trust it, load it with transformers and save it again with save_pretrained"
             )
     said = " ".join(str(error).split())
     return ModelError(
@@ -317,8 +330,8 @@ def policy(recipe: Recipe, run: RunDirectory, iteration: int) -> ModelSource:
     folder = run.stage("policy", iteration - 1)
     manifest = folder.manifest()
     # Its settings' fingerprint alone is that of another run's policy as well, and of this one before a --redo.
-    told = f"{folder.path} {manifest.fingerprint} {manifest.finished_at}" if manifest else ""
-    identity = hashlib.sha256(told.encode()).hexdigest()[:16] if told else ""
+    made = f"{folder.path} {manifest.fingerprint} {manifest.finished_at}" if manifest else ""
+    identity = hashlib.sha256(made.encode()).hexdigest()[:16] if made else ""
     return ModelSource(folder.path, recipe.model, folder, identity)
 
 

@@ -108,7 +108,7 @@ def _checked(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     if rows is not None and max(ids, default=0) >= rows:
         token = tokenizer.convert_ids_to_tokens(max(ids))
         raise ValueError(
-            f"the text holds the token {shown(token)}, and the model's embedding of {rows} rows has none for it; "
+            f"the text holds the token {shown(token)}, but the model's embedding of {rows} rows has none for it; "
             "drop the row"
         )
     return ids
@@ -154,13 +154,13 @@ def _on_day(template: str, day: str, model: str) -> str:
     fixed, calls = _TODAY.subn(lambda call: call[1] + when.strftime(call[2]) + call[1], template)
     if re.search(r"\bstrftime_now\b(?!\s+is\b)", _COMMENT.sub("", fixed)):
         raise MissingChatTemplate(
-            f"the chat template of {brief(model)} asks for today's date (strftime_now) other than by a format "
-            "written out, so token ids would change by day; set model.chat_template to the path of a Jinja file "
-            'that calls strftime_now("%d %b %Y") or holds a date'
+            f"the chat template of {brief(model)} asks for today's date (strftime_now) in a way that cannot be "
+            "fixed to one day, so token ids would change every day; set model.chat_template to the path of a "
+            'Jinja file that calls strftime_now("%d %b %Y") or holds a date'
         )
     if calls:
         logger.warning(
-            "the chat template of %s writes today's date; here it is always told %s, so that token ids do not "
+            "the chat template of %s writes today's date; it always gets %s here, so that token ids do not "
             "change by day (model.chat_template_date in the recipe)",
             brief(model),
             day,
@@ -244,9 +244,9 @@ def _warn_of_dropped_prompt_end() -> None:
     logger.warning(
         "the prompt's tokens are not a prefix of prompt + completion (the chat template renders the prompt "
         "differently once it is answered, or tokens merge across the boundary); the end of the prompt that "
-        "differs is dropped, so the model is trained on another context than it answers to. Use a chat "
+        "differs is dropped, so the model is trained on another context than the one it answers. Use a chat "
         "template that renders the prompt the same way in both cases, or end plain prompts on a token "
-        "boundary. Said once, though it may concern every row."
+        "boundary. This is shown once, but may concern every row."
     )
 
 
@@ -268,7 +268,7 @@ def tokenize_pair(
     dropped, as in TRL, and a warning is logged.
 
     TRL truncates rows longer than `max_length` tokens, which changes what is preferred; here they raise
-    `PairTooLong`, so that the caller can put the row aside. Other ValueErrors that concern the row: mixed
+    `PairTooLong`, so that the caller can quarantine the row. Other ValueErrors that concern the row: mixed
     shapes, messages that the template cannot render, a completion without content, no prompt token before the
     completion, chosen and rejected with the same ids. Concerning the model: `MissingChatTemplate`.
     """

@@ -216,20 +216,32 @@ class Folder:
 
     def read_parquet(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
         """One Parquet file of the folder, its pages checked. Raises RunDirectoryError for one that is damaged."""
-        try:
+        with _damage_reported(path):
             return pq.read_table(
                 path,
                 columns=list(columns) if columns else None,
                 filesystem=self.filesystem,
                 page_checksum_verification=True,
             )
-        except (pa.ArrowInvalid, OSError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise RunDirectoryError(
-                f"{path} cannot be read: {error}. If it is damaged, delete it and run the stage that made it "
-                "again: only what was in it is done anew."
-            ) from error
+
+    @contextmanager
+    def open_parquet(self, path: str) -> Iterator[pq.ParquetFile]:
+        """One Parquet file of the folder, for several looks at it. Raises as `read_parquet` does."""
+        with _damage_reported(path), self.filesystem.open_input_file(path) as stream:
+            yield pq.ParquetFile(stream, page_checksum_verification=True)
+
+
+@contextmanager
+def _damage_reported(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise RunDirectoryError(
+            f"{path} cannot be read: {error}. If it is damaged, delete it and run the stage that made it "
+            "again: only what was in it is done anew."
+        ) from error
 
 
 def _changes(before: Any, settings: Any, inputs: dict[str, str], named: Callable[[Any], Any]) -> str:
@@ -277,6 +289,14 @@ class StageFolder(Folder):
             return Manifest(**value) if value is not None else None
         except TypeError:
             return None
+
+    def fingerprint(self) -> str | None:
+        """Of what made the result that is here, or began it; None where there is none, or it is not known."""
+        manifest, started = self.manifest(), self.read_json(STARTED)
+        if manifest:
+            return manifest.fingerprint
+        withdrawn = isinstance(started, dict) and started.get("withdrawn")
+        return None if withdrawn else _fingerprint_in(started)
 
     def begin(
         self,
@@ -466,8 +486,11 @@ class RunDirectory(Folder):
     """RUN: `recipe.yaml`, `prompts/`, `iteration-N/<stage folder>/`, `report.html`."""
 
     @classmethod
-    def open(cls, uri: str | Path) -> RunDirectory:
-        """The run directory at a local path or a pyarrow filesystem URI. Raises RunDirectoryError."""
+    def open(cls, uri: str | Path, what: str = "the run directory") -> RunDirectory:
+        """The run directory at a local path or a pyarrow filesystem URI. Raises RunDirectoryError.
+
+        `what`: how messages call it.
+        """
         text = str(uri)
         try:
             if "://" in text:
@@ -478,13 +501,11 @@ class RunDirectory(Folder):
             there = [filesystem.get_file_info(place).type for place in (path, bucket) if place]
         except (pa.ArrowInvalid, OSError) as error:
             why = str(error).replace(text, without_keys(text))
-            raise RunDirectoryError(f"cannot open the run directory {without_keys(text)}: {why}") from None
+            raise RunDirectoryError(f"cannot open {what} {without_keys(text)}: {why}") from None
         if there[0] == pafs.FileType.File:
-            raise RunDirectoryError(f"the run directory {without_keys(text)} is a file; give a folder")
+            raise RunDirectoryError(f"{what} {without_keys(text)} is a file; give a folder")
         if bucket and there[1] == pafs.FileType.NotFound:
-            raise RunDirectoryError(
-                f"cannot open the run directory {without_keys(text)}: there is no bucket {bucket}"
-            )
+            raise RunDirectoryError(f"cannot open {what} {without_keys(text)}: there is no bucket {bucket}")
         return cls(filesystem, path.rstrip("/"))
 
     def stage(self, folder: str, iteration: int | None) -> StageFolder:

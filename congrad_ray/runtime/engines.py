@@ -80,6 +80,22 @@ class Completion:
     first_logprobs: Mapping[int, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a model is asked about each row, and what becomes of its answers. Its functions run in Ray tasks."""
+
+    request: Callable[[Row], Request]
+    answer: Callable[[Row, Completion], Row]
+    """Takes a row and its completion; returns a row of `schema`."""
+    schema: pa.Schema
+    max_tokens: int
+    """The most that a request asks for, which decides how many rows go to an engine together."""
+    scored_tokens: Sequence[int] = ()
+    """Ids whose log-probabilities as the first generated token are wanted; only they are generated."""
+    length_setting: str = "model.max_length"
+    """Where the recipe has the source's `max_length`, for messages."""
+
+
 class EngineFailed(ValueError):
     """The cluster could not do the work, engines that do not start or do not last above all."""
 
@@ -98,7 +114,7 @@ def engine_failures() -> Iterator[None]:
             "What vLLM said is in the worker-*.out and worker-*.err files of the engine's node, by default in "
             "/tmp/ray/session_latest/logs. If it ran out of memory, lower engines.max_num_seqs, "
             "gpu_memory_utilization or kv_cache_gib in the profile, or model.max_length in the recipe. Rows that "
-            "were written are kept: run the stage again to go on."
+            "were written are kept: run the stage again to resume."
         ) from error
 
 
@@ -154,45 +170,33 @@ def complete(
     rows: int,
     source: ModelSource,
     profile: Profile,
-    request: Callable[[Row], Request],
-    answer: Callable[[Row, Completion], Row],
-    schema: pa.Schema,
-    max_tokens: int,
+    task: Task,
     notify: Notify,
-    scored_tokens: Sequence[int] = (),
-    length_setting: str = "model.max_length",
 ) -> Dataset:
-    """Asks the model for all `rows`; the result has the columns of `schema` and FAILURE, in any order.
+    """Asks the model about all `rows`; the result has the columns of the task's schema and FAILURE, in any order.
 
-    `request` and `answer` run in Ray tasks. `answer` gets the row and its completion and returns a row of
-    `schema`. A row that fails keeps the columns of `schema` that it already has, the others are null, and its
-    FAILURE is one of 'bad_request' (its messages cannot be rendered), 'prompt_too_long' (prompt tokens +
-    max_tokens exceed the source's `max_length`; it is not sent to an engine), 'inference_error' and
-    'killed_worker' (its engines died, again and again).
-    `max_tokens`: the most that a request asks for, which decides how many go to an engine together.
-    `scored_tokens`: ids whose log-probabilities as the first generated token are wanted; only they are generated.
-    `length_setting`: where the recipe has the source's `max_length`.
+    A row that fails keeps the columns of the schema that it already has, the others are null, and its FAILURE is
+    one of 'bad_request' (its messages cannot be rendered), 'prompt_too_long' (prompt tokens + max_tokens exceed
+    the source's `max_length`; it is not sent to an engine), 'inference_error' and 'killed_worker' (its engines
+    died repeatedly).
 
     Raises MissingChatTemplate or ModelError before any engine starts.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # importing it here should not tell what it lacks
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # otherwise importing it here reports what it lacks
     from ray.data.llm import build_processor
 
-    batch = profile.engines.rows_per_batch(max_tokens)
+    batch = profile.engines.rows_per_batch(task.max_tokens)
     tokenizer = load_chat_tokenizer(source)
     stop_ids = end_of_turn_ids(source, tokenizer)
     max_length = source.settings.max_length
 
     def prepare(batch: pa.Table) -> pa.Table:
         of_worker = _cached_tokenizer(source)
-        prepared = [
-            _prepare(row, request, of_worker, max_length, stop_ids, scored_tokens, length_setting)
-            for row in batch.to_pylist()
-        ]
+        prepared = [_prepare(row, task, of_worker, max_length, stop_ids) for row in batch.to_pylist()]
         return table_of(prepared, _REQUESTS)
 
     def finish(batch: pa.Table) -> pa.Table:
-        return _finish(batch.to_pylist(), answer, schema)
+        return _finish(batch.to_pylist(), task)
 
     processor = build_processor(
         _processor_config(source, profile, rows, batch),
@@ -219,20 +223,14 @@ def complete(
 
 
 def _prepare(
-    row: Row,
-    request: Callable[[Row], Request],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    stop_ids: Sequence[int],
-    scored_tokens: Sequence[int],
-    length_setting: str = "model.max_length",
+    row: Row, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, stop_ids: Sequence[int]
 ) -> Row:
     """The row as one of `_REQUESTS`."""
     failed = None
     sampling: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "top_p": 1.0, "seed": 0}
     ids = [0]  # never sent: an empty list would have no Arrow type of its own in a block of failed rows
     try:
-        asked = request(row)
+        asked = task.request(row)
         ids = chat_prompt_ids(tokenizer, asked.messages)
     except MissingChatTemplate:
         raise
@@ -248,12 +246,12 @@ def _prepare(
         if len(ids) + asked.max_tokens > max_length:
             failed = failure(
                 "prompt_too_long",
-                f"{len(ids)} prompt tokens + {asked.max_tokens} to generate > {length_setting} {max_length}",
+                f"{len(ids)} prompt tokens + {asked.max_tokens} to generate > {task.length_setting} {max_length}",
             )
     sampling["stop_token_ids"] = list(stop_ids)
-    if scored_tokens:
+    if task.scored_tokens:
         # vLLM gives log-probabilities before the restriction, so that what the others had is known too.
-        sampling["logprob_token_ids"] = sampling["allowed_token_ids"] = list(scored_tokens)
+        sampling["logprob_token_ids"] = sampling["allowed_token_ids"] = list(task.scored_tokens)
     return {
         "row": json.dumps(row, ensure_ascii=False),
         "failure": json.dumps(failed) if failed else "",
@@ -276,7 +274,7 @@ def _completion(row: Row, stop_ids: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _finish(rows: Sequence[Row], answer: Callable[[Row, Completion], Row], schema: pa.Schema) -> pa.Table:
+def _finish(rows: Sequence[Row], task: Task) -> pa.Table:
     results = []
     for result in rows:
         row = json.loads(result["row"])
@@ -286,12 +284,12 @@ def _finish(rows: Sequence[Row], answer: Callable[[Row, Completion], Row], schem
         elif result.get(_ERROR):
             failed = killed_worker() if result[_ERROR] == _KILLED else failure("inference_error", result[_ERROR])
         if failed:
-            results.append({name: row.get(name) for name in schema.names} | {FAILURE: failed})
+            results.append({name: row.get(name) for name in task.schema.names} | {FAILURE: failed})
             continue
         values = json.loads(result["completion"])
         values["first_logprobs"] = {int(token): value for token, value in values["first_logprobs"].items()}
-        results.append(answer(row, Completion(**values)) | {FAILURE: None})
-    nullable = [column.with_nullable(True) for column in schema]
+        results.append(task.answer(row, Completion(**values)) | {FAILURE: None})
+    nullable = [column.with_nullable(True) for column in task.schema]
     return table_of(results, pa.schema([*nullable, FAILURE_FIELD]))
 
 
@@ -367,7 +365,7 @@ def _cpu_environment(profile: Profile) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(profile.threads_of(profile.engines)),
         # Decoding is many small products, between which threads should not sleep: libgomp's own default, which
-        # comes before the waiting that other workers are told (session.connect).
+        # takes precedence over the waiting that session.connect sets for other workers.
         "GOMP_SPINCOUNT": "300000",
         # Without it the first request with log-probabilities waits for a C++ compilation of the sampler.
         "TORCH_COMPILE_DISABLE": "1",
@@ -378,7 +376,7 @@ def _engine_class(engine: type[Any], source: ModelSource, of_driver: Any, notify
     """The engine stage's class, for a model that may be on an object store and rows that may kill the engine.
 
     It loads its node's copy of the model. `of_driver` is the actor of `runtime.attempts`: rows that ended engines
-    again and again are asked one at a time, and then not any more. Every answer is told of by `notify`.
+    again and again are asked one at a time, and then no longer. Every answer is reported by `notify`.
     """
 
     class Engine(engine):

@@ -164,8 +164,8 @@ def _is_gone(holder: Holder) -> bool:
 
 def _refusal(run: RunDirectory, holder: Holder | None) -> str:
     return (
-        f"{run.path} is being written by {holder or 'another process'}: wait for it, stop it, or give another "
-        f"--run directory. If you know it to be dead, delete {run.path}/{LOCK}."
+        f"{run.path} is being written by {holder or 'another process'}: wait for it, stop it, or use another "
+        f"folder. If you are sure that it is dead, delete {run.path}/{LOCK}."
     )
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from congrad_ray.data.tables import quarantined, row_id, table_of
-from congrad_ray.rundir.directory import Folder, RunDirectoryError, StageFolder
+from congrad_ray.rundir.directory import Folder, RunDirectoryError, StageFolder, each
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.metrics import COUNTERS, Meter
 from congrad_ray.runtime.notices import heard
@@ -33,23 +33,49 @@ def failure(reason: str, detail: object) -> dict[str, str]:
     return {"reason": reason, "detail": str(detail)}
 
 
-def read_missing_batches(
-    folder: Folder, output: StageFolder, id_column: str, batch_size: int, batch_bytes: int
-) -> tuple[Dataset, int, int]:
-    """A Ray dataset of the rows of `folder` that are to be done, how many they are, and in how many batches.
+@dataclass(frozen=True)
+class MissingRows:
+    """The rows of a table that a stage has still to do, and what was read of the whole table to find them."""
 
-    A block is a batch: consecutive rows of one file, `batch_size` of them, or fewer where rows of the file's mean
-    size would be more than `batch_bytes`. Those of which all rows are in `output` are left out. Which rows go
-    together does not depend on what is done already, so that results whose last bits depend on their company are
-    the same after a kill: a batch is the unit of work.
+    dataset: Dataset
+    """Of the missing rows; one block is one batch."""
+    count: int
+    batches: int
+    table: pa.Table
+    """The id column and `columns` of all rows."""
+    schema: pa.Schema
+    text_bytes: int
+    """Of all rows, before compression."""
+
+
+def read_missing_batches(
+    folder: Folder,
+    output: StageFolder,
+    id_column: str,
+    batch_size: int,
+    batch_bytes: int,
+    columns: Sequence[str] = (),
+) -> MissingRows:
+    """The rows of the Parquet files in `folder` that are not in `output` yet, in batches.
+
+    A batch is consecutive rows of one file, `batch_size` of them, or fewer where rows of the file's mean size
+    would be more than `batch_bytes`. Batches of which all rows are in `output` are left out. Which rows go
+    together does not depend on what is done already, so that results whose last bits depend on the rest of the
+    batch are the same after a kill: a batch is the unit of work. Each file is opened once.
+
+    Raises RunDirectoryError where there is no file, or one is damaged.
     """
     import ray
 
     done = output.ids(id_column)
+    paths = folder.files(".parquet")
+    if not paths:
+        raise RunDirectoryError(f"no Parquet file in {folder.path}")
+    parts = each(lambda path: _read_part(folder, path, [id_column, *columns]), paths)
     batches, missing = [], 0
-    for path in folder.files(".parquet"):
-        ids = folder.read_parquet(path, [id_column])[0].to_pylist()
-        size = max(1, min(batch_size, batch_bytes * len(ids) // max(1, text_bytes(folder, path))))
+    for path, (table, _, text_bytes) in zip(paths, parts, strict=True):
+        ids = table[id_column].to_pylist()
+        size = max(1, min(batch_size, batch_bytes * len(ids) // max(1, text_bytes)))
         for start in range(0, len(ids), size):
             new = sum(identifier not in done for identifier in ids[start : start + size])
             missing += new
@@ -60,14 +86,21 @@ def read_missing_batches(
         return read_slice(folder, str(batch["path"][0]), int(batch["start"][0]), int(batch["stop"][0]))
 
     dataset = ray.data.from_items(batches, override_num_blocks=max(1, len(batches)))
-    return dataset.map_batches(read, batch_format="numpy", batch_size=None), missing, len(batches)
+    return MissingRows(
+        dataset.map_batches(read, batch_format="numpy", batch_size=None),
+        missing,
+        len(batches),
+        pa.concat_tables(table for table, _, _ in parts),
+        parts[0][1],
+        sum(text_bytes for _, _, text_bytes in parts),
+    )
 
 
-def text_bytes(folder: Folder, path: str) -> int:
-    """Bytes of the rows of a Parquet file of texts before compression, from its footer."""
-    with folder.filesystem.open_input_file(path) as stream:
-        metadata = pq.ParquetFile(stream).metadata
-    return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+def _read_part(folder: Folder, path: str, columns: Sequence[str]) -> tuple[pa.Table, pa.Schema, int]:
+    """Some columns of a Parquet file, its schema, and its rows' bytes before compression, from its footer."""
+    with folder.open_parquet(path) as file:
+        groups = (file.metadata.row_group(group) for group in range(file.num_row_groups))
+        return file.read(list(columns)), file.schema_arrow, sum(group.total_byte_size for group in groups)
 
 
 def read_slice(folder: Folder, path: str, start: int, stop: int) -> pa.Table:

@@ -1,4 +1,4 @@
-"""No silent hang: looks whether a stage goes on, says what it waits for, and ends it when it waits in vain."""
+"""No silent hang: watches a stage's progress, reports what it waits for, and stops it if that never comes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ logger = logging.getLogger(__name__)
 
 _LOOK_EVERY = 5.0
 # Where all that the stage asked for is running, a wait of minutes is work: loading a model, a step of training.
-_TELL_EVERY, _TELL_IF_ALL_RUNS = 120.0, 600.0
-# A demand that no node can meet is no accident of starting up after this long.
+_REPORT_EVERY, _REPORT_IF_ALL_RUNS = 120.0, 600.0
+# A demand that no node can meet after this long is not one that start-up will still resolve.
 _IMPOSSIBLE_AFTER = 45.0
 _NOT_RUNNING = ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "RESTARTING")
-LEAST_DISK = 512 * 2**20
+MIN_DISK = 512 * 2**20
 _GIB = 2**30
+# Name and namespace of the actor in which Ray Data keeps the state of its plans.
+_DATA_STATS = ("datasets_stats_actor", "_dataset_stats_actor")
 _T = TypeVar("_T")
 
 
 class Watchdog:
-    """Knows when a stage last went on."""
+    """Knows when a stage last made progress."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -45,12 +47,12 @@ class Watchdog:
 
 @contextmanager
 def watched(label: str, timeout: float, output: Folder, grows: bool = False) -> Iterator[Watchdog]:
-    """Watches the body, a stage on a connected Ray, from a thread; what it gives is to be told of every progress.
+    """Watches the body, a stage on a connected Ray, from a thread. The body reports by `progressed`.
 
     The body raises StageStopped
-    - after `timeout` seconds without progress, with what waits for what;
-    - sooner, where an actor or task asks for more than any node has, unless the cluster `grows`;
-    - where the disk of a local `output` is about to be full: Ray and the run directory both need some.
+    - after `timeout` seconds without progress, with a report of what waits for what;
+    - sooner, if an actor or task asks for more than any node has, unless the cluster `grows`;
+    - if the disk of a local `output` is almost full: Ray and the run directory both need space.
     """
     watchdog, ended = Watchdog(), threading.Event()
     with stoppable() as stop:
@@ -74,49 +76,53 @@ def _watch(
     grows: bool,
     stop: Stop,
 ) -> None:
-    told = 0.0
+    reported = 0.0
     while not ended.wait(min(_LOOK_EVERY, timeout / 4)):
         idle = watchdog.idle_seconds
         reason = _why_to_stop(idle, timeout, output, grows)
         if reason:
-            stop(f"{label} was stopped, for {reason}")
+            stop(f"{label} was stopped: {reason}")
             return
-        if idle < _TELL_EVERY:
-            told = 0.0
-        elif idle - told >= (_TELL_EVERY if _known(unmet) else _TELL_IF_ALL_RUNS):
-            told = idle
-            logger.info(f"nothing for {idle:.0f} s; the stage is stopped after {timeout:.0f} s{_waits()}")
+        if idle < _REPORT_EVERY:
+            reported = 0.0
+        elif idle - reported >= (_REPORT_EVERY if _known(unmet) else _REPORT_IF_ALL_RUNS):
+            reported = idle
+            logger.info(f"no progress for {idle:.0f} s; the stage is stopped after {timeout:.0f} s{_waits()}")
 
 
 def _why_to_stop(idle: float, timeout: float, output: Folder, grows: bool) -> str | None:
     free = free_disk(output)
-    if free is not None and free < LEAST_DISK:
+    if free is not None and free < MIN_DISK:
         return (
-            f"only {free / _GIB:.2f} GiB are free on the disk of {output.path}: make room; the same command goes "
-            "on with what is missing"
+            f"only {free / _GIB:.2f} GiB are free on the disk of {output.path}. Make room, then run the same "
+            "command again to resume."
         )
     impossible = _known(never_met) if idle >= _IMPOSSIBLE_AFTER and not grows else None
     if impossible:
         return (
-            f"it waits for what no node of the cluster has: {'; '.join(impossible)}. Lower cpus or gpus of an "
-            f"actor in the profile, or add larger nodes.{_waits()}"
+            f"no node of the cluster has what it asks for: {'; '.join(impossible)}. Lower cpus or gpus of the "
+            f"actors in the profile, or add larger nodes.{_waits()}"
         )
     if idle >= timeout:
         return (
-            f"nothing came of it for {idle:.0f} s (stall_timeout_s {timeout:g}). What is written is kept and the "
-            f"same command goes on.{_waits()}"
+            f"no progress for {idle:.0f} s (stall_timeout_s is {timeout:g}). What is written is kept; run the "
+            f"same command again to resume.{_waits()}"
         )
     return None
 
 
 def _waits() -> str:
-    """`what_waits` from a new line on, where Ray answers."""
+    """`what_waits` on new lines, if Ray answers."""
     found = _known(what_waits)
     return f"\n{found}" if found else ""
 
 
 def _known(question: Callable[[], _T]) -> _T | None:
-    """The answer of a Ray that may be what hangs or fails: the watch must go on without it."""
+    """What Ray answers; None if it does not. It may be Ray that hangs or fails, and the watch must continue."""
+    import ray
+
+    if not ray.is_initialized():  # Ray's functions would connect, or start one
+        return None
     try:
         return question()
     except Exception:
@@ -124,14 +130,14 @@ def _known(question: Callable[[], _T]) -> _T | None:
 
 
 def free_disk(folder: Folder) -> int | None:
-    """Free bytes on the disk of a local folder (or of what there is above it); None on an object store."""
+    """Free bytes on the disk of a local folder (or its nearest parent that exists); None on an object store."""
     if not folder.is_local:
         return None
     return shutil.disk_usage(nearest_folder(Path(folder.path))).free
 
 
 def never_met() -> list[str]:
-    """What actors and tasks ask for that no node of the connected cluster could give even if it were idle."""
+    """What actors and tasks ask for that no node of the connected cluster has, even when idle."""
     status = _cluster_status()
     nodes = [
         {usage.resource_name: usage.total for usage in node.resource_usage.usage}
@@ -145,7 +151,7 @@ def never_met() -> list[str]:
 
 
 def what_waits() -> str:
-    """What the connected Ray is doing: operators, actors that do not run, unmet demands, resources in use."""
+    """What the connected Ray is doing: operators, actors that are not running, unmet demands, resources."""
     lines = []
     operators = _operators()
     if operators:
@@ -164,35 +170,41 @@ def what_waits() -> str:
 
 
 def unmet() -> list[str]:
-    """What the stage asked the connected Ray for and does not have: actors that do not run, unmet demands."""
-    import ray
-
+    """What the stage asked the connected Ray for and does not have: actors that are not running, unmet demands."""
     lines = []
-    actors = Counter(
-        (actor.get("ActorClassName", "an actor"), actor["State"]) for actor in ray._private.state.actors().values()
-    )
-    missing = [f"{name} {state} ({count})" for (name, state), count in actors.items() if state in _NOT_RUNNING]
-    if missing:
-        lines.append(f"actors that do not run: {', '.join(missing)}")
+    actors = Counter((name, state) for name, state in _actors() if state in _NOT_RUNNING)
+    if actors:
+        missing = [f"{name} {state} ({count})" for (name, state), count in actors.items()]
+        lines.append(f"actors that are not running: {', '.join(missing)}")
     waiting = Counter(f"{_resources(bundle)} for {what}" for what, bundle in _demands(_cluster_status()))
     if waiting:
         lines.append(f"waiting for: {', '.join(f'{text} ({count})' for text, count in waiting.items())}")
     return lines
 
 
-def _operators() -> list[str]:
-    """Every operator of the running Ray Data plans and how far it is."""
+def _actors() -> list[tuple[str, str]]:
+    """The class and state of every actor of the connected Ray.
+
+    The only use of a private part of Ray. The public `ray.util.state.list_actors` asks the dashboard, which a Ray
+    started by `session.connect` does not have; it would then ask port 8265, where another Ray may answer.
+    """
     import ray
-    from ray.data._internal.stats import get_or_create_stats_actor
 
-    actor: Any = get_or_create_stats_actor()
+    actors = ray._private.state.actors().values()
+    return [(actor.get("ActorClassName", "an actor"), actor["State"]) for actor in actors]
 
-    def datasets_of_actor() -> dict[str, Any]:
+
+def _operators() -> list[str]:
+    """Every operator of the running Ray Data plans, with its progress."""
+    import ray
+
+    def running_datasets() -> dict[str, Any]:
         get: Any = ray.get  # whose annotations miss a single reference with a timeout
+        actor: Any = ray.get_actor(*_DATA_STATS)
         found: dict[str, Any] = get(actor.get_datasets.remote(), timeout=5)
         return found
 
-    datasets = _known(datasets_of_actor)
+    datasets = _known(running_datasets)
     return [
         f"{operator['name']} (done {operator['progress']}, queued {operator['queued_blocks']})"
         for dataset in (datasets or {}).values()

@@ -41,7 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from congrad_ray.modeling.batching import collate_pairs, token_budget_batches
 from congrad_ray.modeling.logprobs import completion_logprobs, summed_logprobs
-from congrad_ray.modeling.loss import dpo_loss
+from congrad_ray.modeling.loss import ChosenRejected, LossSettings, dpo_loss
 from congrad_ray.modeling.packing import PairTokens
 from congrad_ray.modeling.tokenization import TokenizedPair
 from congrad_ray.stages.sketch.audit import rank_correlation
@@ -308,11 +308,12 @@ def training(model: PreTrainedModel, sizes: Sizes, pairs: int, checkpointing: bo
     tokens = sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in drawn)
     sketched, _ = _sketch_seconds(model, drawn, sizes)
     batch = collate_pairs(drawn, 0, model.device)
-    reference = torch.zeros(pairs, device=model.device)
+    zeros = torch.zeros(pairs, device=model.device)
+    reference = ChosenRejected(zeros, zeros)
 
     def step() -> None:
         logps = completion_logprobs(model, batch)
-        losses, _ = dpo_loss(logps[:pairs], logps[pairs:], reference, reference, 0.1)
+        losses, _ = dpo_loss(ChosenRejected(logps[:pairs], logps[pairs:]), reference, LossSettings(0.1))
         losses.mean().backward()
 
     try:

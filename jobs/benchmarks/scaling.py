@@ -43,7 +43,7 @@ from congrad_ray.stages.pair import stage as pair
 from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select import stage as select
 from congrad_ray.stages.sketch import stage as sketch
-from congrad_ray.stages.sketch.replicas import SketchReplica
+from congrad_ray.stages.sketch.replicas import ReplicaSpec, SketchReplica
 from congrad_ray.stages.sketch.schema import sketch_bytes, sketches_schema
 
 _WIDTH, _DTYPE = 256, "float16"
@@ -257,8 +257,8 @@ def sketch_rows(ids: list[str], languages: list[str], generator: np.random.Gener
 class NoReplica:
     """In place of the sketch stage's replica: no model, and sketches that are drawn."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self._write = next(argument for argument in arguments if isinstance(argument, PartWriter))
+    def __init__(self, spec: ReplicaSpec, *, write: PartWriter, **others: Any) -> None:
+        self._write = write
         self._generator = np.random.default_rng(0)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -347,7 +347,7 @@ def plain_rate(recipe: Recipe, run: RunDirectory, count: int, batches: int) -> f
 
 def sketch_plainly(recipe: Recipe, run: RunDirectory, batches: int, ready: Any, seconds: Any) -> None:
     """Sketches so many batches when all are ready, and tells how long it took."""
-    replica = SketchReplica(policy(recipe, run, 0), recipe, "cpu", 1, 1)
+    replica = SketchReplica(ReplicaSpec(policy(recipe, run, 0), recipe))
     pairs = run.stage("pairs", 0).read_table()
     replica(pairs.slice(0, _PAIRS_PER_BATCH))
     ready.wait()

@@ -307,7 +307,7 @@ def table(rows: Sequence[Row], group: Group) -> list[Line]:
 def markdown_table(
     rows: Sequence[Row], variants: Collection[str] | None = None, learning_rates: Collection[float] | None = None
 ) -> str:
-    """The README's tables in Markdown: one for each group, or for those of these variants and learning rates."""
+    """The tables in Markdown: one for each group, or for those of these variants and learning rates."""
     chosen = [
         group
         for group in groups(rows)
@@ -324,7 +324,7 @@ def signed_text(value: float, digits: int = 3) -> str:
 
 
 def difference_text(difference: Estimate | None, seeds: int | None = None) -> str:
-    """'+0.012 (+0.004..+0.020)'; the number of seeds is told where it is not `seeds`."""
+    """'+0.012 (+0.004..+0.020)'; with the number of seeds if it is not `seeds`."""
     if difference is None:
         return NOTHING
     within = []

@@ -26,7 +26,9 @@ class Variant(Settings):
     judge: dict[Language, JudgeBias] = Field(
         default_factory=dict, description="bias by language, taught to the judge; none: the model judges itself"
     )
-    pairs: dict[Language, Positive] = Field(default_factory=dict, description="most pairs of a language")
+    pairs: dict[Language, Positive] = Field(
+        default_factory=dict, description="maximum number of pairs by language"
+    )
 
 
 class Block(Settings):

@@ -10,8 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# So many of the likeliest tokens nearly always hold the nucleus; sorting the whole vocabulary would take most of
-# the time.
+# The nucleus is nearly always among this many of the likeliest tokens; sorting the whole vocabulary takes longer.
 _LIKELIEST = 64
 
 

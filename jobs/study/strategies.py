@@ -14,22 +14,8 @@ from numpy.typing import NDArray
 from congrad_ray.config.recipe import Recipe, Select
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.stages.select.directions import Float64Array
-from congrad_ray.stages.select.reducer import Layout, gram_matrices, products_of, sums_of
-from congrad_ray.stages.select.scores import (
-    agreement,
-    cosine_matrix,
-    make_direction,
-    projected_cosine_matrix,
-)
-from congrad_ray.stages.select.stage import (
-    included,
-    keep,
-    language_weights,
-    pair_shares,
-    reward_gap,
-    score_of,
-    surgery_of,
-)
+from congrad_ray.stages.select.keep import keep_pairs
+from congrad_ray.stages.select.selection import Selection, select_pairs
 from congrad_ray.stages.sketch.audit import rank_correlation
 from congrad_ray.world.score import true_score
 from study.protocol import Oracle
@@ -45,24 +31,23 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """A strategy's scores and what it keeps, (N,) each; the cosines between languages where it has a direction."""
+class Choice:
+    """A strategy's scores and what it keeps, (N,) each in the order of `Prepared`."""
 
     scores: Float64Array
     kept: NDArray[np.bool_]
-    cosines: Float64Array | None = None  # (N,) with the direction
-    before: Float64Array | None = None  # (L, L)
-    after: Float64Array | None = None  # (L, L)
+    selection: Selection | None = None
+    """None of an oracle, which has no direction."""
 
 
-def prepared(run: RunDirectory, most_pairs: Mapping[str, int]) -> Prepared:
-    """The pairs and sketches in a run directory; of the languages in `most_pairs` only the first so many by id."""
+def prepared(run: RunDirectory, max_pairs: Mapping[str, int]) -> Prepared:
+    """The pairs and sketches in a run directory; of a language in `max_pairs` only its first pairs by id."""
     sketches = run.stage("sketches", 0).read_table().sort_by("pair_id").combine_chunks()
     rank: dict[str, int] = {}
     wanted = []
     for language in sketches["language"].to_pylist():
         rank[language] = rank.get(language, 0) + 1
-        wanted.append(rank[language] <= most_pairs.get(language, len(sketches)))
+        wanted.append(rank[language] <= max_pairs.get(language, len(sketches)))
     sketches = sketches.filter(pa.array(wanted))
     texts = run.stage("pairs", 0).read_table().combine_chunks()
     texts = texts.take(pc.index_in(sketches["pair_id"], value_set=texts["pair_id"].combine_chunks()))
@@ -83,72 +68,54 @@ def prepared(run: RunDirectory, most_pairs: Mapping[str, int]) -> Prepared:
     return Prepared(texts.combine_chunks(), scores["chosen"], scores["rejected"])
 
 
-def select(data: Prepared, recipe: Recipe, strategy: Select | Oracle, keep_fraction: float) -> Selection:
-    """What `strategy` keeps, with the functions of the select stage; the oracle goes by the true margin."""
+def select(data: Prepared, recipe: Recipe, strategy: Select | Oracle, keep_fraction: float) -> Choice:
+    """What `strategy` keeps; the oracle goes by the true margin."""
     if isinstance(strategy, str):
         scores = data.chosen - data.rejected
         rule: Literal["overall", "per_language"] = "overall" if strategy == "oracle_overall" else "per_language"
-        return Selection(scores, keep(Select(keep=keep_fraction, keep_rule=rule), scores, data.pairs))
+        return Choice(scores, keep_pairs(Select(keep=keep_fraction, keep_rule=rule), scores, data.pairs))
     settings = strategy.model_copy(update={"keep": keep_fraction})
-    languages = tuple(sorted(pc.unique(data.pairs["language"]).to_pylist()))
-    layout = Layout.of(recipe.sketch, languages)
-    index = layout.rows_of(data.pairs)
-    shares = pair_shares(index, settings)
-    gradients = sums_of(data.pairs, layout, shares).astype(np.float32)
-    surgery = surgery_of(settings)
-    direction = make_direction(
-        gram_matrices(gradients),
-        surgery,
-        language_weights(settings, languages),
-        included(settings, languages, index),
-    )
-    found = agreement(products_of(data.pairs, layout, gradients, shares), direction, surgery.leave_out)
-    scores = score_of(settings, data.pairs, found, reward_gap(data.pairs))
-    return Selection(
-        scores,
-        keep(settings, scores, data.pairs),
-        found.cosine,
-        cosine_matrix(direction.whole_gram),
-        projected_cosine_matrix(direction, surgery),
-    )
+    selection = select_pairs(settings, data.pairs, recipe.sketch)
+    return Choice(selection.scores["score"].to_numpy(), selection.kept, selection)
 
 
-def against_exact(sketched: Selection, exact: Selection) -> dict[str, float]:
+def against_exact(sketched: Choice, exact: Choice) -> dict[str, float]:
     """A strategy's selection from sketches against its selection from exact gradients of the same pairs."""
+    assert sketched.selection is not None and exact.selection is not None
     common = (sketched.kept & exact.kept).sum() / max(1, exact.kept.sum())
-    assert sketched.cosines is not None and exact.cosines is not None
     return {
         "rank_correlation": rank_correlation(sketched.scores, exact.scores),
         "kept_in_common": float(common),
-        "error": float(np.sqrt(np.mean((sketched.cosines - exact.cosines) ** 2))),
+        "error": float(np.sqrt(np.mean((sketched.selection.cosine - exact.selection.cosine) ** 2))),
     }
 
 
-def facts(data: Prepared, selection: Selection, biased: frozenset[str], ranked: bool) -> dict[str, Any]:
+def facts(data: Prepared, choice: Choice, biased: frozenset[str], ranked: bool) -> dict[str, Any]:
     """What can be said of a selection without training; languages of a biased judge are counted apart.
 
     A pair is truly better where the chosen response has the higher true score. `auc` is the probability that a
     truly better pair has a higher score than one that is truly worse, ties counting half; None unless the strategy
     has `ranked` the pairs and there are both.
     """
-    margin = data.chosen - data.rejected
+    margin, selection = data.chosen - data.rejected, choice.selection
     is_biased = np.isin(np.array(data.pairs["language"].to_pylist()), sorted(biased))
     everyone = np.ones(len(margin), dtype=np.bool_)
     groups = {"auc": everyone, "auc_biased": is_biased, "auc_healthy": ~is_biased if biased else ~everyone}
     found: dict[str, Any] = {
         "pairs": len(margin),
-        "kept": int(selection.kept.sum()),
+        "kept": int(choice.kept.sum()),
         "better_all": float((margin > 0).mean()),
-        "better_kept": float((margin[selection.kept] > 0).mean()) if selection.kept.any() else None,
+        "better_kept": float((margin[choice.kept] > 0).mean()) if choice.kept.any() else None,
         **{
-            name: area_under_curve(selection.scores[group & (margin > 0)], selection.scores[group & (margin < 0)])
+            name: area_under_curve(choice.scores[group & (margin > 0)], choice.scores[group & (margin < 0)])
             if ranked
             else None
             for name, group in groups.items()
         },
-        "conflicting_pairs": None if selection.cosines is None else float((selection.cosines < 0).mean()),
+        "conflicting_pairs": None if selection is None else selection.conflicting,
     }
-    for name, matrix in (("before", selection.before), ("after", selection.after)):
+    matrices = (None, None) if selection is None else (selection.cosine_before, selection.cosine_after)
+    for name, matrix in zip(("before", "after"), matrices, strict=True):
         between = matrix[np.triu_indices(len(matrix), 1)] if matrix is not None and len(matrix) > 1 else None
         found[f"cosine_{name}"] = None if between is None else float(between.mean())
         found[f"negative_{name}"] = None if between is None else float((between < 0).mean())
@@ -156,9 +123,13 @@ def facts(data: Prepared, selection: Selection, biased: frozenset[str], ranked: 
 
 
 def area_under_curve(higher: Float64Array, lower: Float64Array) -> float | None:
-    """The probability that a number of `higher` exceeds one of `lower`, ties counting half; None without both."""
+    """The probability that a number of `higher` exceeds one of `lower`, ties counting half; None without both.
+
+    It is the Mann-Whitney statistic of the two, as a share of all pairs of numbers.
+    """
     if not len(higher) or not len(lower):
         return None
-    ordered = np.sort(lower)
-    below = np.searchsorted(ordered, higher, "left") + np.searchsorted(ordered, higher, "right")
-    return float(below.mean() / (2 * len(lower)))
+    from scipy.stats import mannwhitneyu
+
+    statistic = mannwhitneyu(higher, lower, method="asymptotic").statistic
+    return float(statistic / (len(higher) * len(lower)))

@@ -23,7 +23,7 @@ from congrad_ray.world.score import true_score
 from congrad_ray.world.tasks import KINDS, WorldPrompt, world_prompts
 from study.protocol import EVERYTHING, START, Cell, Protocol
 from study.sampling import sampled_answers
-from study.strategies import Prepared, Selection, facts, prepared, select
+from study.strategies import Choice, Prepared, facts, prepared, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,13 +51,13 @@ class Trials:
     def run(self, cell: Cell, recipe: Recipe, folder: str) -> Row:
         """The row of a trained model. `folder` is what `prepare` made."""
         before = time.monotonic()
-        data, selection = self.selection(cell, recipe, folder)
+        data, choice = self.choice(cell, recipe, folder)
         source = named_model(recipe.model.name, recipe.model, cell.seed)
         train = recipe.train.model_copy(update={"learning_rate": cell.learning_rate})
         with tempfile.TemporaryDirectory() as scratch:
             output = RunDirectory.open(scratch)
-            write_selected(output, data, selection)
-            schedule = make_schedule(train, int(selection.kept.sum()), 1)
+            write_selected(output, data, choice)
+            schedule = make_schedule(train, int(choice.kept.sum()), 1)
             model = train_alone(TrainingJob(train, schedule, source, output, output, threads=1))
         counts = {"pairs": len(data.pairs), "kept": schedule.pairs, "steps": schedule.total_steps}
         row = {"kind": "cell", **asdict(cell), **counts, **self._measure(model, source, cell.seed)}
@@ -80,21 +80,21 @@ class Trials:
         }
         return {**row, "seconds": round(time.monotonic() - before, 1)}
 
-    def selection(self, cell: Cell, recipe: Recipe, folder: str) -> tuple[Prepared, Selection]:
+    def choice(self, cell: Cell, recipe: Recipe, folder: str) -> tuple[Prepared, Choice]:
         """What the cell's strategy keeps."""
         key = (cell.seed, cell.variant)
         if self._data is None or self._data[0] != key:
-            most = self._protocol.variants[cell.variant].pairs
-            self._data = key, prepared(RunDirectory.open(Path(folder)), most)
+            max_pairs = self._protocol.variants[cell.variant].pairs
+            self._data = key, prepared(RunDirectory.open(Path(folder)), max_pairs)
         data = self._data[1]
         return data, select(data, recipe, self._protocol.strategies[cell.strategy], cell.keep)
 
     def selection_row(self, cell: Cell, recipe: Recipe, folder: str) -> Row:
         """What the results file says of a selection, without training."""
-        data, selection = self.selection(cell, recipe, folder)
+        data, choice = self.choice(cell, recipe, folder)
         named = {name: getattr(cell, name) for name in ("seed", "variant", "strategy", "keep")}
         biased = frozenset(self._protocol.variants[cell.variant].judge)
-        return {"kind": "selection", **named, **facts(data, selection, biased, cell.strategy != EVERYTHING)}
+        return {"kind": "selection", **named, **facts(data, choice, biased, cell.strategy != EVERYTHING)}
 
     def _measure(self, model: PreTrainedModel, source: ModelSource, seed: int) -> Row:
         """Mean true scores and mean length of sampled answers to fresh prompts."""
@@ -138,9 +138,9 @@ class Trials:
         }
 
 
-def write_selected(folder: Folder, data: Prepared, selection: Selection) -> None:
+def write_selected(folder: Folder, data: Prepared, choice: Choice) -> None:
     """Writes the kept pairs as the select stage would."""
-    pairs = data.pairs.append_column("congrad_score", pa.array(selection.scores)).filter(pa.array(selection.kept))
+    pairs = data.pairs.append_column("congrad_score", pa.array(choice.scores)).filter(pa.array(choice.kept))
     pairs = pairs.append_column("ref_chosen_logps", pairs["chosen_logps"])
     pairs = pairs.append_column("ref_rejected_logps", pairs["rejected_logps"])
     folder.write_table("selected.parquet", pairs.select(SELECTED.names).cast(SELECTED))

@@ -217,10 +217,10 @@ def test_tokens_without_rows_in_the_embedding_are_refused_before_any_work(
     beyond = changed_tokenizer(
         tiny_model, tmp_path / "larger", lambda t: [t.add_tokens(f"<|x{n}|>") for n in range(rows + 1 - len(t))]
     )
-    with pytest.raises(ModelError, match=f"token ids up to {rows}, and the model's embedding {rows} rows"):
+    with pytest.raises(ModelError, match=f"token ids up to {rows}, but the embedding has {rows} rows"):
         named_model(str(beyond), Model()).load_tokenizer()
     for said in refused_by_all(beyond, tmp_path, capsys, monkeypatch):
-        assert f"token ids up to {rows}, and the model's embedding {rows} rows: '<|x" in said
+        assert f"token ids up to {rows}, but the embedding has {rows} rows: '<|x" in said
         assert f"resize_token_embeddings({rows + 1})" in said and "save_pretrained" in said
 
 
@@ -240,7 +240,7 @@ def test_a_placeholder_for_images_without_a_row_is_fine_and_a_text_with_it_is_no
     tokenizer = load_chat_tokenizer(named_model(str(folder), Model()))
     answers = [[{"role": "assistant", "content": text}] for text in ("Fine", "The <image_soft_token>")]
     assert max(chat_prompt_ids(tokenizer, QUESTION)) < rows
-    told = f"holds the token '<image_soft_token>', and the model's embedding of {rows} rows has none"
+    told = f"holds the token '<image_soft_token>', but the model's embedding of {rows} rows has none"
     with pytest.raises(ValueError, match=told):
         tokenize_pair(tokenizer, QUESTION, *answers, 256)
     with pytest.raises(ValueError, match=told):
@@ -266,7 +266,7 @@ def test_the_weights_are_believed_and_not_the_configuration(tiny_model: Path, tm
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 10}))
     named_model(str(folder), Model()).load_tokenizer()
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="embedding 10 rows"):
+    with pytest.raises(ModelError, match="embedding has 10 rows"):
         named_model(str(folder), Model()).load_tokenizer()
 
 
@@ -281,7 +281,7 @@ def test_rows_are_read_in_shards_too(tmp_path: Path, shards: bool) -> None:
     tokenizer.add_tokens([f"<|x{n}|>" for n in range(600 - len(tokenizer))])
     tokenizer.save_pretrained(folder)
     with pytest.raises(
-        ModelError, match=r"token ids up to 599, and the model's embedding 512 rows: '<\|x.*\.\.\. \(88 in"
+        ModelError, match=r"token ids up to 599, but the embedding has 512 rows: '<\|x.*\.\.\. \(88 in"
     ):
         named_model(str(folder), Model()).load_tokenizer()
 
@@ -305,7 +305,7 @@ def test_an_adapter_is_refused_before_any_work_and_told_how_to_become_a_model(
 ) -> None:
     folder = adapter(tiny_model, tmp_path / "adapter")
     for said in refused_by_all(folder, tmp_path, capsys, monkeypatch):
-        assert f"holds a LoRA adapter for '{tiny_model}'" in said
+        assert f"is a LoRA adapter for '{tiny_model}'" in said
         assert "merge_and_unload().save_pretrained(folder)" in said and "taken out" not in said
     # The way out is one.
     from peft import PeftModel
@@ -322,7 +322,7 @@ def test_a_model_and_an_adapter_in_one_folder_are_ambiguous(tiny_model: Path, tm
     folder = tmp_path / "both"
     shutil.copytree(tiny_model, folder)
     (folder / "adapter_config.json").write_text("[]")
-    with pytest.raises(ModelError, match=r"for a model that it does not name.*take adapter_config.json out"):
+    with pytest.raises(ModelError, match=r"for a model that it does not name.*remove adapter_config.json from"):
         named_model(str(folder), Model())
 
 

@@ -11,10 +11,17 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from congrad_ray.config.recipe import load_recipe
+from congrad_ray.data.tables import response_id
 from congrad_ray.modeling.source import policy
+from congrad_ray.modeling.tokenization import chat_prompt_ids
 from congrad_ray.rundir.directory import RunDirectory
+from congrad_ray.stages.generate.schema import RESPONSES
+from congrad_ray.stages.judge.rubric import load_rubric
+from congrad_ray.stages.judge.schema import JUDGEMENTS
+from congrad_ray.stages.judge.scores import expected_score, score_token_ids
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("generate", "judge", "pair", "sketch", "select", "train", "evaluate")
@@ -105,6 +112,58 @@ def test_the_reference_log_probabilities_of_the_sketch_stage_are_those_of_the_po
     """Training starts where sketching measured: its first loss is log 2 and its first margin 0."""
     manifest = json.loads((finished / "iteration-0" / "policy" / "_manifest.json").read_text())
     assert manifest["counters"]["reference_gap"] < 1e-3
+
+
+def test_answers_are_distinct_samples_of_the_policy_and_their_tokens_are_counted(finished: Path) -> None:
+    run, recipe = RunDirectory.open(finished), load_recipe(finished / "recipe.yaml")
+    prompts = [row for row in run.stage("prompts", None).read_table().to_pylist() if row["split"] == "train"]
+    table = run.stage("responses", 0).read_table()
+    assert table.schema.equals(RESPONSES)
+    rows = table.to_pylist()
+    wanted = {response_id(row["prompt_id"], 0, sample) for row in prompts for sample in range(4)}
+    assert {row["response_id"] for row in rows} == wanted
+    assert len({row["seed"] for row in rows}) == len(rows)
+    by_prompt = {row["prompt_id"]: set() for row in prompts}
+    for row in rows:
+        by_prompt[row["prompt_id"]].add(row["response"])
+    assert sum(len(texts) > 1 for texts in by_prompt.values()) > len(by_prompt) / 2, "seeds make a difference"
+    tokenizer = policy(recipe, run, 0).load_tokenizer()
+    for row in rows:
+        assert row["prompt_tokens"] == len(chat_prompt_ids(tokenizer, row["prompt"]))
+        assert 1 <= row["response_tokens"] <= 24
+    manifest = json.loads((finished / "iteration-0" / "responses" / "_manifest.json").read_text())
+    assert manifest["counters"]["responses"] == {"de": 48, "en": 48}
+
+
+def test_judgements_are_the_expected_scores_of_the_models_own_distribution(finished: Path) -> None:
+    """vLLM's log-probabilities against those of Transformers, for every judgement."""
+    run, recipe = RunDirectory.open(finished), load_recipe(finished / "recipe.yaml")
+    table = run.stage("judgements", 0).read_table()
+    assert table.schema.equals(JUDGEMENTS)
+    scores = {row["response_id"]: row["score"] for row in table.to_pylist()}
+    samples = (run.stage("judgements", 0) / "samples").read_table().to_pylist()
+    source = policy(recipe, run, 0)
+    model, tokenizer = source.load_model("cpu"), source.load_tokenizer()
+    digits = score_token_ids(tokenizer.get_vocab())
+    rubric = load_rubric(recipe.judge.rubric)
+    readable = 0
+    for row in run.stage("responses", 0).read_table().to_pylist():
+        text = rubric.fill(row["language"], "expected_score", row["prompt"], row["response"])
+        ids = chat_prompt_ids(tokenizer, [{"role": "user", "content": text}])
+        if len(ids) + 1 > recipe.model.max_length:
+            assert scores[row["response_id"]] is None
+            continue
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        expected, mass = expected_score(dict(enumerate(logprobs.tolist())), digits)
+        assert scores[row["response_id"]] == pytest.approx(expected, abs=1e-3)
+        found = next(sample for sample in samples if sample["response_id"] == row["response_id"])
+        assert found["mass"] == pytest.approx(mass, abs=1e-3) and found["output"] in "012345"
+        readable += 1
+    assert readable > len(scores) / 2
+    manifest = json.loads((finished / "iteration-0" / "judgements" / "_manifest.json").read_text())
+    for language, counts in manifest["counters"]["judgements"].items():
+        assert counts["asked"] == 48 == counts["readable"] + sum(counts["unreadable"].values()), language
 
 
 def test_a_second_run_skips_everything_within_seconds(world: Path, finished: Path) -> None:

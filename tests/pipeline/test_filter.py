@@ -35,13 +35,93 @@ def kept_rows(out: Path) -> list[dict[str, object]]:
     return pq.read_table(out / "selected.parquet").to_pylist()
 
 
+GOOD = {"prompt": "x", "chosen": "y", "rejected": "z", "language": "en"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "model", "message"),
+    [
+        ("nowhere.jsonl", None, "", "no file"),
+        ("nowhere.csv", None, "", "no file"),
+        (
+            "rows.csv",
+            "prompt,chosen\nx,y",
+            "",
+            "CSV files are not supported. Write its rows to a .jsonl or .parquet",
+        ),
+        ("rows.parquet", "PAR1", "", "is not a readable Parquet file"),
+        ("rows.jsonl", "prompt,chosen\nx,y", "", "none is a JSON object"),
+        ("rows.jsonl", "", "", "is empty"),
+        ("rows.jsonl", json.dumps({**GOOD, "language": None}), "", "no usable pair"),
+        ("rows.jsonl", json.dumps({"prompt": "x", "chosen": "y", "rejected": "z"}), "", "no column 'language'"),
+        ("rows.jsonl", json.dumps(GOOD), "./nowhere", "there is no such folder"),
+        ("rows.jsonl", json.dumps(GOOD), "no-weights", "no *.safetensors"),
+        ("rows.jsonl", json.dumps(GOOD), "no-template", "has no chat template"),
+        ("rows.jsonl", json.dumps(GOOD), "empty", "cannot load the"),
+    ],
+)
+def test_a_mistake_is_reported_and_leaves_nothing(
+    tmp_path: Path,
+    tiny_model: Path,
+    name: str,
+    text: str | None,
+    model: str,
+    message: str,
+    filter_command: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from congrad_ray.cli.main import main
+
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    for folder, missing in (("no-weights", "model.safetensors"), ("no-template", "chat_template.jinja")):
+        shutil.copytree(tiny_model, tmp_path / folder, ignore=shutil.ignore_patterns(missing))
+    (tmp_path / "empty").mkdir()
+    named = tiny_model if not model else model if model.startswith(".") else tmp_path / model
+    with pytest.raises(SystemExit) as ended:
+        main(filter_command(tmp_path / name, named, tmp_path / "out")[3:])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said
+    assert "iteration" not in said and "--run" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_corrected_command_works_in_the_same_folder_and_other_settings_are_refused(
+    tmp_path: Path, tiny_model: Path, write_preferences: Any, filter_command: Any
+) -> None:
+    out = tmp_path / "out"
+
+    def run(preferences: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [*filter_command(preferences, tiny_model, out), *more]
+        return subprocess.run(command, timeout=300, capture_output=True, text=True, check=False)
+
+    (tmp_path / "rows.csv").write_text("prompt,chosen")
+    assert run(tmp_path / "rows.csv").returncode == 2
+    good = write_preferences(tmp_path / "preferences.jsonl", 24)
+    done = run(good)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "28 rows = 12 kept + 12 dropped + 3 quarantined + 1 duplicates" in done.stdout
+    assert len(kept_rows(out)) == 12
+    other = write_preferences(tmp_path / "others.jsonl", 12)
+    for preferences, more, what in (
+        (other, (), "preferences"),
+        (good, ("--width", "1024"), "settings of sketches"),
+        (good, ("--select", "direction=mean"), "settings of the selection"),
+    ):
+        refused = run(preferences, *more)
+        assert refused.returncode == 2 and what in refused.stderr
+        assert "Give another --out, or add --redo" in refused.stderr
+        assert "--run" not in refused.stderr and "iteration" not in refused.stderr
+    assert run(good, "--select", "direction=mean", "--redo").returncode == 0
+
+
 @pytest.fixture(scope="module")
 def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_preferences: Any, filter_command: Any
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_preferences: Any, filter_here: Any
 ) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("filter")
     preferences = write_preferences(folder / "preferences.jsonl", 300)
-    subprocess.run(filter_command(preferences, tiny_model, folder / "out"), check=True, timeout=300)
+    filter_here(preferences, tiny_model, folder / "out")
     return preferences, folder / "out"
 
 
@@ -68,7 +148,7 @@ def test_the_kept_pairs_come_out_in_the_shape_they_went_in(undisturbed: tuple[Pa
 
 
 def test_exact_scores_are_those_of_autograds_gradients(
-    tmp_path: Path, tiny_model: Path, write_preferences: Any, filter_command: Any
+    tmp_path: Path, tiny_model: Path, write_preferences: Any, filter_here: Any
 ) -> None:
     import torch
 
@@ -80,9 +160,8 @@ def test_exact_scores_are_those_of_autograds_gradients(
     from congrad_ray.stages.sketch.exact import pair_gradient
 
     preferences = write_preferences(tmp_path / "preferences.jsonl", 24)
-    call = filter_command(preferences, tiny_model, tmp_path / "out")
     more = ["--exact", "--keep", "1", "--length-penalty", "0.01", "--select", "score=dot"]
-    subprocess.run([*call, *more], check=True, timeout=300)
+    filter_here(preferences, tiny_model, tmp_path / "out", *more)
     found = {row["prompt"]: row["congrad_score"] for row in kept_rows(tmp_path / "out")}
 
     source = ModelSource(str(tiny_model), Model(dtype="float32"))
@@ -140,9 +219,14 @@ def test_a_second_run_skips_everything(
     assert kept_rows(out) == before
 
 
-# Ctrl-C in every stage, this one among them, is in the end-to-end tests.
+# SIGTERM to a command on Ray is in runtime/test_interrupts.py too; Ctrl-C in every stage, in the end-to-end tests.
 @pytest.mark.parametrize(
-    "stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+    "stop",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        signal.SIGKILL,
+    ],
 )
 def test_an_interrupted_run_goes_on_and_gives_the_same_selection(
     undisturbed: tuple[Path, Path], tiny_model: Path, tmp_path: Path, stop: signal.Signals, filter_command: Any

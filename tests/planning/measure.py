@@ -64,9 +64,9 @@ def rows(source: ModelSource, max_length: int, count: int) -> list[dict[str, obj
 def sketch(source: ModelSource, max_length: int) -> None:
     import pyarrow as pa
 
-    from congrad_ray.stages.sketch.replicas import SketchReplica
+    from congrad_ray.stages.sketch.replicas import ReplicaSpec, SketchReplica
 
-    replica = SketchReplica(source, recipe_for(max_length), "cpu", 1, 2)
+    replica = SketchReplica(ReplicaSpec(source, recipe_for(max_length), threads=2))
     fields = [PAIRS.field(name) for name in ("pair_id", "language", "prompt", "chosen", "rejected")]
     table = replica(table_of(rows(source, max_length, 4), pa.schema(fields)))
     assert table["norm"].null_count == 0, table["failure"]

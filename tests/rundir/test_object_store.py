@@ -11,7 +11,6 @@ import sys
 import time
 import traceback
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -328,19 +327,11 @@ def without_times(found: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in report}
 
 
-@pytest.fixture
-def no_ray_left() -> Iterator[None]:
-    yield
-    import ray
-
-    ray.shutdown()
-
-
 def test_stages_give_on_a_store_what_they_give_on_a_local_path(
     tmp_path: Path,
     recipe: Path,
     store_uri: str,
-    no_ray_left: None,
+    shared_ray: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With keys in the URI, which must not appear in anything that is written or printed."""

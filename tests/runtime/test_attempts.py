@@ -11,11 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from congrad_ray.config.profile import Profile
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.attempts import Attempts, attempt, attempts, killed_worker
 from congrad_ray.runtime.rows import FAILURE, FAILURE_FIELD, outcome_of, read_missing_batches, write_rows
-from congrad_ray.runtime.session import connect
 
 from .test_rows import SCHEMA, context_in
 
@@ -54,11 +52,10 @@ class Killed:
         return pa.Table.from_pylist(rows, schema=pa.schema([*SCHEMA, FAILURE_FIELD]))
 
 
-@pytest.mark.timeout(300)
-def test_rows_that_kill_their_workers_are_set_apart_and_no_other_is_lost(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_rows_that_kill_their_workers_are_set_apart_and_no_other_is_lost(tmp_path: Path, shared_ray: None) -> None:
     from ray.data import ActorPoolStrategy
 
-    connect(Profile(name="test"), 3)
     context = context_in(tmp_path / "run", 0.2)
     source = RunDirectory.open(tmp_path / "run").stage("source", 0)
     rows = [{"id": f"{number:02}", "language": "en"} for number in range(40)]
@@ -66,8 +63,8 @@ def test_rows_that_kill_their_workers_are_set_apart_and_no_other_is_lost(tmp_pat
     poison = frozenset(["03", "17", "18"])
     notes = tmp_path / "notes"
     notes.mkdir()
-    dataset, missing, _ = read_missing_batches(source, context.output, "id", 8, 2**30)
-    done = dataset.map_batches(
+    missing = read_missing_batches(source, context.output, "id", 8, 2**30)
+    done = missing.dataset.map_batches(
         Killed,
         fn_constructor_args=(attempts(), poison, notes),
         batch_format="pyarrow",
@@ -75,7 +72,7 @@ def test_rows_that_kill_their_workers_are_set_apart_and_no_other_is_lost(tmp_pat
         compute=ActorPoolStrategy(size=2),
         num_cpus=1,
     )
-    write_rows(done, context, SCHEMA, "id", missing)
+    write_rows(done, context, SCHEMA, "id", missing.count)
     assert outcome_of(context.output, "id").counters["quarantined"] == {"killed_worker": 3}
     assert set(context.output.read_table(["id"])["id"].to_pylist()) == {row["id"] for row in rows} - poison
     set_apart = (context.output / "quarantine").read_table().to_pylist()
@@ -85,21 +82,23 @@ def test_rows_that_kill_their_workers_are_set_apart_and_no_other_is_lost(tmp_pat
     assert tries["03"] == 5 and tries["39"] == 1
 
 
-def test_another_ray_in_the_same_process_has_an_actor_of_its_own() -> None:
+def test_another_ray_in_the_same_process_has_an_actor_of_its_own(shared_ray: None) -> None:
     import ray
 
-    for _ in range(2):
-        connect(Profile(name="test"), 2)
+    from heads import connect_shared  # not above: the workers of other tests import this file, without `heads`
+
+    for another in (False, True):
+        if another:
+            ray.shutdown()
+            connect_shared()
         assert ray.get(attempts().begin.remote(["row"])) == ["together"]
         assert ray.get(attempts().begin.remote(["row"])) == ["together"]
         assert ray.get_runtime_context().get_job_id() == "01000000"
-        ray.shutdown()
 
 
-def test_batches_do_not_depend_on_what_is_done(tmp_path: Path) -> None:
+def test_batches_do_not_depend_on_what_is_done(tmp_path: Path, shared_ray: None) -> None:
     import ray
 
-    connect(Profile(name="test"), 2)
     run = RunDirectory.open(tmp_path)
     source, output = run.stage("source", 0), run.stage("rows", 0)
     ids = [f"{number:04}" for number in range(2500)]  # several row groups
@@ -111,9 +110,10 @@ def test_batches_do_not_depend_on_what_is_done(tmp_path: Path) -> None:
     batches += [ids[start : start + 64] for start in range(1500, 2500, 64)]
 
     def found() -> list[list[str]]:
-        dataset, missing, _ = read_missing_batches(source, output, "id", 64, 2**30)
-        blocks = [ray.get(ref)["id"].to_pylist() for ref in dataset.to_arrow_refs()]
-        assert missing <= sum(map(len, blocks))
+        missing = read_missing_batches(source, output, "id", 64, 2**30)
+        blocks = [ray.get(ref)["id"].to_pylist() for ref in missing.dataset.to_arrow_refs()]
+        assert missing.count <= sum(map(len, blocks))
+        assert missing.table["id"].to_pylist() == ids, "of all rows, whether they are done or not"
         return sorted(block for block in blocks if block)
 
     assert found() == batches
@@ -125,8 +125,7 @@ def test_batches_do_not_depend_on_what_is_done(tmp_path: Path) -> None:
     assert found() == []
 
 
-def test_batches_of_long_rows_are_smaller(tmp_path: Path) -> None:
-    connect(Profile(name="test"), 2)
+def test_batches_of_long_rows_are_smaller(tmp_path: Path, shared_ray: None) -> None:
     run = RunDirectory.open(tmp_path)
     source, output = run.stage("source", 0), run.stage("rows", 0)
     for name, text in (("long", "x" * 1000), ("short", "x")):
@@ -134,6 +133,12 @@ def test_batches_of_long_rows_are_smaller(tmp_path: Path) -> None:
             {"id": [f"{name}{number}" for number in range(40)], "text": [f"{text}{n}" for n in range(40)]}
         )
         source.write_table(f"{name}.parquet", rows)
-    dataset, missing, batches = read_missing_batches(source, output, "id", 64, 5000)
-    sizes = sorted(batch["id"].count() for batch in dataset.iter_batches(batch_format="pandas", batch_size=None))
-    assert missing == 80 and batches == len(sizes) and sizes[-1] == 40 and 2 <= sizes[0] <= sizes[-2] <= 5
+    missing = read_missing_batches(source, output, "id", 64, 5000)
+    blocks = missing.dataset.iter_batches(batch_format="pandas", batch_size=None)
+    sizes = sorted(block["id"].count() for block in blocks)
+    assert (
+        missing.count == 80
+        and missing.batches == len(sizes)
+        and sizes[-1] == 40
+        and 2 <= sizes[0] <= sizes[-2] <= 5
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -34,3 +36,25 @@ def test_a_body_that_ends_by_itself_meanwhile_is_stopped_too() -> None:
             time.sleep(1)
         except KeyboardInterrupt:
             pass
+
+
+def test_sigterm_is_an_interruption_though_ray_has_a_handler_of_its_own() -> None:
+    """Ray's would end the process without a word of how to go on."""
+    script = """
+import os, signal, time
+from congrad_ray.cli import main as cli
+from congrad_ray.config.profile import Profile
+from congrad_ray.runtime.session import connect
+
+@cli.app.command()
+def wait() -> None:
+    connect(Profile(name="test"), 2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+cli.main(["wait"])
+"""
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode == 130, ended.stderr
+    assert "interrupted" in ended.stderr and "Traceback" not in ended.stderr

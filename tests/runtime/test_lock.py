@@ -34,7 +34,10 @@ def test_a_second_process_is_refused_and_told_by_whom_and_a_dead_one_is_taken_ov
     run = RunDirectory.open(tmp_path)
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
-        with pytest.raises(RunDirectoryError, match=f"process {other.pid} on .*another --run"), only_writer(run):
+        with (
+            pytest.raises(RunDirectoryError, match=f"process {other.pid} on .*use another folder"),
+            only_writer(run),
+        ):
             pass
         other.send_signal(signal.SIGKILL)
         other.wait()

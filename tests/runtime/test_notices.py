@@ -17,7 +17,6 @@ from congrad_ray.runtime.context import Context
 from congrad_ray.runtime.notices import Notify
 from congrad_ray.runtime.progress import Progress
 from congrad_ray.runtime.rows import FAILURE_FIELD, write_rows
-from congrad_ray.runtime.session import connect
 
 SCHEMA = pa.schema([("id", pa.string()), ("language", pa.string())])
 
@@ -30,11 +29,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 
 def test_what_workers_say_and_warn_is_on_the_screen_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, warned: Callable[[], list[str]]
+    tmp_path: Path, shared_ray: None, caplog: pytest.LogCaptureFixture, warned: Callable[[], list[str]]
 ) -> None:
     import ray
 
-    connect(Profile(name="test"), 3)
     recipe = validate(Recipe, {"name": "t", "prompts": {"languages": ["en"]}}, "t")
     run = RunDirectory.open(tmp_path)
     progressed: list[bool] = []

@@ -12,7 +12,14 @@ from congrad_ray.config.recipe import Model
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.modeling.tokenization import MissingChatTemplate
 from congrad_ray.runtime import engines as engine
-from congrad_ray.runtime.engines import Completion, Request, end_of_turn_ids, load_chat_tokenizer, sampling_seed
+from congrad_ray.runtime.engines import (
+    Completion,
+    Request,
+    Task,
+    end_of_turn_ids,
+    load_chat_tokenizer,
+    sampling_seed,
+)
 from congrad_ray.runtime.rows import FAILURE
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("text", pa.string(), nullable=False)])
@@ -30,7 +37,8 @@ def _prepare(folder: Path, content: Any, max_tokens: int) -> dict[str, Any]:
     def request(row: dict[str, Any]) -> Request:
         return Request([{"role": "user", "content": row["content"]}], max_tokens, 0.7, 0.9, 5)
 
-    return engine._prepare(row, request, tokenizer, source.settings.max_length, [1], [7, 8])
+    task = Task(request, lambda row, completion: row, SCHEMA, max_tokens, [7, 8])
+    return engine._prepare(row, task, tokenizer, source.settings.max_length, [1])
 
 
 def test_a_prepared_row_has_one_beginning_of_sequence_and_its_sampling(tiny_model: Path) -> None:
@@ -64,7 +72,8 @@ def test_messages_that_cannot_be_rendered_fail_alone(tiny_model: Path) -> None:
     def request(row: dict[str, Any]) -> Request:
         return Request([{"role": "user", "content": "fox"}], 8)
 
-    prepared = engine._prepare({"id": "r"}, request, tokenizer, 64, [1], [])
+    task = Task(request, lambda row, completion: row, SCHEMA, 8)
+    prepared = engine._prepare({"id": "r"}, task, tokenizer, 64, [1])
     failed = json.loads(prepared["failure"])
     assert failed["reason"] == "bad_request"
     assert "roles must alternate" in failed["detail"]
@@ -108,7 +117,8 @@ def test_finished_rows_have_one_type_whether_they_failed_or_not() -> None:
         assert completion.first_logprobs == {7: -1.0}
         return {**row, "text": completion.text}
 
-    tables = [engine._finish([row], answer, SCHEMA) for row in (good, too_long, broken)]
+    task = Task(lambda row: Request([], 8), answer, SCHEMA, 8)
+    tables = [engine._finish([row], task) for row in (good, too_long, broken)]
     assert len({table.schema for table in tables}) == 1
     rows = pa.concat_tables(tables).to_pylist()
     assert rows == [

@@ -15,7 +15,6 @@ from congrad_ray.data.tables import quarantined
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 from congrad_ray.runtime.context import Context
 from congrad_ray.runtime.rows import FAILURE, FAILURE_FIELD, failure, outcome_of, write_rows
-from congrad_ray.runtime.session import connect
 
 SCHEMA = pa.schema([("id", pa.string()), ("language", pa.string())])
 
@@ -27,10 +26,11 @@ def context_in(folder: Path, failed_share: float) -> Context:
 
 
 @pytest.mark.parametrize("failed_share", [0.5, 0.1])
-def test_too_many_failed_rows_stop_a_stage_with_their_reasons(tmp_path: Path, failed_share: float) -> None:
+def test_too_many_failed_rows_stop_a_stage_with_their_reasons(
+    tmp_path: Path, failed_share: float, shared_ray: None
+) -> None:
     import ray
 
-    connect(Profile(name="test"), 2)
     context = context_in(tmp_path, failed_share)
     rows = [
         {"id": str(n), "language": "en", FAILURE: failure("too_odd", f"{n} is odd") if n < 20 else None}

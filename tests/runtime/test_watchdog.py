@@ -17,18 +17,13 @@ from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, StageF
 from congrad_ray.runtime import watchdog
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.interrupts import StageStopped
-from congrad_ray.runtime.session import connect
 from congrad_ray.runtime.watchdog import watched
 from congrad_ray.stages.base import Stage
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_is_there() -> Iterator[None]:
-    import ray
-
-    connect(Profile(name="test"), 2)
-    yield
-    ray.shutdown()
+@pytest.fixture(autouse=True)
+def ray_is_there(shared_ray: None) -> None:
+    pass
 
 
 @pytest.fixture
@@ -76,8 +71,8 @@ def test_an_actor_that_never_gets_ready(output: StageFolder, actors: list[Any]) 
         actors.append(ray.remote(Replica).options(num_cpus=1).remote(600.0))
         ray.get(actors[0].work.remote())
     text = str(error.value)
-    assert "sketch (iteration 0) was stopped, for nothing came of it" in text
-    assert "stall_timeout_s 4" in text and "in use: CPU 1 of" in text
+    assert "sketch (iteration 0) was stopped: no progress for" in text
+    assert "stall_timeout_s is 4" in text and "in use: CPU 1 of" in text
     assert "Replica PENDING_CREATION (1)" in text
 
 
@@ -107,9 +102,9 @@ def test_progress_keeps_a_stage_alive(output: StageFolder) -> None:
 
 
 def test_a_disk_that_is_about_to_be_full(output: StageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "LEAST_DISK", 2**60)
+    monkeypatch.setattr(watchdog, "MIN_DISK", 2**60)
     monkeypatch.setattr(watchdog, "_LOOK_EVERY", 0.1)
-    stopped = pytest.raises(StageStopped, match=r"GiB are free on the disk of .*make room")
+    stopped = pytest.raises(StageStopped, match=r"GiB are free on the disk of .*Make room")
     with stopped, watched("sketch", 60.0, output):
         time.sleep(20)
 
@@ -165,21 +160,21 @@ cli.main(["hang"])
     command = [sys.executable, "-c", script, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
-    assert "error: hang was stopped, for nothing came of it" in ended.stderr
+    assert "error: hang was stopped: no progress for" in ended.stderr
     assert "interrupted" not in ended.stderr and "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("unmet", [[], ["waiting for: CPU 3 for a task or actor (1)"]])
-def test_a_wait_is_told_of_when_something_is_missing_and_not_while_all_runs(
+def test_a_wait_is_reported_when_something_is_missing_and_not_while_all_runs(
     output: StageFolder, monkeypatch: pytest.MonkeyPatch, unmet: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(watchdog, "_LOOK_EVERY", 0.05)
-    monkeypatch.setattr(watchdog, "_TELL_EVERY", 0.1)
-    monkeypatch.setattr(watchdog, "_TELL_IF_ALL_RUNS", 60.0)
+    monkeypatch.setattr(watchdog, "_REPORT_EVERY", 0.1)
+    monkeypatch.setattr(watchdog, "_REPORT_IF_ALL_RUNS", 60.0)
     monkeypatch.setattr(watchdog, "unmet", lambda: unmet)
     monkeypatch.setattr(watchdog, "what_waits", lambda: "\n".join(unmet))
     with watched("sketch", 60.0, output):
         time.sleep(0.6)
     lines = caplog.messages
     assert bool(lines) == bool(unmet)
-    assert all("nothing for" in line and "waiting for" in line for line in lines)
+    assert all("no progress for" in line and "waiting for" in line for line in lines)

@@ -1,7 +1,9 @@
-"""Real engines under Ray: generate and judge, and what a judge's distribution is checked against."""
+"""Real engines under Ray: generate and judge, and what a judge's distribution is checked against.
+
+All slow: answers and judgements of a whole run are checked in the fast tests, in pipeline/test_end_to_end.py.
+"""
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,7 @@ from congrad_ray.stages.prompts.schema import PROMPTS
 
 WORDS = ["fox", "dog", "Hund", "Fuchs", "perro", "zorro", "chien", "renard"]
 TOO_LONG = "fox " * 300
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_is_stopped_after() -> Iterator[None]:
-    yield
-    import ray
-
-    ray.shutdown()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_ray")]
 
 
 def _prompts(run: RunDirectory, contents: list[str], split: str = "train") -> list[dict[str, Any]]:
@@ -79,7 +74,7 @@ def rubric(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_eight_prompts_are_answered_and_judged(
     tiny_model: Path, rubric: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -134,7 +129,6 @@ def test_eight_prompts_are_answered_and_judged(
     assert set(row["unreadable"] for row in asked) <= {None, "prompt_too_long"}
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_sampled_judgements_resume_and_are_averaged(
     tiny_model: Path, rubric: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -175,7 +169,6 @@ def test_sampled_judgements_resume_and_are_averaged(
     assert [row["response_id"] for row in after] == [row["response_id"] for row in before] == sorted(first)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_checkpoint_that_is_not_on_a_local_filesystem_is_fetched(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -184,12 +177,12 @@ def test_a_checkpoint_that_is_not_on_a_local_filesystem_is_fetched(
     import ray
 
     from congrad_ray.rundir.directory import Folder
-    from congrad_ray.runtime.engines import Completion, Request, complete
+    from congrad_ray.runtime.engines import Completion, Request, Task, complete
+    from congrad_ray.runtime.notices import Notify
     from congrad_ray.runtime.session import connect
 
     monkeypatch.setenv("CONGRAD_RAY_CACHE", str(tmp_path / "cache"))
     profile = Profile(name="local")
-    ray.shutdown()
     connect(profile, 2)
     remote = Folder(pafs.SubTreeFileSystem(str(tiny_model), pafs.LocalFileSystem()), "")
     settings = _recipe(tiny_model, tiny_model).model
@@ -203,23 +196,19 @@ def test_a_checkpoint_that_is_not_on_a_local_filesystem_is_fetched(
     def answer(row: dict[str, Any], completion: Completion) -> dict[str, Any]:
         return {**row, "text": completion.text}
 
-    found = complete(rows, rows.count(), source, profile, request, answer, schema).take_all()
+    found = complete(rows, rows.count(), source, profile, Task(request, answer, schema, 4), Notify()).take_all()
     assert sorted(row["id"] for row in found) == ["0", "1", "2", "3"]
     assert len({row["text"] for row in found}) == 1  # greedy: the same question has the same answer
     assert (tmp_path / "cache" / "checkpoints" / ("f" * 16) / "config.json").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_prompt_that_kills_its_engine_is_set_apart_and_no_other_is_lost(
     tiny_model: Path, rubric: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real engines in real processes, which end when they are asked a certain prompt."""
-    import ray
-
     from congrad_ray.runtime import engines as engine
 
-    ray.shutdown()
     engine_class = engine._engine_class
 
     def deadly(stage: type[Any], *arguments: Any) -> type[Any]:

@@ -1,31 +1,35 @@
 """Sketch and select on a tiny real model, against autograd and a NumPy re-derivation."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from congrad_ray.config.profile import Profile
-from congrad_ray.config.recipe import Recipe, Select
+from congrad_ray.config.recipe import Recipe, Select, Sketch
 from congrad_ray.config.settings import validate
 from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.pipeline.runner import run_stage
-from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, StageFolder
-from congrad_ray.runtime.rows import FAILURE
+from congrad_ray.rundir.directory import RunDirectory, StageFolder
+from congrad_ray.runtime.rows import FAILURE, MissingRows
 from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select import stage as select
-from congrad_ray.stages.select.reducer import Layout, language_gradients, sums_of
-from congrad_ray.stages.select.scores import Agreement
+from congrad_ray.stages.select.keep import keep_pairs
+from congrad_ray.stages.select.scores import Agreement, score_of
+from congrad_ray.stages.select.selection import SelectionError, select_pairs
 from congrad_ray.stages.select.shares import moving_average_shares
-from congrad_ray.stages.sketch.replicas import SketchReplica
+from congrad_ray.stages.select.streaming import StreamedSketches
+from congrad_ray.stages.select.sums import Layout, sums_of
+from congrad_ray.stages.sketch.replicas import ReplicaSpec, SketchReplica
 from congrad_ray.stages.sketch.schema import sketch_bytes, sketch_numbers, sketches_schema
 from congrad_ray.stages.sketch.stage import _drawn_for_audit
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
 WIDTH = 256
 
 
@@ -81,7 +85,7 @@ def test_a_replica_writes_the_sketch_of_autograds_gradient(tiny_model: Path, dty
 
     recipe = recipe_for(tiny_model, sketch={"width": WIDTH, "dtype": dtype, "max_tokens_per_batch": 256})
     source = ModelSource(str(tiny_model), recipe.model)
-    replica = SketchReplica(source, recipe, "cpu", 1, 1, audited=frozenset(["pair-0"]))
+    replica = SketchReplica(ReplicaSpec(source, recipe), audited=frozenset(["pair-0"]))
     table = replica(table_of(ROWS, PAIRS))
     found = table.to_pylist()
     assert [row["pair_id"] for row in found] == [row["pair_id"] for row in ROWS]
@@ -128,8 +132,8 @@ def test_a_micro_batch_that_does_not_fit_the_memory_is_done_in_halves(
     recipe = recipe_for(tiny_model)
     source = ModelSource(str(tiny_model), recipe.model)
     table = table_of([pair(n, f"Count to {n}", "1 2 3 4 5 6", "fox", "en") for n in range(6)], PAIRS)
-    whole = SketchReplica(source, recipe, "cpu", 1, 1)(table)
-    replica = SketchReplica(source, recipe, "cpu", 1, 1)
+    whole = SketchReplica(ReplicaSpec(source, recipe))(table)
+    replica = SketchReplica(ReplicaSpec(source, recipe))
     positions: list[int] = []
 
     def fill_memory(gradient: torch.Tensor) -> None:
@@ -148,7 +152,7 @@ def test_a_micro_batch_that_does_not_fit_the_memory_is_done_in_halves(
         assert "Tried to allocate 2.00 GiB" in failures[0]["detail"]
         return
     assert max(positions) > most_positions >= positions[-1]
-    assert "did not fit the memory; from now on" in caplog.text
+    assert "did not fit into memory; the limit is now" in caplog.text
     columns = [table_of(rows.to_pylist(), sketches_schema(WIDTH, "float32")) for rows in (whole, found)]
     np.testing.assert_allclose(*(sketch_numbers(rows, "float32") for rows in columns), rtol=1e-4, atol=1e-5)
     calls = len(positions)
@@ -236,15 +240,6 @@ def test_selection_equals_a_direct_derivation(tmp_path: Path, tiny_model: Path) 
     assert summary["per_language"]["en"]["kept"] == 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_ray_left() -> Iterator[None]:
-    """Other tests start a Ray of their own."""
-    yield
-    import ray
-
-    ray.shutdown()
-
-
 @pytest.fixture(scope="module")
 def sketched(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """40 pairs with judge's scores and lengths that differ."""
@@ -295,8 +290,46 @@ def test_a_baseline_that_reads_the_judges_scores(sketched: RunDirectory, tiny_mo
     by_gap, summary = selected(sketched, tiny_model, strategy="reward_gap", keep_rule="overall", keep=0.25)
     assert kept_ids(by_gap) == set(sorted(gaps, key=lambda name: -gaps[name])[:10])
     assert summary["settings"]["strategy"] == "reward_gap"
-    with pytest.raises(RunDirectoryError, match=r"no pair is kept: select\.threshold left none of 40"):
+    with pytest.raises(SelectionError, match=r"no pair is kept: select\.threshold left none of 40"):
         selected(sketched, tiny_model, keep_rule="threshold", threshold=2.0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"strategy": "reward_gap", "keep_rule": "overall", "keep": 0.25},
+        {"strategy": "random", "keep_rule": "token_budget", "token_budget": 200},
+        {"strategy": "no_surgery", "keep_rule": "threshold"},
+        {"direction": "mgda", "score": "worst_cosine", "language_weights": {"de": 2.0}},
+        {"direction": "gradvac", "leave_out": "pair", "language_gradient": "ema", "ema_batch_size": 6},
+        {"per_block": True, "leave_out": "language"},
+    ],
+    ids=str,
+)
+def test_a_table_in_memory_gives_what_the_stage_gives(
+    sketched: RunDirectory, tiny_model: Path, settings: dict[str, Any]
+) -> None:
+    streamed, summary = selected(sketched, tiny_model, **settings)
+    table = sketched.stage("sketches", 0).read_table()
+    judged = sketched.stage("pairs", 0).read_table()
+    rows = pc.index_in(table["pair_id"], value_set=judged["pair_id"].combine_chunks())
+    for name in ("chosen_score", "rejected_score"):
+        table = table.append_column(name, judged[name].take(rows))
+    sketch = Sketch(width=WIDTH, dtype="float32", groups=4 if settings.get("per_block") else 1)
+    found = select_pairs(validate(Select, settings, "select"), table, sketch)
+    assert len(found.scores) == len(streamed) == 40
+    for row in found.scores.to_pylist():
+        expected = streamed[row["pair_id"]]
+        assert (row["language"], row["kept"]) == (expected["language"], expected["kept"])
+        for name in ("score", "cosine", "dot", "worst_cosine", "own_cosine"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-12)
+    said = found.summary()
+    assert said["languages"] == summary["languages"] and said["settings"] == summary["settings"]
+    for language in ("de", "en"):
+        assert said["per_language"][language] == pytest.approx(summary["per_language"][language])
+    for when in ("cosine_before", "cosine_after"):
+        np.testing.assert_allclose(said[when], summary[when], atol=1e-9)
 
 
 def test_strategies_and_keep_rules_go_by_the_same_products(sketched: RunDirectory) -> None:
@@ -312,18 +345,16 @@ def test_strategies_and_keep_rules_go_by_the_same_products(sketched: RunDirector
     }
     for strategy, scores in expected.items():
         settings = Select(strategy=strategy)  # type: ignore[arg-type]
-        np.testing.assert_allclose(select.score_of(settings, pairs, found, None), scores)
+        np.testing.assert_allclose(score_of(settings, pairs, found), scores)
     for name in ("cosine", "dot", "worst_cosine"):
-        scores = select.score_of(Select(score=name), pairs, found, None)  # type: ignore[arg-type]
+        scores = score_of(Select(score=name), pairs, found)  # type: ignore[arg-type]
         np.testing.assert_array_equal(scores, getattr(found, name))
-    chance = [select.score_of(Select(strategy="random", seed=seed), pairs, found, None) for seed in (3, 3, 4)]
+    chance = [score_of(Select(strategy="random", seed=seed), pairs, found) for seed in (3, 3, 4)]
     np.testing.assert_array_equal(chance[0], chance[1])
     assert not np.array_equal(chance[0], chance[2])
-    with pytest.raises(RunDirectoryError, match="needs pairs with a judge's scores"):
-        select.score_of(Select(strategy="reward_gap"), pairs, found, None)
 
     def kept(**settings: Any) -> np.ndarray:
-        return select.keep(Select(**settings), found.cosine, pairs)
+        return keep_pairs(Select(**settings), found.cosine, pairs)
 
     german = np.array(pairs["language"].to_pylist()) == "de"
     assert kept(strategy="all", keep=0.1).all()
@@ -355,9 +386,9 @@ def test_moving_averages_and_weights(sketched: RunDirectory, tiny_model: Path) -
     for row, vector in zip(rows, vectors, strict=True):
         expected = vector @ direction / np.linalg.norm(vector) / np.linalg.norm(direction)
         assert scores[row["pair_id"]]["cosine"] == pytest.approx(expected, abs=1e-6)
-    with pytest.raises(RunDirectoryError, match="language_weights names fr; the pairs are in de, en"):
+    with pytest.raises(SelectionError, match="language_weights names fr; the pairs are in de, en"):
         selected(sketched, tiny_model, language_weights={"fr": 2.0})
-    with pytest.raises(RunDirectoryError, match=r"no language has select.min_pairs \(21\) pairs: de \(20\), en"):
+    with pytest.raises(SelectionError, match=r"no language has select.min_pairs \(21\) pairs: de \(20\), en"):
         selected(sketched, tiny_model, min_pairs=21)
 
 
@@ -372,7 +403,8 @@ def test_a_language_below_the_floor_takes_no_part_and_is_named(
     folder.commit("pair", 0, "pairs", None, {}, 41, 0.0, {})
     recipe = recipe_for(tiny_model, select={"min_pairs": 21})
     run_stage(select.STAGE, recipe, Profile(name="test"), run)
-    assert any("fewer than select.min_pairs (21) pairs: de (20)" in line for line in caplog.messages)
+    lines = caplog.messages
+    assert any("fewer than select.min_pairs (21) pairs" in line and line.endswith("de (20)") for line in lines)
     english = np.mean([row["coefficient"] * row["sketch"] for row in rows if row["language"] == "en"], axis=0)
     for row in run.stage("selection", 0).read_table(name="scores.parquet").to_pylist():
         sketch = rows[int(row["pair_id"].split("-")[1])]["sketch"]
@@ -387,30 +419,23 @@ def test_the_order_of_parts_makes_no_difference(tmp_path: Path) -> None:
     shuffled = [rows[i] for i in generator.permutation(len(rows))]
     other.write_table("part.parquet", sketch_table(shuffled))
     layout = Layout(("de", "en"), 1, "float32", exact=False)
-    found = [
-        language_gradients(RunDirectory.open(tmp_path / name).stage("sketches", 0), layout, one_each)
-        for name in ("a", "b")
-    ]
+    found = []
+    for name in ("a", "b"):
+        folder = RunDirectory.open(tmp_path / name).stage("sketches", 0)
+        pairs = folder.read_table(["pair_id", "language"]).sort_by("pair_id")
+        found.append(StreamedSketches(folder, layout, pairs, np.ones(len(rows))).language_gradients())
     np.testing.assert_array_equal(*found)
     direct = sums_of(sketch_table(rows), layout, np.ones(len(rows))).astype(np.float32)
     np.testing.assert_array_equal(found[0], direct)
 
 
-def one_each(batch: pa.Table) -> np.ndarray:
-    return np.ones(len(batch))
-
-
 @pytest.mark.parametrize(("pairs", "drawn"), [(8, 0), (40, 1), (80, 2), (400, 4)])
-def test_audits_stay_within_their_share_of_the_micro_batches(
-    tmp_path: Path, tiny_model: Path, pairs: int, drawn: int
-) -> None:
+def test_audits_stay_within_their_share_of_the_micro_batches(tiny_model: Path, pairs: int, drawn: int) -> None:
     recipe = recipe_for(tiny_model, sketch={"width": WIDTH, "audit_pairs": 32, "max_tokens_per_batch": 1000})
-    folder = RunDirectory.open(tmp_path).stage("pairs", 0)
     ids = [f"pair-{number:03}" for number in range(pairs)]
-    random = np.random.default_rng(0)
-    texts = ["".join(map(chr, random.integers(97, 123, 600))) for _ in ids]  # 150 tokens by four bytes each
-    folder.write_table("pairs.parquet", pa.table({"pair_id": ids, "prompt": texts}))
-    found = _drawn_for_audit(recipe, folder, ids, "cpu")
+    table = pa.table({"pair_id": ids})
+    # 150 tokens of four bytes each
+    found = _drawn_for_audit(recipe, MissingRows(None, pairs, 1, table, table.schema, 600 * pairs), "cpu")
     assert len(found) == drawn and found <= set(ids)
 
 
@@ -421,9 +446,8 @@ def test_the_memory_probe_is_left_out_where_memory_is_plenty(
     for free in (2**40, 2**20):
         monkeypatch.setattr("congrad_ray.stages.sketch.memory.free_memory", lambda device, free=free: free)
         try:
-            SketchReplica(
-                ModelSource(str(tiny_model), recipe_for(tiny_model).model), recipe_for(tiny_model), "cpu", 1, 1
-            )
+            recipe = recipe_for(tiny_model)
+            SketchReplica(ReplicaSpec(ModelSource(str(tiny_model), recipe.model), recipe))
         except ValueError:  # a megabyte is too little for any pair
             assert free == 2**20
         said.append("measuring the memory" in caplog.text)

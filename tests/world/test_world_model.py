@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,15 +9,6 @@ from congrad_ray.world.corpus import judge_message
 from congrad_ray.world.languages import ALL_LANGUAGES
 from congrad_ray.world.model import biased_judge, world_model
 from congrad_ray.world.tasks import best_answer, world_prompts
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Two threads wait for each other at every step; on a busy machine that makes tiny builds take minutes.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.engines import (
     Completion,
     Request,
+    Task,
     complete,
     engine_failures,
     judge_source,
@@ -176,10 +177,7 @@ def _answer(context: Context, source: ModelSource, model: str) -> int:
             len(expected) - len(done),
             source,
             context.profile,
-            request,
-            answer,
-            ANSWERS,
-            how.max_tokens,
+            Task(request, answer, ANSWERS, how.max_tokens),
             context.notify(),
         )
         with engine_failures():
@@ -247,12 +245,14 @@ def _compare(context: Context, source: ModelSource, answers: list[Row], model: s
             len(missing),
             source,
             context.profile,
-            request,
-            answer,
-            COMPARISONS,
-            recipe.evaluate.judge_max_tokens,
+            Task(
+                request,
+                answer,
+                COMPARISONS,
+                recipe.evaluate.judge_max_tokens,
+                length_setting="evaluate.judge_max_length",
+            ),
             within.notify(),
-            length_setting="evaluate.judge_max_length",
         ).map_batches(lambda batch: keep_failed(batch, COMPARISONS), batch_format="pyarrow", batch_size=None)
         with engine_failures():
             write_rows(compared, within, COMPARISONS, "comparison_id", len(missing))

@@ -14,7 +14,7 @@ from congrad_ray.modeling.source import policy, policy_input
 from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import RunDirectoryError, StageFolder
 from congrad_ray.runtime.context import Context, Outcome
-from congrad_ray.runtime.engines import Completion, Request, complete, engine_failures, sampling_seed
+from congrad_ray.runtime.engines import Completion, Request, Task, complete, engine_failures, sampling_seed
 from congrad_ray.runtime.requests import read_requests
 from congrad_ray.runtime.resources import pool_demand
 from congrad_ray.runtime.rows import outcome_of, write_rows
@@ -73,10 +73,7 @@ def run(context: Context) -> Outcome:
             total - len(done),
             model,
             context.profile,
-            request,
-            answer,
-            RESPONSES,
-            sampling.max_tokens,
+            Task(request, answer, RESPONSES, sampling.max_tokens),
             context.notify(),
         )
         with engine_failures():

@@ -26,6 +26,7 @@ from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.engines import (
     Completion,
     Request,
+    Task,
     complete,
     engine_failures,
     judge_source,
@@ -138,19 +139,20 @@ def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], m
 
     schema = pa.schema([JUDGEMENT_SAMPLES.field("judgement_id"), *(RESPONSES.field(name) for name in columns)])
     requests = read_requests(responses, judgements_of, schema, done)
-    scored = [token for spellings in tokens for token in spellings]
     answers = complete(
         requests,
         missing,
         source,
         context.profile,
-        request,
-        answer,
-        JUDGEMENT_SAMPLES,
-        1 if by_distribution else judge.max_tokens,
+        Task(
+            request,
+            answer,
+            JUDGEMENT_SAMPLES,
+            1 if by_distribution else judge.max_tokens,
+            [token for spellings in tokens for token in spellings],
+            "judge.max_length" if judge.max_length else "model.max_length",
+        ),
         context.notify(),
-        scored,
-        "judge.max_length" if judge.max_length else "model.max_length",
     ).map_batches(lambda batch: keep_failed(batch, JUDGEMENT_SAMPLES), batch_format="pyarrow", batch_size=None)
     with engine_failures():
         write_rows(answers, context, JUDGEMENT_SAMPLES, "judgement_id", missing, _counted, check)

@@ -1,4 +1,4 @@
-"""One direction from the gradients of several languages, worked out from their Gram matrix alone.
+"""One direction from the gradients of several languages, computed from their Gram matrix alone.
 
 A direction is a vector w of coefficients: it stands for sum_l w[l] * g_l over the languages' original
 gradients g_l. Signs follow the pair gradients u: g_l points where the loss of language l goes down.
@@ -31,7 +31,7 @@ _HIGHEST_TARGET = 0.99
 # it counts as touching zero, and what is then added to each unit gradient's square.
 _NASH_TOUCHES = 1e-10
 _NASH_RIDGE = 1e-6
-# Newton's method for Nash-MTL takes 5 to 40 steps; the bound only keeps a broken matrix from looping for ever.
+# Newton's method for Nash-MTL takes 5 to 40 steps; the bound only ends the loop for a broken matrix.
 _NASH_STEPS = 500
 
 
@@ -52,7 +52,7 @@ def direction_weights(gram: Float64Array, method: DirectionMethod, seed: int = 0
     """Coefficients (L,) of the direction that `method` makes of the gradients with the Gram matrix `gram`.
 
     PCGrad and GradVac go through the languages in a random order; their weights are the mean over `orders` draws,
-    with the seeds `seed`, `seed` + 1, ... The other methods have no chance in them and ignore both. The mean and
+    with the seeds `seed`, `seed` + 1, ... The other methods draw nothing and ignore both. The mean and
     the sum are 1/L and 1 for every language. Raises ValueError for a bad Gram matrix, an unknown method and
     `orders` below 1.
     """
@@ -77,7 +77,7 @@ def direction_weights(gram: Float64Array, method: DirectionMethod, seed: int = 0
             return equal_norm_mean(gram)
         case "consensus":
             return consensus(gram)
-    raise ValueError(f"there is no direction method {method!r}")
+    raise ValueError(f"no such direction method: {method!r}")
 
 
 def projected_coefficients(gram: Float64Array, method: DirectionMethod, seed: int = 0) -> Float64Array:
@@ -166,7 +166,7 @@ def gradvac_coefficients(gram: Float64Array, seed: int) -> Float64Array:
 
 
 def cagrad(gram: Float64Array, c: float = 0.5) -> Float64Array:
-    """Coefficients (L,) of CAGrad's direction d, which does most for the language that gains least from it.
+    """Coefficients (L,) of CAGrad's direction d, the one that is best for the language that gains least.
 
     d maximises min_l <g_l, d> over |d - g_0| <= c |g_0|, g_0 being the mean gradient. Its dual, over weights w
     that are not negative and have sum 1, with g_w = sum_l w[l] g_l, is to minimise
@@ -191,7 +191,7 @@ def cagrad(gram: Float64Array, c: float = 0.5) -> Float64Array:
     if radius <= c * _CANCELLED * lengths.mean():
         return weights
 
-    # |x| is the least of (|x|^2 / t + t) / 2 over t > 0, found at t = |x|. For a fixed t the search for w is
+    # |x| is the minimum of (|x|^2 / t + t) / 2 over t > 0, found at t = |x|. For a fixed t the search for w is
     # then, with the square completed, that for the point nearest to zero in the hull of g_l + t / radius * g_0.
     # What remains is to find t = |g_w|. F is convex in (w, t) together, so |g_w| - t changes sign only once.
     def nearest(length: float) -> Float64Array:
@@ -327,7 +327,7 @@ def _nearest_to_zero(points: Float64Array) -> Float64Array:
     """Weights (n,), none negative and of sum 1, of the point nearest to zero in the convex hull of `points`
     (n, d).
 
-    The least of |sum_l v[l] points[l]|^2 + s^2 (sum_l v[l] - 1)^2 over v >= 0 is a multiple of them for every
+    The minimum of |sum_l v[l] points[l]|^2 + s^2 (sum_l v[l] - 1)^2 over v >= 0 is a multiple of them for every
     s > 0: v = t w has the value t^2 |w points|^2 + s^2 (t - 1)^2, which grows with |w points| whatever t is. An
     active-set solver of non-negative least squares finds it exactly, for points that depend on each other too.
     """

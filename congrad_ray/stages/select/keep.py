@@ -7,9 +7,35 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from congrad_ray.config.recipe import Select
 from congrad_ray.stages.select.directions import Float64Array
+
+# A pair's tokens: its prompt once, and both responses.
+TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
+
+
+def keep_pairs(settings: Select, scores: Float64Array, pairs: pa.Table) -> NDArray[np.bool_]:
+    """What the keep rule of the settings keeps of `pairs`; a mask (N,).
+
+    `pairs` has pair_id, language and, for a budget of tokens, TOKENS. Raises ValueError as `keep_top_fraction`.
+    """
+    if settings.strategy == "all":
+        return np.ones(len(pairs), dtype=np.bool_)
+    ids = pairs["pair_id"].to_pylist()
+    match settings.keep_rule:
+        case "threshold":
+            return keep_above(scores, ids, settings.threshold)
+        case "token_budget":
+            assert settings.token_budget is not None  # the recipe sees to it
+            tokens = sum(pairs[name].to_numpy().astype(np.int64) for name in TOKENS)
+            return keep_within_tokens(scores, ids, tokens, settings.token_budget)
+        case "overall":
+            return keep_top_fraction(scores, ids, settings.keep)
+        case "per_language":
+            return keep_top_fraction(scores, ids, settings.keep, pairs["language"].to_pylist())
 
 
 def keep_top_fraction(
@@ -22,11 +48,11 @@ def keep_top_fraction(
     lengths that differ, an id that occurs twice, and scores that are not finite (naming the ids).
     """
     if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"the fraction to keep is {fraction}; it must be above 0 and at most 1")
+        raise ValueError(f"the fraction to keep is {fraction}; it must be above 0 and no more than 1")
     order = _ranked(scores, ids)
     names, members = np.unique(np.zeros(len(ids)) if groups is None else np.asarray(groups), return_inverse=True)
     if len(members) != len(ids):
-        raise ValueError(f"{len(members)} groups and {len(ids)} ids; give one of each a pair")
+        raise ValueError(f"{len(members)} groups but {len(ids)} ids; give one of each per pair")
     kept = np.zeros(len(ids), dtype=np.bool_)
     for group in range(len(names)):
         ranked = order[members[order] == group]
@@ -46,12 +72,12 @@ def keep_within_tokens(
 ) -> NDArray[np.bool_]:
     """Keep the pairs with the highest scores as long as their `tokens` together are at most `budget`; a mask (N,).
 
-    The first pair that would exceed the budget ends the selection: a shorter pair with a lower score does not slip
-    in. Raises ValueError as `keep_top_fraction`.
+    The first pair that would exceed the budget ends the selection, even if a later pair would fit.
+    Raises ValueError as `keep_top_fraction`.
     """
     order = _ranked(scores, ids)
     if len(tokens) != len(ids):
-        raise ValueError(f"{len(tokens)} numbers of tokens and {len(ids)} ids; give one of each a pair")
+        raise ValueError(f"{len(tokens)} numbers of tokens but {len(ids)} ids; give one of each per pair")
     kept = np.zeros(len(ids), dtype=np.bool_)
     kept[order[np.cumsum(np.asarray(tokens, dtype=np.int64)[order]) <= budget]] = True
     return kept
@@ -61,15 +87,15 @@ def _ranked(scores: Float64Array, ids: Sequence[str]) -> NDArray[np.int64]:
     """The rows by score from the highest, equal scores by id."""
     scores = np.asarray(scores, dtype=np.float64)
     if scores.shape != (len(ids),):
-        raise ValueError(f"{scores.shape} scores and {len(ids)} ids; give one of each a pair")
+        raise ValueError(f"scores of shape {scores.shape} but {len(ids)} ids; give one of each per pair")
     names = np.asarray(ids, dtype=np.str_)
     if len(np.unique(names)) != len(names):
         repeated, _ = Counter(ids).most_common(1)[0]
-        raise ValueError(f"the id {repeated!r} occurs more than once; ids must name one pair each")
+        raise ValueError(f"id {repeated!r} occurs more than once; each pair needs an id of its own")
     bad = np.flatnonzero(~np.isfinite(scores)).tolist()
     if bad:
         named = ", ".join(f"{ids[row]} ({scores[row]})" for row in bad[:10])
         raise ValueError(
-            f"{len(bad)} scores are not finite: {named}; look for NaN in these pairs' sketches or scores"
+            f"{len(bad)} scores are not finite: {named}; look for NaN in the sketches or scores of these pairs"
         )
     return np.lexsort((names, -scores))

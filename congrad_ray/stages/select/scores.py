@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from congrad_ray.config.recipe import DirectionMethod, LeaveOut
+from congrad_ray.config.recipe import DirectionMethod, LeaveOut, Select
 from congrad_ray.stages.select.directions import (
     Float64Array,
     check_gram,
@@ -27,10 +28,14 @@ from congrad_ray.stages.select.directions import (
 # left.
 _CANCELLED = 1e-12
 
+# Columns of a pair that strategies without a direction go by.
+LENGTHS = ("chosen_tokens", "rejected_tokens")
+JUDGED = ("chosen_score", "rejected_score")
+
 
 @dataclass(frozen=True)
 class PairProducts:
-    """What the scores of N pairs are worked out from; s_n is the sketch of pair n, g_l the gradient of language l.
+    """What the scores of N pairs are computed from; s_n is the sketch of pair n, g_l the gradient of language l.
 
     A language's gradient is g_l = sum over its pairs of shares[n] * coefficients[n] * s_n.
     """
@@ -87,7 +92,7 @@ class Agreement:
 
     cosine: Float64Array  # with the direction
     dot: Float64Array  # with the direction
-    worst_cosine: Float64Array  # the least of the cosines with the languages' gradients that take part
+    worst_cosine: Float64Array  # lowest of the cosines with the languages' gradients that take part
     own_cosine: Float64Array  # with the gradient of the pair's own language
 
 
@@ -110,7 +115,7 @@ def make_direction(
         raise ValueError(f"the languages' weights are {scale.tolist()}; give one above 0 for each of {languages}")
     part = np.ones(languages, dtype=np.bool_) if included is None else np.asarray(included, dtype=np.bool_)
     if part.shape != (languages,) or not part.any():
-        raise ValueError("no language takes part in the direction; lower the least number of pairs per language")
+        raise ValueError("no language takes part in the direction; lower the minimum number of pairs per language")
     scaled = gram * np.outer(scale, scale)
     used = scaled if surgery.per_block else scaled.sum(axis=0, keepdims=True)
 
@@ -240,3 +245,24 @@ def cosines_with_direction(direction: Direction) -> Float64Array:
     norms = np.sqrt(np.where(squared > _CANCELLED * parts, squared, 0.0))
     own = np.sqrt(np.maximum(direction.whole_gram[languages, languages], 0.0))
     return _cosine(dots, norms, own)
+
+
+def score_of(settings: Select, pairs: pa.Table, found: Agreement) -> Float64Array:
+    """The numbers (N,) that the keep rule goes by, higher is better.
+
+    Of `pairs` the strategy 'length_balanced' needs LENGTHS, and 'reward_gap' JUDGED.
+    """
+    match settings.strategy:
+        case "random":
+            return np.random.default_rng(settings.seed).random(len(pairs))
+        case "own_language":
+            return found.own_cosine
+        case "length_balanced":
+            chosen, rejected = (pairs[name].to_numpy().astype(np.float64) for name in LENGTHS)
+            return -np.abs(chosen - rejected) / (chosen + rejected)
+        case "reward_gap":
+            chosen, rejected = (pairs[name].to_numpy() for name in JUDGED)
+            return (chosen - rejected).astype(np.float64)
+        case "no_surgery":
+            return found.cosine
+    return np.asarray(getattr(found, settings.score))

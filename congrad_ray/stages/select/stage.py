@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from congrad_ray.config.recipe import Select
 from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import Folder, RunDirectoryError
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.resources import tasks_demand
 from congrad_ray.stages.base import Stage
-from congrad_ray.stages.select.directions import Float64Array
 from congrad_ray.stages.select.estimate import ESTIMATE
 from congrad_ray.stages.select.figures import STEP, figures
-from congrad_ray.stages.select.keep import keep_above, keep_top_fraction, keep_within_tokens
-from congrad_ray.stages.select.reducer import Layout, Rows, Shares, gram_matrices, language_gradients, score_pairs
 from congrad_ray.stages.select.schema import SCORES, SELECTED
-from congrad_ray.stages.select.scores import (
-    Agreement,
-    Direction,
-    Surgery,
-    cosine_matrix,
-    cosines_with_direction,
-    make_direction,
-    projected_cosine_matrix,
-)
-from congrad_ray.stages.select.shares import mean_shares, moving_average_shares
-from congrad_ray.stages.sketch.audit import expected_overlap
+from congrad_ray.stages.select.scores import JUDGED
+from congrad_ray.stages.select.selection import Selection, languages_of, overlap_with_exact, select_from
+from congrad_ray.stages.select.shares import pair_shares
+from congrad_ray.stages.select.streaming import StreamedSketches
+from congrad_ray.stages.select.sums import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -40,121 +30,32 @@ _ROWS_AT_A_TIME = 4096
 
 
 def run(context: Context) -> Outcome:
-    """Two passes over the sketches; here there are only the languages' gradients and a few numbers per pair.
+    """Selects from the sketches where they lie; here there are only a few numbers per pair.
 
-    Raises RunDirectoryError where nothing could be kept, or a setting asks for what is not there.
+    Raises SelectionError where nothing could be kept or a setting asks for what is not there, and
+    RunDirectoryError where there are no sketches.
     """
-    settings, sketches = context.recipe.select, context.input("sketches")
-    pairs = _pairs(sketches)
-    languages = tuple(sorted(pc.unique(pairs["language"]).to_pylist()))
-    layout = Layout.of(context.recipe.sketch, languages)
-    index = layout.rows_of(pairs)
-    counts = np.bincount(index)
-    taking_part = included(settings, languages, index)
-    shares = _shares(pairs, layout, index, settings)
-    gradients = language_gradients(sketches, layout, shares, context.progressed)
-    surgery = surgery_of(settings)
-    weights = language_weights(settings, languages)
-    direction = make_direction(gram_matrices(gradients), surgery, weights, taking_part)
-    ids, found = score_pairs(sketches, layout, gradients, direction, surgery.leave_out, shares, context.progressed)
-    if not ids.equals(pairs["pair_id"].combine_chunks()):
-        raise RunDirectoryError(f"the sketches in {sketches.path} changed while they were read: run select again")
-    score = score_of(settings, pairs, found, _reward_gap(context, pairs))
-    kept = keep(settings, score, pairs)
-    if not kept.any():
-        raise RunDirectoryError(
-            f"no pair is kept: select.{settings.keep_rule} left none of {len(pairs)}, whose scores go from "
-            f"{score.min():.4g} to {score.max():.4g}; lower select.threshold or raise select.token_budget"
-        )
-    columns = [ids, pairs["language"], pa.array(score), *_agreement_columns(found), pa.array(kept)]
-    context.output.write_table("scores.parquet", pa.Table.from_arrays(columns, schema=SCORES))
-    _write_selected(context, pairs.append_column("congrad_score", pa.array(score)).filter(pa.array(kept)))
-    _write_direction(context.output, languages, gradients, direction)
-    per_language = {
-        language: {
-            "pairs": int(counts[i]),
-            "kept": int(kept[index == i].sum()),
-            "mean_cosine": float(found.cosine[index == i].mean()),
-            "conflicting": float((found.cosine[index == i] < 0).mean()),
-            "gradient_norm": float(np.sqrt(direction.whole_gram[i, i])),
-            "cosine_with_direction": float(cosine),
-            "in_direction": bool(taking_part[i]),
-        }
-        for i, (language, cosine) in enumerate(zip(languages, cosines_with_direction(direction), strict=True))
-    }
-    for language, row in per_language.items():
-        context.meter.set("congrad_pairs", row["pairs"], language=language)
-        context.meter.set("congrad_conflicting_share", row["conflicting"], language=language)
-        context.meter.set("congrad_kept_share", row["kept"] / row["pairs"], language=language)
-    overlap = _expected_overlap(context, found.cosine, index)
-    context.output.write_json(
-        "summary.json",
-        {
-            "expected_overlap": overlap,
-            "languages": languages,
-            "settings": settings.model_dump(mode="json"),
-            "width": int(np.prod(gradients.shape[1:])),
-            "per_language": per_language,
-            "cosine_before": cosine_matrix(direction.whole_gram).tolist(),
-            "cosine_after": projected_cosine_matrix(direction, surgery).tolist(),
-        },
-    )
+    settings, folder = context.recipe.select, context.input("sketches")
+    pairs = _pairs(context)
+    layout = Layout.of(context.recipe.sketch, languages_of(pairs))
+    shares = pair_shares(settings, layout.rows_of(pairs))
+    selection = select_from(settings, pairs, StreamedSketches(folder, layout, pairs, shares, context.progressed))
+    overlap = _overlap(context, selection)
+    context.output.write_table("scores.parquet", selection.scores)
+    scored = pairs.append_column("congrad_score", selection.scores["score"])
+    _write_selected(context, scored.filter(pa.array(selection.kept)))
+    _write_direction(context.output, selection)
+    context.output.write_json("summary.json", {"expected_overlap": overlap, **selection.summary()})
+    _report(context, selection)
     return Outcome(
         len(pairs),
         {
-            "kept": int(kept.sum()),
+            "kept": int(selection.kept.sum()),
             "expected_overlap": overlap,
-            "kept_by_language": {language: row["kept"] for language, row in per_language.items()},
-            "conflicting_share": round(float((found.cosine < 0).mean()), 4),
+            "kept_by_language": {row.language: row.kept for row in selection.languages},
+            "conflicting_share": round(selection.conflicting, 4),
         },
     )
-
-
-def _expected_overlap(context: Context, cosines: Float64Array, index: NDArray[np.int64]) -> float | None:
-    """How far the kept pairs are those that exact gradients would keep, told on the log; None if not known.
-
-    By the error that the sketch stage's audit found, against the spread of the cosines within the languages.
-    """
-    settings = context.recipe.select
-    by_cosine = settings.strategy in ("congrad", "no_surgery") and settings.score == "cosine"
-    audit = (context.input("sketches").read_json("summary.json") or {}).get("audit")
-    if audit is None or not by_cosine or settings.keep_rule not in ("per_language", "overall"):
-        return None
-    of_language = index if settings.keep_rule == "per_language" else np.zeros_like(index)
-    means = np.bincount(of_language, cosines) / np.maximum(1, np.bincount(of_language))
-    spread = float((cosines - means[of_language]).std())
-    overlap = round(expected_overlap(audit["error"], spread, settings.keep), 4)
-    logger.info(
-        f"about {overlap:.0%} of the kept pairs are those that exact gradients would keep: cosines are off by "
-        f"{audit['error']:.4f} (audit of the sketches) and spread by {spread:.4f}; a larger sketch.width brings "
-        "them nearer"
-    )
-    return overlap
-
-
-def surgery_of(settings: Select) -> Surgery:
-    """The surgery that the settings ask for; without surgery it is the plain mean."""
-    method = "mean" if settings.strategy == "no_surgery" else settings.direction
-    return Surgery(method, settings.seed, settings.orders, settings.per_block, settings.leave_out)
-
-
-def keep(settings: Select, scores: Float64Array, pairs: pa.Table) -> NDArray[np.bool_]:
-    """What the keep rule keeps of `pairs` (pair_id, language and the numbers of tokens); a mask (N,)."""
-    if settings.strategy == "all":
-        return np.ones(len(pairs), dtype=np.bool_)
-    ids = pairs["pair_id"].to_pylist()
-    match settings.keep_rule:
-        case "threshold":
-            return keep_above(scores, ids, settings.threshold)
-        case "token_budget":
-            assert settings.token_budget is not None  # the recipe sees to it
-            names = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
-            tokens = sum(pairs[name].to_numpy().astype(np.int64) for name in names)
-            return keep_within_tokens(scores, ids, tokens, settings.token_budget)
-        case "overall":
-            return keep_top_fraction(scores, ids, settings.keep)
-        case "per_language":
-            return keep_top_fraction(scores, ids, settings.keep, pairs["language"].to_pylist())
 
 
 def read_scores(selection: Folder) -> pa.Table:
@@ -166,111 +67,56 @@ def read_scores(selection: Folder) -> pa.Table:
     return selection.read_table(["pair_id", "language", "score", "kept"], "scores.parquet")
 
 
-def _pairs(sketches: Folder) -> pa.Table:
-    """What is known of every pair but its sketch, by id."""
+def _pairs(context: Context) -> pa.Table:
+    """What a selection needs to know of every pair but its sketch, sorted by pair_id."""
+    sketches = context.input("sketches")
     if not sketches.files(".parquet"):
         raise RunDirectoryError(f"no sketches in {sketches.path}: run the sketch stage first")
     names = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "chosen_logps", "rejected_logps")
-    return sketches.read_table(["pair_id", "language", *names]).sort_by("pair_id").combine_chunks()
+    pairs = sketches.read_table(["pair_id", "language", *names]).sort_by("pair_id").combine_chunks()
+    if context.recipe.select.strategy == "reward_gap":
+        source = context.input("pairs")
+        schema = pq.read_schema(source.files(".parquet")[0], filesystem=source.filesystem)
+        judged = source.read_table(["pair_id", *(name for name in JUDGED if name in schema.names)])
+        row = pc.index_in(pairs["pair_id"], value_set=judged["pair_id"].combine_chunks())
+        for name in judged.column_names[1:]:
+            pairs = pairs.append_column(name, judged[name].take(row))
+    return pairs
 
 
-def included(settings: Select, languages: tuple[str, ...], index: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether each language (L,) has pairs enough to take part in the direction; `index` as in `pair_shares`.
+def _overlap(context: Context, selection: Selection) -> float | None:
+    """How far the kept pairs are those that exact gradients would keep, by the audit of the sketches.
 
-    Raises RunDirectoryError where none has.
+    It is reported on the log; None where it is not known.
     """
-    counts, least = np.bincount(index, minlength=len(languages)), settings.min_pairs
-    enough = counts >= least
-    few = ", ".join(f"{languages[i]} ({counts[i]})" for i in np.flatnonzero(~enough))
-    if not enough.any():
-        raise RunDirectoryError(
-            f"no language has select.min_pairs ({least}) pairs: {few}. Lower it, or give more prompts."
-        )
-    if few:
-        logger.info(f"not in the direction, with fewer than select.min_pairs ({least}) pairs: {few}; still scored")
-    return enough
-
-
-def language_weights(settings: Select, languages: tuple[str, ...]) -> Float64Array:
-    """The weight (L,) of each language. Raises RunDirectoryError for a weight of a language that has no pairs."""
-    unknown = sorted(set(settings.language_weights) - set(languages))
-    if unknown:
-        raise RunDirectoryError(
-            f"select.language_weights names {', '.join(unknown)}; the pairs are in {', '.join(languages)}"
-        )
-    return np.array([settings.language_weights.get(language, 1.0) for language in languages])
-
-
-def pair_shares(index: NDArray[np.int64], settings: Select) -> Float64Array:
-    """Each pair's share in its language's gradient, (N,); `index` (N,) is the language of each pair, by id."""
-    shares = np.empty(len(index))
-    for language, count in enumerate(np.bincount(index).tolist()):
-        shares[index == language] = (
-            mean_shares(count)
-            if settings.language_gradient == "mean"
-            else moving_average_shares(count, settings.ema_decay, settings.ema_batch_size, settings.seed)
-        )
-    return shares
-
-
-def _shares(pairs: pa.Table, layout: Layout, index: NDArray[np.int64], settings: Select) -> Shares:
-    """How a task finds the shares of the pairs that it reads."""
-    shares = pair_shares(index, settings)
-    if settings.language_gradient == "mean":  # the same for all pairs of a language: no need to look for each
-        by_language = np.zeros(len(layout.languages))
-        by_language[index] = shares
-        return lambda batch: by_language[layout.rows_of(batch)]
-    import ray
-
-    known = ray.put((pairs["pair_id"].combine_chunks(), shares))
-
-    def look_up(batch: Rows) -> Float64Array:
-        ids, values = ray.get(known)
-        return np.asarray(values[pc.index_in(batch["pair_id"], value_set=ids).to_numpy()])
-
-    return look_up
-
-
-def score_of(settings: Select, pairs: pa.Table, found: Agreement, gap: Float64Array | None) -> Float64Array:
-    """The numbers (N,) that the keep rule goes by, higher is better; `pairs` as in `keep`.
-
-    Raises RunDirectoryError where the strategy needs the judge's scores and there are none.
-    """
-    match settings.strategy:
-        case "random":
-            return np.random.default_rng(settings.seed).random(len(pairs))
-        case "own_language":
-            return found.own_cosine
-        case "length_balanced":
-            lengths = [pairs[name].to_numpy().astype(np.float64) for name in ("chosen_tokens", "rejected_tokens")]
-            return -np.abs(lengths[0] - lengths[1]) / (lengths[0] + lengths[1])
-        case "reward_gap":
-            if gap is None:
-                raise RunDirectoryError("select.strategy 'reward_gap' needs pairs with a judge's scores")
-            return gap
-        case "no_surgery":
-            return found.cosine
-    return np.asarray(getattr(found, settings.score))
-
-
-def _reward_gap(context: Context, pairs: pa.Table) -> Float64Array | None:
-    """The difference of the judge's scores (N,), where the strategy needs it and the pairs have them."""
-    source = context.input("pairs")
-    names = ("chosen_score", "rejected_score")
-    schema = pq.read_schema(source.files(".parquet")[0], filesystem=source.filesystem)
-    if context.recipe.select.strategy != "reward_gap" or not set(names) <= set(schema.names):
+    audit = (context.input("sketches").read_json("summary.json") or {}).get("audit")
+    if audit is None:
         return None
-    table = source.read_table(["pair_id", *names])
-    return reward_gap(table.take(pc.index_in(pairs["pair_id"], value_set=table["pair_id"].combine_chunks())))
+    error = audit["error"]
+    found = overlap_with_exact(selection, error)
+    if found is None:
+        return None
+    overlap, spread = round(found[0], 4), found[1]
+    logger.info(
+        f"about {overlap:.0%} of the kept pairs are those that exact gradients would keep: cosines are off by "
+        f"{error:.4f} (audit of the sketches) and spread by {spread:.4f}; a larger sketch.width brings them closer"
+    )
+    return overlap
 
 
-def reward_gap(pairs: pa.Table) -> Float64Array:
-    """The difference of the judge's scores, (N,)."""
-    return (pairs["chosen_score"].to_numpy() - pairs["rejected_score"].to_numpy()).astype(np.float64)
-
-
-def _agreement_columns(found: Agreement) -> list[pa.Array]:
-    return [pa.array(getattr(found, name)) for name in ("cosine", "dot", "worst_cosine", "own_cosine")]
+def _report(context: Context, selection: Selection) -> None:
+    """Languages that take no part, on the log, and every language's metrics."""
+    few = ", ".join(f"{row.language} ({row.pairs})" for row in selection.languages if not row.in_direction)
+    if few:
+        minimum = selection.settings.min_pairs
+        logger.info(
+            f"languages with fewer than select.min_pairs ({minimum}) pairs take no part in the direction; their "
+            f"pairs are scored: {few}"
+        )
+    for row in selection.languages:
+        context.meter.set("congrad_pairs", row.pairs, language=row.language)
+        context.meter.set("congrad_conflicting_share", row.conflicting, language=row.language)
+        context.meter.set("congrad_kept_share", row.kept / row.pairs, language=row.language)
 
 
 def _write_selected(context: Context, kept: pa.Table) -> None:
@@ -300,17 +146,16 @@ def _write_selected(context: Context, kept: pa.Table) -> None:
                     writer.write_table(pa.Table.from_arrays([columns[n] for n in schema.names], schema=schema))
 
 
-def _write_direction(
-    folder: Folder, languages: tuple[str, ...], gradients: NDArray[np.float32], direction: Direction
-) -> None:
+def _write_direction(folder: Folder, selection: Selection) -> None:
     from safetensors.numpy import save
 
-    tensors = {
-        "direction": np.einsum("lbk,kbi->lbi", direction.weights, gradients).astype(np.float32),
-        "language_gradients": gradients,
-        "weights": direction.weights,
+    tensors: dict[str, NDArray[Any]] = {
+        "direction": selection.direction,
+        "language_gradients": selection.gradients,
+        "weights": selection.weights,
     }
-    folder.write_bytes("direction.safetensors", save(tensors, metadata={"languages": ",".join(languages)}))
+    languages = ",".join(row.language for row in selection.languages)
+    folder.write_bytes("direction.safetensors", save(tensors, metadata={"languages": languages}))
 
 
 STAGE = Stage(

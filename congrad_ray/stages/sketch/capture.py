@@ -154,7 +154,7 @@ class GradientCapture:
         `close()`.
         """
         if not self._handles:
-            raise ValueError("this model was given back by close(); capture it anew")
+            raise ValueError("this GradientCapture is closed; make a new one")
         self._batch, self._visitor = batch, visitor
         self._visited = set()
         try:
@@ -170,7 +170,7 @@ class GradientCapture:
         missing = self.layers.keys() - self._visited
         if missing:
             raise UnsupportedLayers(
-                f"layers {sorted(missing)[:5]} took no part in the forward; leave them out by `layers`"
+                f"layers {sorted(missing)[:5]} took no part in the forward pass; exclude them with `layers`"
             )
         return logps.detach()
 
@@ -182,12 +182,12 @@ class GradientCapture:
             if inputs[0].shape[:-1] != batch.input_ids.shape:
                 raise UnsupportedLayers(
                     f"layer {name!r} sees inputs of shape {tuple(inputs[0].shape)}, not "
-                    f"({', '.join(map(str, batch.input_ids.shape))}, features), so its tokens cannot be told "
-                    "apart by pair; leave it out by `layers`"
+                    f"({', '.join(map(str, batch.input_ids.shape))}, features), so its tokens cannot be "
+                    "assigned to pairs; exclude it with `layers`"
                 )
             if not output.requires_grad:
                 raise UnsupportedLayers(
-                    f"layer {name!r} does not depend on the input embeddings; leave it out by `layers`"
+                    f"layer {name!r} does not depend on the input embeddings; exclude it with `layers`"
                 )
             with torch.no_grad():
                 kept = visitor.keep(name, inputs[0].detach().flatten(0, 1))
@@ -201,7 +201,7 @@ class GradientCapture:
         assert self._batch is not None and self._visitor is not None
         if name in self._visited:
             raise UnsupportedLayers(
-                f"layer {name!r} is used more than once in a forward pass; leave it out by `layers`"
+                f"layer {name!r} is used more than once in a forward pass; exclude it with `layers`"
             )
         self._visited.add(name)
         self._visitor.visit(name, kept, gradients.flatten(0, 1), self._batch.starts)

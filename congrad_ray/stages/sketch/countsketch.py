@@ -239,7 +239,7 @@ class CountSketch:
         return self._chunks[name, entries]
 
     def table(self, vectors: int, device: torch.device | str) -> Tensor:
-        """An empty table for so many vectors: (vectors, groups, 2 * width / groups) float32.
+        """An empty table for this many vectors: (vectors, groups, 2 * width / groups) float32.
 
         The second half takes what is turned over the end of the first; `sketches` adds it there.
         """

@@ -12,7 +12,7 @@ from congrad_ray.modeling.packing import PairTokens
 from congrad_ray.modeling.tokenization import TokenizedPair
 from congrad_ray.stages.sketch.capture import GradientCapture
 
-# Of the memory that is free, how much a micro-batch may take: the rest is for what else goes on.
+# Of the memory that is free, how much a micro-batch may take: the rest is for everything else.
 _SHARE = 0.8
 _SAMPLE_SECONDS = 0.002
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
 
 from congrad_ray.config.recipe import Recipe
+from congrad_ray.data.tables import Message
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.modeling.tokenization import (
     MissingChatTemplate,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from congrad_ray.stages.sketch.exact import LayerVectors
 
 LANGUAGE_GRADIENTS = "language_gradients.safetensors"
-_READ = ["pair_id", "language", "prompt", "chosen", "rejected"]
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,34 @@ class MicroBatch:
     tokens: PairTokens
 
 
-class Replica:
-    """A model replica in an actor: reads rows of pairs, puts aside those it cannot use, forms micro-batches."""
+@dataclass(frozen=True)
+class ReplicaSpec:
+    """What every replica of a stage is made of: the model, the recipe, and where it computes."""
 
-    def __init__(
-        self,
-        source: ModelSource,
-        recipe: Recipe,
-        device: str,
-        devices: int,
-        threads: int,
-        notify: Notify | None = None,
-    ) -> None:
+    source: ModelSource
+    recipe: Recipe
+    device: str = "cpu"
+    devices: int = 1
+    """Over how many devices of its process the model's layers are spread."""
+    threads: int = 1
+    """Of torch, on a CPU."""
+
+
+class PairRow(TypedDict):
+    """What is read of a row of the pairs table. Texts are strings or chat messages."""
+
+    pair_id: str
+    language: str
+    prompt: str | list[Message]
+    chosen: str | list[Message]
+    rejected: str | list[Message]
+
+
+class Replica:
+    """A model replica in an actor: reads rows of pairs, reports those it cannot use, forms micro-batches."""
+
+    def __init__(self, spec: ReplicaSpec, notify: Notify | None = None) -> None:
+        source, device = spec.source, spec.device
         self._notify = notify or Notify()
         self._notify.forward_warnings()
         self._notify(f"loading {source.name} on each {device} replica")
@@ -64,26 +80,24 @@ class Replica:
         from congrad_ray.stages.sketch.capture import GradientCapture
 
         if device == "cpu":
-            torch.set_num_threads(threads)
-        self.recipe = recipe
-        settings = recipe.sketch
+            torch.set_num_threads(spec.threads)
+        self.recipe = spec.recipe
+        settings = self.recipe.sketch
         self._tokenizer = source.load_tokenizer()
         pad = self._tokenizer.pad_token_id
         assert isinstance(pad, int)
         self.capture = GradientCapture(
-            source.load_model(device, devices),
+            source.load_model(device, spec.devices),
             settings.layers,
             settings.average_log_prob,
             settings.gradient_checkpointing,
             pad,
         )
         if self.capture.why_not_shared is not None:
-            self._notify(f"prompts are computed twice, once for each response: {self.capture.why_not_shared}")
+            self._notify(f"each prompt is computed twice, once for each response: {self.capture.why_not_shared}")
         self.max_tokens = settings.batch_tokens(device)
 
-    def micro_batches(
-        self, rows: list[dict[str, Any]], failures: dict[int, dict[str, str]]
-    ) -> Iterator[MicroBatch]:
+    def micro_batches(self, rows: Sequence[PairRow], failures: dict[int, dict[str, str]]) -> Iterator[MicroBatch]:
         """The usable rows by length, within the token budget; the others are entered in `failures`."""
         from congrad_ray.modeling.batching import token_budget_batches
 
@@ -107,12 +121,13 @@ class Replica:
         """c of every pair where policy and reference are the same, as they are when an iteration starts."""
         import torch
 
-        from congrad_ray.modeling.loss import pair_coefficient
+        from congrad_ray.modeling.loss import ChosenRejected, LossSettings, pair_coefficient
 
-        settings = self.recipe.train
-        equal = torch.zeros(tokens.pairs, device=tokens.input_ids.device)
-        lengths = (tokens.chosen_tokens, tokens.rejected_tokens)
-        return pair_coefficient(equal, equal, equal, equal, settings.beta, settings.length_penalty, *lengths)
+        train = self.recipe.train
+        zeros = torch.zeros(tokens.pairs, device=tokens.input_ids.device)
+        logps = ChosenRejected(zeros, zeros)
+        lengths = ChosenRejected(tokens.chosen_tokens, tokens.rejected_tokens)
+        return pair_coefficient(logps, logps, LossSettings(train.beta, train.length_penalty), lengths)
 
 
 @dataclass(frozen=True)
@@ -132,42 +147,39 @@ class SketchReplica(Replica):
 
     Micro-batches with a pair of `audited` are checked against exact gradients. With `exact`, the folder that holds
     the languages' gradients, a "sketch" is the coordinates of u in an orthonormal basis of their span. With
-    `attempts`, the actor of `runtime.attempts`, pairs that kill their replica again and again are put aside.
+    `attempts`, the actor of `runtime.attempts`, pairs that repeatedly kill their replica are quarantined.
     `write` takes the rows where they are computed, and what it returns is returned in their place.
     """
 
     def __init__(
         self,
-        source: ModelSource,
-        recipe: Recipe,
-        device: str,
-        devices: int,
-        threads: int,
+        spec: ReplicaSpec,
+        *,
         audited: frozenset[str] = frozenset(),
         exact: Folder | None = None,
         attempts: Any = None,
         write: Callable[[pa.Table], pa.Table] = lambda rows: rows,
         notify: Notify | None = None,
     ) -> None:
-        super().__init__(source, recipe, device, devices, threads, notify)
+        super().__init__(spec, notify)
         self._write = write
         self._audited = audited
         self._attempts = attempts
-        settings = recipe.sketch
+        settings = self.recipe.sketch
         if exact is None:
-            self._sketch = _count_sketch(recipe, list(self.capture.layers))
+            self._sketch = _count_sketch(self.recipe, list(self.capture.layers))
             width = settings.width
             self._limit_memory()
             self._notify("sketching")
         else:
-            self._vectors, self._basis = _load_language_gradients(exact, device)
+            self._vectors, self._basis = _load_language_gradients(exact, spec.device)
             width = self._basis.shape[1]
         self._exact = exact is not None
-        schema = sketches_schema(width, recipe.sketch.stored_dtype)
+        schema = sketches_schema(width, settings.stored_dtype)
         self._schema = pa.schema([field.with_nullable(True) for field in schema] + [FAILURE_FIELD])
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = batch.select(_READ).to_pylist()
+        rows: list[PairRow] = batch.select(list(PairRow.__annotations__)).to_pylist()
         results: list[dict[str, Any]] = [{"pair_id": row["pair_id"], "language": row["language"]} for row in rows]
 
         def work(places: list[int]) -> None:
@@ -185,7 +197,7 @@ class SketchReplica(Replica):
         self._notify.computed(0, last=True)
         return self._write(pa.Table.from_pylist(results, schema=self._schema))
 
-    def _work(self, rows: list[dict[str, Any]], results: list[dict[str, Any]], members: MicroBatch) -> None:
+    def _work(self, rows: Sequence[PairRow], results: list[dict[str, Any]], members: MicroBatch) -> None:
         """Enters what is found for a micro-batch, in halves where the device has not the memory for the whole."""
         from congrad_ray.stages.sketch.memory import is_out_of_memory
 
@@ -208,7 +220,7 @@ class SketchReplica(Replica):
             return
         self.max_tokens = max(1, tokens // 2)
         self._notify(
-            f"a micro-batch of {tokens} tokens did not fit the memory; from now on {self.max_tokens} tokens"
+            f"a micro-batch of {tokens} tokens did not fit into memory; the limit is now {self.max_tokens} tokens"
         )
         middle = len(members.pairs) // 2
         for part in (slice(middle), slice(middle, None)):
@@ -298,8 +310,8 @@ class SketchReplica(Replica):
         fitting = fitting_token_budget(self.capture, work, self.max_tokens, length)
         if fitting < self.max_tokens:
             self._notify(
-                f"micro-batches of sketch.max_tokens_per_batch = {self.max_tokens} tokens do not fit the memory; "
-                f"they are made with {fitting}"
+                f"micro-batches of sketch.max_tokens_per_batch = {self.max_tokens} tokens do not fit into memory; "
+                f"{fitting} tokens are used"
             )
             self.max_tokens = fitting
 
@@ -322,7 +334,7 @@ class SketchReplica(Replica):
 
 
 def _finite(values: np.ndarray[Any, Any] | None, place: int) -> float | None:
-    """None as well where another pair of the micro-batch, whose gradient is not finite, has spoilt the value."""
+    """The value; None where there is none, or another pair of the micro-batch made it infinite or NaN."""
     value = float("nan") if values is None else float(values[place])
     return value if math.isfinite(value) else None
 
@@ -330,25 +342,17 @@ def _finite(values: np.ndarray[Any, Any] | None, place: int) -> float | None:
 class SummingReplica(Replica):
     """Adds up the gradients c * u of the pairs it is given, by language."""
 
-    def __init__(
-        self,
-        source: ModelSource,
-        recipe: Recipe,
-        device: str,
-        devices: int,
-        threads: int,
-        languages: list[str],
-        notify: Notify | None = None,
-    ) -> None:
-        super().__init__(source, recipe, device, devices, threads, notify)
+    def __init__(self, spec: ReplicaSpec, languages: list[str], notify: Notify | None = None) -> None:
+        super().__init__(spec, notify)
         from congrad_ray.stages.sketch.memory import free_memory
 
         entries = sum(layer.get_parameter("weight").numel() for layer in self.capture.layers.values())
         needed, free = 4 * entries * len(languages), free_memory(self.capture.model.device)
         if needed > free:
             raise ValueError(
-                f"sketch.method: exact holds the gradients of {len(languages)} languages, {needed / 2**30:.1f} "
-                f"GiB, and {free / 2**30:.1f} GiB are free; use sketch.method: count_sketch or fewer sketch.layers"
+                f"sketch.method: exact needs {needed / 2**30:.1f} GiB for the gradients of {len(languages)} "
+                f"languages, but {free / 2**30:.1f} GiB are free; use sketch.method: count_sketch or fewer "
+                "sketch.layers"
             )
         self._languages = languages
         self._sums: LayerVectors = {}
@@ -360,7 +364,7 @@ class SummingReplica(Replica):
 
         from congrad_ray.stages.sketch.exact import add_weighted_sums_
 
-        rows = batch.select(_READ).to_pylist()
+        rows: list[PairRow] = batch.select(list(PairRow.__annotations__)).to_pylist()
         for members in self.micro_batches(rows, {}):
             of_language = torch.tensor([self._languages.index(rows[row]["language"]) for row in members.rows])
             weights = torch.zeros((len(self._languages), members.tokens.pairs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,13 @@ def sketches_schema(width: int, dtype: str) -> pa.Schema:
             ),
         ]
     )
+
+
+def dtype_of(schema: pa.Schema) -> str | None:
+    """The dtype of the sketches, from what the column says of itself; None where that is lost."""
+    words = (schema.field("sketch").metadata or {}).get(b"doc", b"").decode()
+    found = re.search(r"\d+ (int8|float16|float32), little-endian$", words)
+    return found[1] if found else None
 
 
 def sketch_bytes(sketches: NDArray[Any]) -> list[bytes]:

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.data.tables import MESSAGES
@@ -22,22 +21,20 @@ from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.notices import heard
 from congrad_ray.runtime.progress import Progress
 from congrad_ray.runtime.resources import pool_demand, pool_sizes
-from congrad_ray.runtime.rows import PartWriter, follow, outcome_of, read_missing_batches, text_bytes
+from congrad_ray.runtime.rows import MissingRows, PartWriter, follow, outcome_of, read_missing_batches
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.sketch.estimate import ESTIMATE, schema_of
-from congrad_ray.stages.sketch.replicas import LANGUAGE_GRADIENTS, SketchReplica, SummingReplica
+from congrad_ray.stages.sketch.replicas import LANGUAGE_GRADIENTS, ReplicaSpec, SketchReplica, SummingReplica
 from congrad_ray.stages.sketch.schema import PAIRS_PER_PART, PART_BYTES, sketches_schema
 from congrad_ray.stages.view import Step, rows_by_language
 
 if TYPE_CHECKING:
-    from ray.data import Dataset
-
     from congrad_ray.stages.sketch.exact import LayerVectors
 
 logger = logging.getLogger(__name__)
 
-# About the pairs of a micro-batch; one drawn pair has its whole micro-batch audited, which takes up to half as
-# long again. So a sixth of the micro-batches is a twelfth of the time.
+# About the pairs of a micro-batch. One drawn pair has its whole micro-batch audited, which then takes up to half
+# as long again, so auditing a sixth of the micro-batches costs a twelfth of the time.
 _PAIRS_PER_AUDIT = 8
 _AUDITED_SHARE = 1 / 6
 _BYTES_PER_TOKEN = 4  # of UTF-8, on the high side for text in many scripts
@@ -49,58 +46,55 @@ def run(context: Context) -> Outcome:
 
     recipe, pool = context.recipe, context.profile.sketchers
     source = policy(recipe, context.run, context.iteration)
-    # A model that is not there, or cannot chat, should be told before actors start.
+    # Report a model that is not there, or cannot chat, before actors start.
     tokenizer = source.load_tokenizer()
-    pairs = context.input("pairs")
-    schema = pq.read_schema(pairs.files(".parquet")[0], filesystem=pairs.filesystem)
-    if schema.field("prompt").type == MESSAGES:
-        chat_prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
     device, threads = context.profile.device, context.profile.threads_of(pool)
-    model = (source, recipe, device, max(1, int(pool.gpus)), threads)
-    dataset, missing, batches = read_missing_batches(
-        pairs, context.output, "pair_id", PAIRS_PER_PART, PART_BYTES[device]
+    missing = read_missing_batches(
+        context.input("pairs"), context.output, "pair_id", PAIRS_PER_PART, PART_BYTES[device], ["language"]
     )
-    if missing:
-        ids = pairs.read_table(["pair_id", "language"])
-        languages = sorted(set(ids["language"].to_pylist()))
+    if missing.schema.field("prompt").type == MESSAGES:
+        chat_prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
+    if missing.count:
+        spec = ReplicaSpec(source, recipe, device, max(1, int(pool.gpus)), threads)
+        languages = sorted(set(missing.table["language"].to_pylist()))
         exact = recipe.sketch.method == "exact"
         if exact and not context.output.exists(LANGUAGE_GRADIENTS):
-            _sum_languages(context, dataset, missing, batches, languages, model)
-        least, most = pool_sizes(pool, context.profile, batches)
+            _sum_languages(context, missing, languages, spec)
+        min_actors, max_actors = pool_sizes(pool, context.profile, missing.batches)
         width = len(languages) if exact else recipe.sketch.width
         schema = sketches_schema(width, recipe.sketch.stored_dtype)
-        parts = dataset.map_batches(
+        parts = missing.dataset.map_batches(
             SketchReplica,
-            fn_constructor_args=(
-                *model,
-                frozenset() if exact else _drawn_for_audit(recipe, pairs, ids["pair_id"].to_pylist(), device),
-                context.output if exact else None,
-                attempts(),
+            fn_constructor_args=(spec,),
+            fn_constructor_kwargs={
+                "audited": frozenset() if exact else _drawn_for_audit(recipe, missing, device),
+                "exact": context.output if exact else None,
+                "attempts": attempts(),
                 # By the replica itself: a batch is safe once it is computed and goes through no other process.
-                PartWriter(context.output, schema, "pair_id", _counted),
-                context.notify(),
-            ),
+                "write": PartWriter(context.output, schema, "pair_id", _counted),
+                "notify": context.notify(),
+            },
             batch_format="pyarrow",
             batch_size=None,
-            compute=ActorPoolStrategy(min_size=least, max_size=most),
+            compute=ActorPoolStrategy(min_size=min_actors, max_size=max_actors),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
             memory=pool.memory_bytes,
             resources=pool.resources or None,
         )
-        follow(parts, context, missing)
+        follow(parts, context, missing.count)
     if not context.output.parts():
-        raise RunDirectoryError(f"not one pair could be sketched: {context.output.quarantine_counts()}")
+        raise RunDirectoryError(f"no pair could be sketched: {context.output.quarantine_counts()}")
     summary = _summary(context.output)
     context.output.write_json("summary.json", summary)
     if summary["audit"] is None and recipe.sketch.audit_pairs and recipe.sketch.method == "count_sketch":
-        logger.info("no audit: the stage is so short that one would take more than a tenth of it, or every pair")
+        logger.info("no audit: the stage is so short that an audit would take more than a tenth of its time")
     if summary["audit"]:
         logger.info(
             "audit: cosines of {pairs} pairs differ from exact ones by {error:.4f} (root mean square), rank "
             "correlation {rank_correlation:.4f}".format(**summary["audit"])
         )
-    return outcome_of(context.output, "pair_id", summary, pairs.rows_so_far())
+    return outcome_of(context.output, "pair_id", summary, len(missing.table))
 
 
 def _counted(row: dict[str, Any]) -> dict[str, int]:
@@ -112,9 +106,10 @@ def _counted(row: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def _drawn_for_audit(recipe: Recipe, pairs: Folder, ids: list[str], device: str) -> frozenset[str]:
+def _drawn_for_audit(recipe: Recipe, pairs: MissingRows, device: str) -> frozenset[str]:
     """Pairs whose micro-batches are audited: as many as asked for, within a tenth of the stage's time."""
-    tokens = sum(text_bytes(pairs, path) for path in pairs.files(".parquet")) / _BYTES_PER_TOKEN
+    ids = pairs.table["pair_id"].to_pylist()
+    tokens = pairs.text_bytes / _BYTES_PER_TOKEN
     batches = int(_AUDITED_SHARE * tokens / recipe.sketch.batch_tokens(device))
     count = min(len(ids), batches, math.ceil(recipe.sketch.audit_pairs / _PAIRS_PER_AUDIT))
     return frozenset(random.Random(recipe.sketch.seed).sample(sorted(ids), count))
@@ -140,9 +135,7 @@ def _summary(output: Folder) -> dict[str, Any]:
     }
 
 
-def _sum_languages(
-    context: Context, dataset: Dataset, total: int, batches: int, languages: list[str], model: tuple[Any, ...]
-) -> None:
+def _sum_languages(context: Context, pairs: MissingRows, languages: list[str], spec: ReplicaSpec) -> None:
     """First pass of the exact method: writes the mean of c * u of every language, whole, to the stage's folder."""
     import ray
     import torch
@@ -151,19 +144,19 @@ def _sum_languages(
 
     profile = context.profile
     pool = profile.sketchers
-    least, most = pool_sizes(pool, profile, batches)
+    min_actors, max_actors = pool_sizes(pool, profile, pairs.batches)
     have = ray.cluster_resources()
     fitting = [int((have.get("CPU", 0) - profile.data_cpus) // pool.cpus)]
     if pool.gpus:
         fitting.append(int(have.get("GPU", 0) // pool.gpus))
-    count = max(least, min(most, *fitting))
+    count = max(min_actors, min(max_actors, *fitting))
     replica: Any = ray.remote(SummingReplica).options(
         num_cpus=pool.cpus, num_gpus=pool.gpus or None, memory=pool.memory_bytes, resources=pool.resources or None
     )
-    actors = [replica.remote(*model, languages, context.notify()) for _ in range(count)]
+    actors = [replica.remote(spec, languages, context.notify()) for _ in range(count)]
     logger.info("first of two passes: the languages' gradients")
-    progress = Progress(total)
-    tables: Any = dataset.iter_batches(batch_format="pyarrow", batch_size=None)
+    progress = Progress(pairs.count)
+    tables: Any = pairs.dataset.iter_batches(batch_format="pyarrow", batch_size=None)
     with heard(context.notify()):
         for rows in ActorPool(actors).map_unordered(lambda actor, table: actor.add.remote(table), tables):
             progress.add(rows)
@@ -180,8 +173,8 @@ def _sum_languages(
     means = {name: (values * scales).contiguous() for name, values in sums.items()}
     if not all(bool(values.isfinite().all()) for values in means.values()):
         raise RunDirectoryError(
-            "the exact gradients hold values that are not finite; sketch.method: count_sketch sets the pairs that "
-            "cause them apart, or try model.dtype: float32"
+            "the exact gradients hold values that are not finite. Try model.dtype: float32, or sketch.method: "
+            "count_sketch, which quarantines the pairs that cause them"
         )
     context.output.write_bytes(LANGUAGE_GRADIENTS, save(means))
 

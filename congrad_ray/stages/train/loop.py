@@ -16,7 +16,7 @@ from torch import Tensor
 
 from congrad_ray.config.recipe import Train
 from congrad_ray.modeling.batching import PairBatch, collate_pairs
-from congrad_ray.modeling.loss import dpo_loss
+from congrad_ray.modeling.loss import ChosenRejected, LossSettings, dpo_loss
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.modeling.tokenization import Messages, tokenize_pair
 from congrad_ray.rundir.directory import Folder
@@ -240,17 +240,11 @@ def _losses(worker: _Worker, pairs: PairBatch, rows: list[dict[str, Any]]) -> tu
 
     logps = worker.engine(pairs.input_ids, pairs.attention_mask, pairs.completion_mask)
     reference = torch.cat([column("ref_chosen_logps"), column("ref_rejected_logps")])
-    policy_chosen, policy_rejected = logps.chunk(2)
-    ref_chosen, ref_rejected = reference.chunk(2)
     losses, metrics = dpo_loss(
-        policy_chosen,
-        policy_rejected,
-        ref_chosen,
-        ref_rejected,
-        worker.job.train.beta,
-        worker.job.train.length_penalty,
-        pairs.chosen_tokens,
-        pairs.rejected_tokens,
+        ChosenRejected(*logps.chunk(2)),
+        ChosenRejected(*reference.chunk(2)),
+        LossSettings(worker.job.train.beta, worker.job.train.length_penalty),
+        ChosenRejected(pairs.chosen_tokens, pairs.rejected_tokens),
     )
     gap = (logps.detach() - reference).abs() / pairs.completion_mask.sum(dim=1)
     means = [losses.detach().mean(), *(metrics[name] for name in _MEANS[1:])]

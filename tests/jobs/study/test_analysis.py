@@ -1,4 +1,4 @@
-"""The study's arithmetic: reading results, pairing cells, intervals, and the README's tables."""
+"""The study's arithmetic: reading results, pairing cells, intervals, and tables in Markdown."""
 
 from __future__ import annotations
 

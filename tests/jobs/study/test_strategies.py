@@ -14,7 +14,7 @@ from congrad_ray.config.settings import validate
 from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.stages.pair.schema import PAIRS
-from congrad_ray.stages.sketch.replicas import SketchReplica
+from congrad_ray.stages.sketch.replicas import ReplicaSpec, SketchReplica
 from congrad_ray.world.corpus import JUDGED_FLAWS, flawed_answer
 from congrad_ray.world.model import world_model
 from congrad_ray.world.score import true_score
@@ -41,6 +41,7 @@ def recipe_for(model: Path) -> Recipe:
             "model": {"name": str(model), "dtype": "float32", "max_length": 256},
             "prompts": {"languages": list(LANGUAGES)},
             "generate": {"max_tokens": 64},
+            "judge": {"max_tokens": 16},
             "evaluate": {"max_tokens": 64},
             "sketch": {"width": 8192, "groups": 4},
         },
@@ -84,7 +85,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Recipe]:
             )
             truth.append((scores[chosen], scores[1 - chosen]))
     recipe = recipe_for(model)
-    replica = SketchReplica(ModelSource(str(model), recipe.model), recipe, "cpu", 1, 1)
+    replica = SketchReplica(ReplicaSpec(ModelSource(str(model), recipe.model), recipe))
     table = table_of(rows, PAIRS)
     sketches = replica(table)
     for name in sketches.schema.names:
@@ -126,8 +127,8 @@ def test_facts_of_a_selection(judged: tuple[Prepared, Recipe]) -> None:
     share = float((data.chosen > data.rejected).mean())
     assert said["better_kept"] == said["better_all"] == pytest.approx(share, abs=1e-5)
     assert said["auc"] is None
-    matrix = everything.before
-    assert matrix is not None
+    assert everything.selection is not None
+    matrix = everything.selection.cosine_before
     between = [matrix[i, k] for i in range(4) for k in range(i)]
     assert said["cosine_before"] == pytest.approx(np.mean(between), abs=1e-5)
     assert said["negative_before"] == pytest.approx(np.mean(np.array(between) < 0), abs=1e-5)

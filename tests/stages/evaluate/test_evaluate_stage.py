@@ -1,7 +1,6 @@
 """The evaluate stage with real engines: true scores, comparisons in both orders, and a later iteration."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from congrad_ray.modeling.source import ModelSource
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 from congrad_ray.runtime.context import Context
-from congrad_ray.runtime.engines import Completion
+from congrad_ray.runtime.engines import Completion, Task
 from congrad_ray.stages.evaluate import stage as evaluate
 from congrad_ray.stages.evaluate.pairwise import ORDERS
 from congrad_ray.stages.evaluate.schema import ANSWERS, COMPARISONS
@@ -25,14 +24,6 @@ from congrad_ray.stages.evaluate.statistics import win_rates
 from congrad_ray.stages.prompts.schema import PROMPTS
 from congrad_ray.world.score import true_score
 from congrad_ray.world.tasks import world_prompts
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_is_stopped_after() -> Iterator[None]:
-    yield
-    import ray
-
-    ray.shutdown()
 
 
 def _row(language: str, content: str, split: str, seen: bool, task: str | None) -> dict[str, Any]:
@@ -149,10 +140,8 @@ def test_a_comparison_that_is_cut_off_is_not_read(
 
     found: dict[str, Any] = {}
 
-    def complete(
-        dataset: Any, rows: int, source: Any, profile: Any, request: Any, answer: Any, *_: Any, **__: Any
-    ) -> None:
-        found["answer"] = answer
+    def complete(dataset: Any, rows: int, source: Any, profile: Any, task: Task, notify: Any) -> None:
+        found["answer"] = task.answer
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "complete", complete)
@@ -178,6 +167,7 @@ def test_a_comparison_that_is_cut_off_is_not_read(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.timeout(900)
 def test_two_iterations_against_the_start(tiny_model: Path, tmp_path: Path) -> None:
     directory = RunDirectory.open(tmp_path / "run")

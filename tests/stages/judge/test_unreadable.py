@@ -13,7 +13,7 @@ from congrad_ray.data.tables import row_id, table_of
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 from congrad_ray.runtime.context import Context
-from congrad_ray.runtime.engines import Completion, Request
+from congrad_ray.runtime.engines import Completion, Request, Task
 from congrad_ray.runtime.rows import FAILURE, FAILURE_FIELD
 from congrad_ray.stages.generate.schema import RESPONSES
 from congrad_ray.stages.judge import stage as judge
@@ -172,13 +172,12 @@ class Asked(Exception):
     """Ends a stage where it would ask its judge."""
 
 
-def _how_it_asks(context: Context, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the judge stage gives to the engine, which is not started."""
-    found: dict[str, Any] = {}
+def _how_it_asks(context: Context, monkeypatch: pytest.MonkeyPatch) -> tuple[Task, int]:
+    """The judge stage's task for the engine, which is not started, and the judge's longest sequence."""
+    found: list[tuple[Task, int]] = []
 
-    def complete(dataset: Any, rows: int, source: ModelSource, profile: Any, *how: Any) -> None:
-        names = ("request", "answer", "schema", "max_tokens", "notify", "scored", "length_setting")
-        found.update(zip(names, how, strict=True), max_length=source.settings.max_length)
+    def complete(dataset: Any, rows: int, source: ModelSource, profile: Any, task: Task, notify: Any) -> None:
+        found.append((task, source.settings.max_length))
         raise Asked
 
     monkeypatch.setattr(judge, "complete", complete)
@@ -186,7 +185,7 @@ def _how_it_asks(context: Context, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     monkeypatch.setattr(Context, "notify", lambda context: None)
     with pytest.raises(Asked):
         judge.run(context)
-    return found
+    return found[0]
 
 
 ROW = {"judgement_id": "j", "response_id": "r", "prompt_id": "p", "language": "de"}
@@ -211,8 +210,8 @@ def test_a_judgement_that_is_cut_off_is_not_read(
     score: float | None,
     why: str | None,
 ) -> None:
-    how = _how_it_asks(_context(tmp_path, _recipe(str(tiny_model))), monkeypatch)
-    row = how["answer"](ROW, Completion(text, 10, 5, truncated))
+    task, _ = _how_it_asks(_context(tmp_path, _recipe(str(tiny_model))), monkeypatch)
+    row = task.answer(ROW, Completion(text, 10, 5, truncated))
     assert (row["score"], row["unreadable"]) == (score, why)
 
 
@@ -220,27 +219,27 @@ def test_expected_score_is_read_however_little_the_score_tokens_have(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = _context(tmp_path, _recipe(str(tiny_model), judge={"method": "expected_score"}))
-    how = _how_it_asks(context, monkeypatch)
-    logprobs = {token: -12.0 for token in how["scored"]}
-    row = how["answer"](ROW, Completion("4", 10, 1, True, logprobs))  # one token of one: cut off, as wanted
+    task, _ = _how_it_asks(context, monkeypatch)
+    logprobs = {token: -12.0 for token in task.scored_tokens}
+    row = task.answer(ROW, Completion("4", 10, 1, True, logprobs))  # one token of one: cut off, as wanted
     assert (row["score"], row["unreadable"]) == (2.5, None)
     assert 0 < row["mass"] < 1e-4
     judging = {"method": "expected_score", "min_probability_mass": 0.1}
-    how = _how_it_asks(_context(tmp_path, _recipe(str(tiny_model), judge=judging)), monkeypatch)
-    row = how["answer"](ROW, Completion("4", 10, 1, True, logprobs))
+    task, _ = _how_it_asks(_context(tmp_path, _recipe(str(tiny_model), judge=judging)), monkeypatch)
+    row = task.answer(ROW, Completion("4", 10, 1, True, logprobs))
     assert (row["score"], row["unreadable"]) == (None, "low_mass")
 
 
 def test_the_judge_has_a_length_of_its_own(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = _how_it_asks(_context(tmp_path, _recipe(str(tiny_model))), monkeypatch)
-    assert (how["max_length"], how["length_setting"]) == (2048, "model.max_length")
+    task, max_length = _how_it_asks(_context(tmp_path, _recipe(str(tiny_model))), monkeypatch)
+    assert (max_length, task.length_setting) == (2048, "model.max_length")
     recipe = _recipe(str(tiny_model), judge={"max_length": 4096})
-    how = _how_it_asks(_context(tmp_path, recipe), monkeypatch)
-    assert (how["max_length"], how["length_setting"]) == (4096, "judge.max_length")
+    task, max_length = _how_it_asks(_context(tmp_path, recipe), monkeypatch)
+    assert (max_length, task.length_setting) == (4096, "judge.max_length")
     assert isinstance(
-        how["request"]({**ROW, "prompt": [{"role": "user", "content": "?"}], "response": "!"}), Request
+        task.request({**ROW, "prompt": [{"role": "user", "content": "?"}], "response": "!"}), Request
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Evaluate, Model, Prompts, Recipe
@@ -19,7 +18,6 @@ from congrad_ray.config.settings import to_yaml
 from congrad_ray.data.tables import pair_id, prompt_id, response_id, row_id, table_of
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.context import Context
-from congrad_ray.runtime.session import connect
 from congrad_ray.stages.evaluate.statistics import score_changes, summarise_answers, win_rates
 from congrad_ray.stages.generate.schema import RESPONSES
 from congrad_ray.stages.judge.schema import JUDGEMENTS
@@ -28,6 +26,7 @@ from congrad_ray.stages.prompts.schema import PROMPTS
 from congrad_ray.stages.select import stage as select
 from congrad_ray.stages.sketch.schema import sketch_bytes, sketches_schema
 from congrad_ray.stages.train.metrics import MetricsWriter
+from heads import connect_shared
 
 TEXTS = {
     "en": ("Why is the sky blue?", "Air scatters blue light more than red.", "It just is."),
@@ -67,9 +66,8 @@ def _selection(run: RunDirectory, recipe: Recipe, kept: Path) -> None:
     """The real selection from the run's tables, made once for the same texts."""
     output = run.stage("selection", 0)
     if not kept.exists():
-        connect(Profile(name="test"), 2)
+        connect_shared()
         select.STAGE.run(Context(recipe, Profile(name="test"), run, 0, output))
-        ray.shutdown()  # other tests start a Ray of their own
         shutil.copytree(output.path, kept)
     shutil.copytree(kept, output.path, dirs_exist_ok=True)
 

@@ -87,11 +87,11 @@ def test_scores_that_are_not_finite_are_named() -> None:
 
 
 def test_lengths_and_repeated_ids_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(2,\) scores and 1 ids"):
+    with pytest.raises(ValueError, match=r"scores of shape \(2,\) but 1 ids"):
         keep_top_fraction(np.zeros(2), ["a"], 0.5)
-    with pytest.raises(ValueError, match="1 groups and 2 ids"):
+    with pytest.raises(ValueError, match="1 groups but 2 ids"):
         keep_top_fraction(np.zeros(2), ["a", "b"], 0.5, ["de"])
-    with pytest.raises(ValueError, match="3 numbers of tokens and 2 ids"):
+    with pytest.raises(ValueError, match="3 numbers of tokens but 2 ids"):
         keep_within_tokens(np.zeros(2), ["a", "b"], [1, 2, 3], 5)
     with pytest.raises(ValueError, match="'a' occurs more than once"):
         keep_above(np.zeros(2), ["a", "a"], 0.5)

@@ -290,7 +290,7 @@ def test_close_gives_the_model_back(build_model: BuildModel, pairs: list[Tokeniz
     assert [dict(vars(module)) for module in model.model.layers] == before
     for module in model.modules():
         assert not module._forward_hooks
-    with pytest.raises(ValueError, match=r"given back by close\(\)"):
+    with pytest.raises(ValueError, match=r"this GradientCapture is closed"):
         sketch(capture, pairs)
 
 

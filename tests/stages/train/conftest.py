@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +123,6 @@ def make_selection(tiny_model: Path) -> MakeSelection:
     return make
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+@pytest.fixture
+def ray_cluster(shared_ray: None) -> None:
     """A local Ray with enough logical CPUs for two workers."""
-    import ray
-
-    ray.shutdown()  # of a test before, which may have fewer CPUs
-    ray.init(
-        address="local", num_cpus=4, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False
-    )
-    yield
-    ray.shutdown()

@@ -20,7 +20,7 @@ from congrad_ray.config.profile import Profile, Workers
 from congrad_ray.config.recipe import Judge, Model, Prompts, Recipe, Train
 from congrad_ray.modeling.batching import collate_pairs
 from congrad_ray.modeling.logprobs import completion_logprobs
-from congrad_ray.modeling.loss import dpo_loss
+from congrad_ray.modeling.loss import ChosenRejected, LossSettings, dpo_loss
 from congrad_ray.modeling.source import ModelSource, policy
 from congrad_ray.modeling.tokenization import load_tokenizer, tokenize_pair
 from congrad_ray.rundir.directory import RunDirectory
@@ -68,20 +68,16 @@ def plain_training(model_folder: Path, rows: list[dict[str, Any]], train: Train)
     for step in range(schedule.total_steps):
         batch = schedule.batch(step)
         collated = collate_pairs([pairs[index] for index in batch], 0)
-        chosen, rejected = completion_logprobs(model, collated).chunk(2)
+        policy = ChosenRejected(*completion_logprobs(model, collated).chunk(2))
         references = [
             torch.tensor([rows[index][name] for index in batch], dtype=torch.float32)
             for name in ("ref_chosen_logps", "ref_rejected_logps")
         ]
         losses, _ = dpo_loss(
-            chosen,
-            rejected,
-            references[0],
-            references[1],
-            train.beta,
-            train.length_penalty,
-            collated.chosen_tokens,
-            collated.rejected_tokens,
+            policy,
+            ChosenRejected(*references),
+            LossSettings(train.beta, train.length_penalty),
+            ChosenRejected(collated.chosen_tokens, collated.rejected_tokens),
         )
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)

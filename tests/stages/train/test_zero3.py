@@ -57,7 +57,9 @@ def train_step(rank: int, folder: str, tied: str, checkpointing: bool) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("tied", "checkpointing"), [("tied", False), ("untied", True)])
+@pytest.mark.parametrize(
+    ("tied", "checkpointing"), [pytest.param("tied", False, marks=pytest.mark.slow), ("untied", True)]
+)
 def test_workers_with_different_numbers_of_chunks(tmp_path: Path, tied: str, checkpointing: bool) -> None:
     chunks = [2 * length // chunk_tokens_of(VOCABULARY, "cpu") for length in LENGTHS]
     assert chunks[0] > 2 and chunks[1] == 0
