@@ -102,11 +102,11 @@ def show_figures(figures: Figures) -> None:
     if figures.fold:
         width = max(map(len, columns))
         room = max(1, (console.width - width - 4) // max(7, 2 + width))
-    for start in range(1, max(2, len(columns)) if columns else 1, room):
+    for start in range(1, len(columns), room) if columns else ():
         part = slice(start, start + room)
         table = _table(
             plain(figures.title) if start == 1 else "",
-            (*columns[:1], *columns[part]),
+            [plain(column) for column in (*columns[:1], *columns[part])],
             figures.texts,
             plain(figures.caption),
         )

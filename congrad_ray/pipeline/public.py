@@ -14,7 +14,8 @@ from congrad_ray.config.recipe import Model, Recipe, Select, Sketch, Train, load
 from congrad_ray.config.settings import SettingsError, SettingsType, apply_overrides, validate
 from congrad_ray.data.records import InputError
 from congrad_ray.pipeline.filtering import COLUMNS, FilterSettings, run_filter
-from congrad_ray.pipeline.order import STAGES, run_all
+from congrad_ray.pipeline.loop import run_all
+from congrad_ray.pipeline.order import STAGES
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 
 _GIVEN = "a datasets.Dataset"

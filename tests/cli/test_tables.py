@@ -6,14 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from congrad_ray.planning.inputs import known_lengths, read_shapes, where_it_runs
 
 from congrad_ray.cli import display
 from congrad_ray.cli.plan_tables import memory_table, plan_table
 from congrad_ray.config.profile import load_profile
 from congrad_ray.config.recipe import load_recipe
+from congrad_ray.pipeline.plan import known_lengths, make_plan, where_it_runs
 from congrad_ray.planning.assumptions import Assumptions
-from congrad_ray.planning.plan import make_plan
+from congrad_ray.planning.estimate import Planned
+from congrad_ray.planning.shapes import read_shapes
+from congrad_ray.stages.evaluate.figures import evaluation
+from congrad_ray.stages.judge.figures import judgements
+from congrad_ray.stages.select.figures import selection
+from congrad_ray.stages.view import Figures
 
 from .test_cli import DEMO, OLD
 
@@ -39,6 +44,11 @@ def shown(
     return lines
 
 
+def show_all(figures: list[Figures]) -> None:
+    for one in figures:
+        display.show_figures(one)
+
+
 def rows_of(lines: list[str]) -> list[str]:
     """The languages that rows begin with: one that went on on a second line would be missing or twice."""
     return [line.split()[0] for line in lines if line.split() and line.split()[0] in ("all", *LANGUAGES)]
@@ -60,7 +70,7 @@ def test_a_selection(shown: Shown) -> None:
         "cosine_before": matrix,
         "cosine_after": matrix,
     }
-    lines = shown(lambda: display.show_selection(summary))
+    lines = shown(lambda: show_all(selection(summary)))
     languages = rows_of(lines)
     assert len(languages) % 12 == 0 and languages[:12] == LANGUAGES
 
@@ -73,7 +83,7 @@ def test_judgements(shown: Shown) -> None:
         "mean_score": 3.21,
         "mean_mass": 0.0123,
     }
-    lines = shown(lambda: display.show_judgements({"mean_mass": 0.1, "judgements": dict.fromkeys(LANGUAGES, row)}))
+    lines = shown(lambda: show_all([judgements({"mean_mass": 0.1, "judgements": dict.fromkeys(LANGUAGES, row)})]))
     assert rows_of(lines)[:12] == LANGUAGES
 
 
@@ -88,7 +98,7 @@ def test_an_evaluation(shown: Shown) -> None:
         ],
         "win_rates": [{"language": name, "seen": False, **rate, "low": 0.45, "high": 0.65} for name in LANGUAGES],
     }
-    lines = shown(lambda: display.show_evaluation(summary))
+    lines = shown(lambda: show_all(evaluation(summary)))
     assert rows_of(lines)[:24] == LANGUAGES * 2
 
 
@@ -96,7 +106,7 @@ def test_a_plan(shown: Shown) -> None:
     recipe, profile, assumptions = load_recipe(DEMO), load_profile("aws-spot"), Assumptions()
     there_is = where_it_runs(recipe, profile, assumptions)
     lengths = known_lengths(recipe, assumptions, None)
-    plan = make_plan(recipe, profile, read_shapes(recipe), lengths, assumptions, there_is)
+    plan = make_plan(Planned(recipe, profile, read_shapes(recipe), lengths, assumptions), there_is)
 
     def show() -> None:
         display.show(plan_table(plan, "a plan"))

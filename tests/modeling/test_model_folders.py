@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import ray
-from congrad_ray.planning.inputs import read_shapes
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
@@ -25,6 +24,7 @@ from congrad_ray.config.settings import SettingsError, parse_yaml, to_yaml, vali
 from congrad_ray.modeling import tokenization
 from congrad_ray.modeling.source import ModelError, ModelSource, check_models, named_model
 from congrad_ray.modeling.tokenization import MissingChatTemplate, chat_prompt_ids, tokenize_pair
+from congrad_ray.planning.shapes import read_shapes
 from congrad_ray.runtime import engines as engine
 from congrad_ray.runtime.engines import load_chat_tokenizer
 from tiny_models import CHAT_TEMPLATE, TEXTS, make_tiny_model

@@ -13,10 +13,12 @@ from congrad_ray.config.settings import validate
 from congrad_ray.data.records import InputError
 from congrad_ray.data.tables import quarantined
 from congrad_ray.modeling.source import ModelError
-from congrad_ray.pipeline.order import STAGES, run_all
+from congrad_ray.pipeline.loop import run_all
+from congrad_ray.pipeline.order import STAGES
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import STARTED, RunDirectory, RunDirectoryError
 from congrad_ray.runtime.context import Context, Outcome
+from congrad_ray.runtime.resources import driver_demand
 from congrad_ray.stages.base import Stage
 
 PROFILE = Profile(name="test")
@@ -35,6 +37,7 @@ def stage_of(work: Any, name: str = "work") -> Stage:
         inputs=lambda iteration: [],
         settings=lambda recipe, iteration: {"seed": recipe.seed, "model": {"name": recipe.model.name}},
         run=work,
+        demand=lambda recipe, profile: driver_demand(name, 1),
         each_iteration=False,
         uses_ray=False,
     )
@@ -115,6 +118,7 @@ def test_an_input_that_was_made_again_is_named(run: RunDirectory) -> None:
         inputs=lambda iteration: [("first", None)],
         settings=lambda recipe, iteration: {"model": {}},
         run=succeed,
+        demand=lambda recipe, profile: driver_demand("second", 1),
         each_iteration=False,
         uses_ray=False,
     )

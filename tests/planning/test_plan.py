@@ -1,36 +1,36 @@
 """Counts, memory, time and bytes against numbers worked out by hand; what is short is told with what mends it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from congrad_ray.planning.tokens import assumed_lengths, stage_counts, with_measured
-from congrad_ray.planning.work import forward_flops, stage_flops
 
 from congrad_ray.config.profile import load_profile
 from congrad_ray.config.recipe import Model, Recipe
 from congrad_ray.config.settings import SettingsError
 from congrad_ray.modeling import rehearsal
-from congrad_ray.modeling.rehearsal import sketch_working_bytes, training_working_bytes
 from congrad_ray.modeling.shape import ModelShape, read_shape
 from congrad_ray.modeling.source import ModelError
+from congrad_ray.pipeline.order import ITERATED, STAGES
+from congrad_ray.pipeline.plan import make_plan
 from congrad_ray.planning.assumptions import Assumptions, load_assumptions
-from congrad_ray.planning.memory import GIB, kv_bytes_per_token, training_memory
-from congrad_ray.planning.plan import Plan, Shapes, make_plan
-from congrad_ray.planning.storage import (
-    file_bytes,
-    measured_row_bytes,
-    policy_bytes,
-    stage_bytes,
-    stored_sketch_bytes,
-)
+from congrad_ray.planning.engines import kv_bytes_per_token
+from congrad_ray.planning.estimate import Estimate, Planned
+from congrad_ray.planning.flops import forward_flops
+from congrad_ray.planning.lengths import with_measured
+from congrad_ray.planning.memory import GIB
+from congrad_ray.planning.plan import Plan
+from congrad_ray.planning.shapes import Shapes
+from congrad_ray.planning.storage import file_bytes, measured_row_bytes
+from congrad_ray.planning.volume import Lengths, Volume, assumed_lengths
 from congrad_ray.rundir.directory import Manifest
 from congrad_ray.runtime.resources import cluster_machine
 from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select.schema import SCORES
+from congrad_ray.stages.sketch.estimate import sketch_working_bytes, stored_sketch_bytes
+from congrad_ray.stages.train.estimate import policy_bytes, training_memory, training_working_bytes
 
 ASSUMED = Assumptions()
 
@@ -42,8 +42,26 @@ def changed(recipe: Recipe, section: str, **values: Any) -> Recipe:
 def planned(recipe: Recipe, shape: ModelShape, profile: str, overrides: Sequence[str] = ()) -> Plan:
     where = load_profile(profile, overrides)
     assert where.cluster is not None
-    lengths = assumed_lengths(recipe, ASSUMED)
-    return make_plan(recipe, where, Shapes(shape, shape, shape), lengths, ASSUMED, cluster_machine(where.cluster))
+    given = Planned(recipe, where, Shapes(shape, shape, shape), assumed_lengths(recipe, ASSUMED), ASSUMED)
+    return make_plan(given, cluster_machine(where.cluster))
+
+
+def estimate_of(stage: str) -> Estimate:
+    found = STAGES[stage].estimate
+    assert found is not None
+    return found
+
+
+def given(recipe: Recipe, shape: ModelShape, lengths: Lengths) -> Planned:
+    return Planned(recipe, load_profile("local"), Shapes(shape, shape, shape), lengths, ASSUMED)
+
+
+def volumes(what: Planned, iteration: int = 0) -> dict[str, Volume]:
+    return {
+        name: stage.estimate.volume(what, iteration)
+        for name, stage in STAGES.items()
+        if stage.estimate is not None
+    }
 
 
 def test_parameters_are_the_published_totals(llama: ModelShape, gemma: ModelShape) -> None:
@@ -71,11 +89,11 @@ def test_a_configuration_that_cannot_be_had_is_told_with_the_way_to_give_it(
         read_shape(str(tmp_path), Model())
 
 
-def test_tokens_follow_the_recipe_and_the_lengths(recipe: Recipe) -> None:
+def test_tokens_follow_the_recipe_and_the_lengths(recipe: Recipe, llama: ModelShape) -> None:
     lengths = assumed_lengths(recipe, ASSUMED)
     assert lengths.prompt == pytest.approx(0.1 * (2048 - 512))
     assert lengths.response == 256
-    counts = {count.stage: count for count in stage_counts(recipe, lengths, ASSUMED)}
+    counts = volumes(given(recipe, llama, lengths))
     assert counts["generate"].rows == 800
     assert counts["generate"].prefill == pytest.approx(800 * 153.6)
     assert counts["generate"].decode == 800 * 256
@@ -86,34 +104,34 @@ def test_tokens_follow_the_recipe_and_the_lengths(recipe: Recipe) -> None:
     assert counts["train"].trained == pytest.approx(2 * 90 * (153.6 + 256))
     assert counts["evaluate"].rows == 30 * 2 * 2
     assert counts["evaluate"].requests == 120 + 60  # and both orders of 30 greedy answers
-    later = {count.stage: count for count in stage_counts(recipe, lengths, ASSUMED, iteration=1)}
+    later = volumes(given(recipe, llama, lengths), iteration=1)
     assert later["evaluate"].rows == 60  # M_0's answers are there
     assert later["prompts"].rows == 0
-    everything = stage_counts(changed(recipe, "select", strategy="all"), lengths, ASSUMED)
-    assert next(count.rows for count in everything if count.stage == "train") == 180
+    everything = volumes(given(changed(recipe, "select", strategy="all"), llama, lengths))
+    assert everything["train"].rows == 180
 
 
-def test_what_a_run_knows_takes_the_place_of_what_is_assumed(recipe: Recipe) -> None:
+def test_what_a_run_knows_takes_the_place_of_what_is_assumed(recipe: Recipe, llama: ModelShape) -> None:
     def manifest(stage: str, rows: int, **counters: Any) -> Manifest:
         return Manifest(stage, 0, "", rows, 1.0, counters)
 
     generate = manifest("generate", 400, responses={"de": 100, "en": 300}, mean_tokens={"de": 10.0, "en": 20.0})
-    found = with_measured(assumed_lengths(recipe, ASSUMED), recipe, {"generate": generate})
+    found = with_measured(assumed_lengths(recipe, ASSUMED), ITERATED, recipe, {"responses": generate})
     assert found.response == found.paired_response == found.answer == 17.5
     assert found.prompt == pytest.approx(153.6)
     finished = {
-        "generate": generate,
-        "judge": manifest("judge", 400, mean_prompt_tokens=250.0, mean_output_tokens=30.0),
-        "pair": manifest("pair", 80),
-        "sketch": manifest("sketch", 80, prompt_tokens=800, response_tokens=3200),
-        "evaluate": manifest("evaluate", 120, mean_answer_tokens=33.0),
+        "responses": generate,
+        "judgements": manifest("judge", 400, mean_prompt_tokens=250.0, mean_output_tokens=30.0),
+        "pairs": manifest("pair", 80),
+        "sketches": manifest("sketch", 80, prompt_tokens=800, response_tokens=3200),
+        "evaluation": manifest("evaluate", 120, mean_answer_tokens=33.0),
     }
-    found = with_measured(found, recipe, finished)
+    found = with_measured(found, ITERATED, recipe, finished)
     assert (found.prompt, found.response, found.paired_response, found.pairs_per_prompt) == (10, 17.5, 20, 0.8)
     assert found.answer == 33.0
     assert (found.judge_prompt, found.judgement) == (250.0, 30.0)
     assert found.measured == ("generate", "judge", "pair", "sketch", "evaluate")
-    judge = next(count for count in stage_counts(recipe, found, ASSUMED) if count.stage == "judge")
+    judge = volumes(given(recipe, llama, found))["judge"]
     assert judge.prefill == judge.requests * 250 and judge.decode == judge.requests * 30
 
 
@@ -127,20 +145,16 @@ def test_bytes_of_a_row_that_a_run_has_are_taken(recipe: Recipe, llama: ModelSha
         "summary.json": 70,
     }
     of_scores = {"scores.parquet": 50 + file_bytes(SCORES), "direction.safetensors": 999}
-    found = measured_row_bytes(
-        recipe,
-        {
-            "pair": Manifest("pair", 0, "", 10, 1.0, {}, files=files),
-            "select": Manifest("select", 0, "", 10, 1.0, {}, files=of_scores),
-        },
-    )
-    assert found == {"pair": 100.0, "select": 5.0}
-    lengths = replace(assumed_lengths(recipe, ASSUMED), row_bytes=found)
-    counts = {count.stage: count for count in stage_counts(recipe, lengths, ASSUMED)}
-    stored = {
-        stage: stage_bytes(counts[stage], counts, llama, recipe, lengths, ASSUMED, 32)
-        for stage in ("pair", "select")
+    finished = {
+        "pairs": Manifest("pair", 0, "", 10, 1.0, {}, files=files),
+        "selection": Manifest("select", 0, "", 10, 1.0, {}, files=of_scores),
     }
+    assert measured_row_bytes(PAIRS, finished["pairs"]) == 100.0
+    lengths = with_measured(assumed_lengths(recipe, ASSUMED), ITERATED, recipe, finished)
+    assert lengths.row_bytes == {"pair": 100.0, "select": 5.0}
+    what = given(recipe, llama, lengths)
+    counts = volumes(what)
+    stored = {stage: estimate_of(stage).stored(what, counts[stage]) for stage in ("pair", "select")}
     assert stored["pair"] == counts["pair"].rows * 100 + beside
     direction = 2 * 4 * len(recipe.prompts.languages) * recipe.sketch.width
     assert stored["select"] == counts["select"].rows * 5 + 2 * file_bytes(SCORES) + direction
@@ -161,11 +175,18 @@ def test_flops_of_a_forward_pass(llama: ModelShape, recipe: Recipe) -> None:
     assert forward_flops(llama, 1, 0, 0) == 2 * llama.body
     assert forward_flops(llama, 1, 2048, 1) == 2 * (llama.body + llama.head) + 4 * 32 * 4096 * 2048
     lengths = assumed_lengths(recipe, ASSUMED)
-    counts = {count.stage: count for count in stage_counts(recipe, lengths, ASSUMED)}
-    sketch, _ = stage_flops(counts["sketch"], llama, recipe, lengths, ASSUMED)
+    what = given(recipe, llama, lengths)
+    counts = volumes(what)
+
+    def flops(stage: str) -> float:
+        replicas = estimate_of(stage).replicas
+        assert replicas is not None
+        return replicas.flops(what, counts[stage])[0]
+
+    sketch = flops("sketch")
     # A forward and a backward to the inputs: 4 N a token and a little more.
     assert 4 * llama.body < sketch / counts["sketch"].trained < 4.8 * llama.body
-    train, _ = stage_flops(counts["train"], llama, recipe, lengths, ASSUMED)
+    train = flops("train")
     assert 8 * llama.body < train / counts["train"].trained < 10.5 * llama.body  # checkpointing and padding
 
 

@@ -14,25 +14,19 @@ import pytest
 from congrad_ray.config.profile import load_profile
 from congrad_ray.config.recipe import Recipe, load_recipe
 from congrad_ray.modeling.tokenization import chat_prompt_ids, load_tokenizer
+from congrad_ray.pipeline.order import ITERATED
+from congrad_ray.pipeline.plan import known_lengths
 from congrad_ray.planning.assumptions import Assumptions
-from congrad_ray.planning.inputs import known_lengths, read_shapes
-from congrad_ray.planning.memory import sketch_memory, training_memory
-from congrad_ray.planning.storage import stage_bytes
-from congrad_ray.planning.tokens import StageCount, rubric_bytes, stage_counts
+from congrad_ray.planning.estimate import Planned
+from congrad_ray.planning.shapes import read_shapes
+from congrad_ray.planning.volume import Volume
 from congrad_ray.rundir.directory import RunDirectory
+from congrad_ray.stages.judge.estimate import rubric_bytes
 from congrad_ray.stages.judge.rubric import load_rubric
+from congrad_ray.stages.sketch.estimate import sketch_memory
+from congrad_ray.stages.train.estimate import training_memory
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = {
-    "generate": "responses",
-    "judge": "judgements",
-    "pair": "pairs",
-    "sketch": "sketches",
-    "select": "selection",
-    "train": "policy",
-    "evaluate": "evaluation",
-}
-
 TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
@@ -68,12 +62,12 @@ def measured_tokens(run: RunDirectory, recipe: Recipe) -> dict[str, float]:
 def measured_bytes(run: RunDirectory) -> dict[str, int]:
     """Bytes of the files that a stage's result is made of."""
     found = {}
-    for stage, folder in FOLDERS.items():
-        manifest = run.stage(folder, 0).manifest()
+    for stage in ITERATED:
+        manifest = run.stage(stage.folder, 0).manifest()
         assert manifest is not None
-        names = ("model.safetensors",) if stage == "train" else (".parquet", "direction.safetensors")
+        names = ("model.safetensors",) if stage.name == "train" else (".parquet", "direction.safetensors")
         files = {name: size for name, size in manifest.files.items() if not name.startswith("quarantine/")}
-        found[stage] = sum(size for name, size in files.items() if name.endswith(names))
+        found[stage.name] = sum(size for name, size in files.items() if name.endswith(names))
     return found
 
 
@@ -89,7 +83,7 @@ def bytes_per_token_of(run: RunDirectory, recipe: Recipe) -> tuple[float, float]
     return instruction, written / pc.sum(responses["response_tokens"]).as_py()
 
 
-def predicted(run: RunDirectory, recipe: Recipe) -> tuple[dict[str, StageCount], dict[str, float]]:
+def predicted(run: RunDirectory, recipe: Recipe) -> tuple[dict[str, Volume], dict[str, float]]:
     """Counts and bytes by stage from the mean lengths that the run measured and its tokenizer's bytes a token.
 
     Not from what it knows of the judge's tokens and of rows' bytes, which would predict them by themselves.
@@ -98,14 +92,15 @@ def predicted(run: RunDirectory, recipe: Recipe) -> tuple[dict[str, StageCount],
     lengths = known_lengths(recipe, Assumptions(), run)
     assert lengths.measured == ("generate", "judge", "pair", "sketch", "evaluate")
     lengths = replace(lengths, judge_prompt=None, row_bytes={})
-    counts = {c.stage: c for c in stage_counts(recipe, lengths, Assumptions(bytes_per_token=instruction))}
-    shape = read_shapes(recipe).policy
-    assumptions = Assumptions(bytes_per_token=text)
-    profile = load_profile("local")
-    stored = {
-        stage: stage_bytes(counts[stage], counts, shape, recipe, lengths, assumptions, profile)
-        for stage in FOLDERS
-    }
+    planned = Planned(
+        recipe, load_profile("local"), read_shapes(recipe), lengths, Assumptions(bytes_per_token=instruction)
+    )
+    written = replace(planned, assumptions=Assumptions(bytes_per_token=text))
+    counts, stored = {}, {}
+    for stage in ITERATED:
+        assert stage.estimate is not None
+        counts[stage.name] = stage.estimate.volume(planned, 0)
+        stored[stage.name] = stage.estimate.stored(written, counts[stage.name])
     return counts, stored
 
 

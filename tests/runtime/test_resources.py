@@ -5,16 +5,16 @@ import pytest
 from congrad_ray.config.profile import Cluster, Profile, load_profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
+from congrad_ray.pipeline.order import STAGES
+from congrad_ray.pipeline.plan import demands, most_cpus
 from congrad_ray.runtime.resources import (
+    Demand,
     DoesNotFit,
     Machine,
     Node,
-    StageNeed,
     between,
     check_fits,
     cluster_machine,
-    most_cpus,
-    needs,
     pool_sizes,
 )
 
@@ -31,7 +31,7 @@ RECIPE = validate(
 
 
 def test_rows_follow_the_recipe() -> None:
-    rows = {need.stage: need.rows for need in needs(RECIPE, load_profile("local"))}
+    rows = {need.stage: need.rows for need in demands(RECIPE, load_profile("local"))}
     assert rows == {
         "prompts": 500,
         "generate": 800,
@@ -46,14 +46,14 @@ def test_rows_follow_the_recipe() -> None:
 
 
 def test_an_engine_that_takes_every_cpu_is_refused_with_numbers() -> None:
-    generate = next(n for n in needs(RECIPE, load_profile("local", ["engines.cpus=2"])) if n.stage == "generate")
+    generate = STAGES["generate"].demand(RECIPE, load_profile("local", ["engines.cpus=2"]))
     with pytest.raises(DoesNotFit, match=r"generate.*at least 3 CPUs, there are 2 \(two cores\)"):
         check_fits(generate, Machine(2, 0, 8, "two cores"))
     check_fits(generate, Machine(3, 0, 8, "three cores"))
 
 
 def test_gpus_that_are_not_there_are_refused_with_numbers() -> None:
-    train = next(n for n in needs(RECIPE, load_profile("node-8gpu")) if n.stage == "train")
+    train = STAGES["train"].demand(RECIPE, load_profile("node-8gpu"))
     with pytest.raises(DoesNotFit, match="needs at least 8 GPUs, there are 4"):
         check_fits(train, Machine(64, 4, 512, "half a node"))
 
@@ -67,10 +67,10 @@ def test_ranges_are_short() -> None:
     assert [between(0, 0), between(2, 2), between(1, 8), between(0, 1)] == ["", "2", "1..8", "0..1"]
 
 
-def need_of(stage: str, overrides: list[str], profile: str = "aws-a100") -> tuple[StageNeed, Cluster]:
+def need_of(stage: str, overrides: list[str], profile: str = "aws-a100") -> tuple[Demand, Cluster]:
     where = load_profile(profile, overrides)
     assert where.cluster is not None
-    return next(need for need in needs(RECIPE, where) if need.stage == stage), where.cluster
+    return STAGES[stage].demand(RECIPE, where), where.cluster
 
 
 def test_an_actor_larger_than_any_node_is_refused_before_a_node_is_asked_for() -> None:
@@ -123,7 +123,7 @@ def test_a_cluster_that_grows_from_nothing_is_no_small_one() -> None:
     cluster = {"provider": "other", "head": {"name": "head", "cpus": 0, "memory_gib": 1}, "workers": nodes}
     profile = Profile.model_validate({"name": "x", "cluster": cluster})
     empty = Machine(0, 0, 0, "the connected Ray cluster", (Node("a node", 0, 0),))
-    for need in needs(RECIPE, profile):
+    for need in demands(RECIPE, profile):
         check_fits(need, empty, profile.cluster)
     with pytest.raises(DoesNotFit, match="what an autoscaler may bring is told in the profile's section cluster"):
-        check_fits(needs(RECIPE, profile)[1], empty)
+        check_fits(demands(RECIPE, profile)[1], empty)

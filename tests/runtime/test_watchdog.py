@@ -17,6 +17,7 @@ from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, StageF
 from congrad_ray.runtime import watchdog
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.interrupts import StageStopped
+from congrad_ray.runtime.resources import driver_demand
 from congrad_ray.runtime.watchdog import watched
 from congrad_ray.stages.base import Stage
 
@@ -124,7 +125,17 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
             context.output.write_bytes("large.bin", b"\0" * wanted)
             return Outcome(1)
 
-        stage = Stage("prompts", "prompts", "writes", lambda i: [], lambda r, i: {}, write, False, uses_ray=False)
+        stage = Stage(
+            "prompts",
+            "prompts",
+            "writes",
+            lambda i: [],
+            lambda r, i: {},
+            write,
+            lambda r, p: driver_demand("prompts", 1),
+            each_iteration=False,
+            uses_ray=False,
+        )
         run, recipe = RunDirectory.open(tmp_path), watchdog_recipe()
         with pytest.raises(RunDirectoryError, match=r"no space left on a disk.*make room"):
             run_stage(stage, recipe, Profile(name="test"), run)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from congrad_ray.data.tables import LANGUAGE, PAIR_ID, field
 
-# What a kill can cost, and what a part holds: so many pairs, or of long ones so many bytes of text. On a CPU that
-# is a minute of work or so for a model of some hundred million parameters.
+# What a kill can cost, and what a part holds: this many pairs, or this many bytes of text where they are long. On
+# a CPU that is about a minute of work for a model of some hundred million parameters.
 PAIRS_PER_PART = 64
 PART_BYTES = {"cpu": 2**15, "cuda": 2**21}
 

@@ -104,7 +104,7 @@ def training_working_bytes(shape: ModelShape, recipe: Recipe, pairs: int) -> int
     def peak(config: PretrainedConfig) -> int:
         model = meta_model(config, recipe.model.dtype).train()
         if recipe.train.gradient_checkpointing:
-            with warnings.catch_warnings():  # of a new name for this, which training itself tells of
+            with warnings.catch_warnings():  # of a new name for this, which training itself reports
                 warnings.simplefilter("ignore", FutureWarning)
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for parameter in model.parameters():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from congrad_ray.cli.display import console, show_evaluation
+from congrad_ray.cli.display import console, show_figures
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.data.tables import prompt_id, table_of
@@ -17,6 +17,7 @@ from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 from congrad_ray.runtime.context import Context
 from congrad_ray.runtime.engines import Completion, Task
 from congrad_ray.stages.evaluate import stage as evaluate
+from congrad_ray.stages.evaluate.figures import evaluation
 from congrad_ray.stages.evaluate.pairwise import ORDERS
 from congrad_ray.stages.evaluate.schema import ANSWERS, COMPARISONS
 from congrad_ray.stages.evaluate.stage import STAGE, run
@@ -122,7 +123,8 @@ def test_mostly_unreadable_comparisons_are_told_with_examples_and_no_rate(
     assert "A is longer" in warnings[0] and "evaluate.judge that follows instructions" in warnings[0]
     assert "fewer than evaluate.min_prompts (10)" in warnings[1] and "en (1)" in warnings[1]
     summary = {"model": "M_1", "baseline": "M_0", "score_changes": [], "warnings": warnings}
-    show_evaluation({**summary, "win_rates": [asdict(rate) for rate in rates]})
+    for figures in evaluation({**summary, "win_rates": [asdict(rate) for rate in rates]}):
+        show_figures(figures)
     screen = " ".join(capsys.readouterr().out.split())
     assert "%" not in screen.split("warning:")[0].replace("95%", "")
     assert "too few" in screen and "31: no_verdict 31" in screen and "warning: 31 of 32" in screen
