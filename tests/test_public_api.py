@@ -1,6 +1,5 @@
 """The names that `congrad_ray` itself has, and the examples of docs/how-to/python.md."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -29,14 +28,11 @@ evaluate: {max_tokens: 24}
 """
 
 
-HAS_SELECT_PAIRS = importlib.util.find_spec("congrad_ray.stages.select.selection") is not None
-
-
 def blocks(slow: bool) -> Iterator[tuple[int, str]]:
     """(line, text) of the Python blocks of the page."""
     page = PAGE.read_text()
     for found in re.finditer(r"(?:<!-- (\w+)[^>]*-->\n)?```python\n(.*?)```", page, re.DOTALL):
-        if (found[1] == "slow") is slow and (found[1] != "needs" or HAS_SELECT_PAIRS):
+        if (found[1] == "slow") is slow:
             yield page.count("\n", 0, found.start(2)), found[2]
 
 
@@ -71,6 +67,7 @@ def test_the_examples_of_the_page_run(place: Path) -> None:
     prompts = names["dataset"]["prompt"]
     kept = [prompts.index(prompt) for prompt in names["kept"]["prompt"]]
     assert kept == sorted(kept), "the rows keep their order"
+    assert names["selected"].kept.sum() == 6 and len(names["selected"].scores) == 24
     assert names["result"].sketches.shape == (2, 65536) and -1 < names["cosine"] < 1
 
 
@@ -93,8 +90,6 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("name", congrad_ray.__all__)
 def test_every_public_name_is_there(name: str) -> None:
-    if name == "select_pairs" and not HAS_SELECT_PAIRS:
-        pytest.skip("select_pairs is not there yet")
     assert getattr(congrad_ray, name) is not None and name in dir(congrad_ray)
 
 

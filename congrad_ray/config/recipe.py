@@ -12,13 +12,10 @@ import langcodes
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from congrad_ray.config.chat_template import CHAT_TEMPLATE_DATE, is_jinja
+from congrad_ray.config.names import DirectionMethod, LeaveOut
 from congrad_ray.config.settings import Settings, apply_overrides, local_path, read_yaml, validate, why_not_read
 
 BUILTIN_WORLD = "builtin-world"
-DirectionMethod = Literal[
-    "pcgrad", "mean", "sum", "gradvac", "cagrad", "mgda", "nash_mtl", "equal_norm_mean", "consensus"
-]
-LeaveOut = Literal["nothing", "pair", "language"]
 Strategy = Literal["congrad", "all", "random", "reward_gap", "own_language", "no_surgery", "length_balanced"]
 
 

@@ -42,9 +42,9 @@ from congrad_ray.data.records import (
     read_records,
 )
 from congrad_ray.data.tables import MESSAGES, PAIR_ID, quarantined, row_id, table_of
-from congrad_ray.modeling.source import named_model
+from congrad_ray.modeling.source import check_models, named_model
 from congrad_ray.modeling.tokenization import chat_prompt_ids
-from congrad_ray.pipeline.runner import run_stage
+from congrad_ray.pipeline.runner import by_name, run_stage
 from congrad_ray.rundir.directory import (
     RunDirectory,
     RunDirectoryError,
@@ -171,7 +171,7 @@ def run_filter(
     done = work.stage(reading.folder, 0).manifest()
     stored = done is not None and done.fingerprint == _fingerprints(recipe, stages)[0]
     are_messages = _are_messages(work) if stored else None
-    _check_model(settings.model, read().are_messages if are_messages is None else are_messages)
+    _check_model(recipe, read().are_messages if are_messages is None else are_messages)
     with only_writer(work):
         for stage in stages:
             run_stage(stage, recipe, profile, work, redo=redo)
@@ -203,13 +203,33 @@ def _fingerprints(recipe: Recipe, stages: Sequence[Stage]) -> list[str]:
 
 def _refuse_others(out: str, work: RunDirectory, recipe: Recipe, stages: Sequence[Stage]) -> None:
     """Raises RunDirectoryError where `out` holds what other preferences or settings made."""
-    differing = ("preferences", "a model, or settings of sketches or loss,", "settings of the selection")
-    for stage, identity, what in zip(stages, _fingerprints(recipe, stages), differing, strict=True):
-        if work.stage(stage.folder, 0).fingerprint() not in (None, identity):
-            raise RunDirectoryError(
-                f"--out {out} holds a filter with {what} that differ from those given now. Give another --out, or "
-                "add --redo to replace what differs"
-            )
+    found = [
+        work.stage(stage.folder, 0).changes(identity, stage.settings(recipe, 0), named=_in_words)
+        for stage, identity in zip(stages, _fingerprints(recipe, stages), strict=True)
+    ]
+    if all(changes is None for changes in found):
+        return
+    lines = dict.fromkeys(line for changes in found for line in changes or [])
+    raise RunDirectoryError(
+        "\n".join(
+            [
+                f"--out {out} holds a filter of other preferences or with other settings{':' if lines else '.'}",
+                *lines,
+                "Give another --out, or add --redo to replace what differs.",
+            ]
+        )
+    )
+
+
+def _in_words(settings: Any) -> dict[str, Any]:
+    """A stage's settings by names that say something to a person."""
+    if isinstance(settings, dict) and "digest" in settings:
+        return {
+            "preferences": settings["source"],
+            "content of the preferences": settings["digest"],
+            "chat": settings["chat"],
+        }
+    return by_name(settings)
 
 
 def _are_messages(work: RunDirectory) -> bool | None:
@@ -222,9 +242,13 @@ def _are_messages(work: RunDirectory) -> bool | None:
         return None
 
 
-def _check_model(model: Model, chats: bool) -> None:
-    """Raises ModelError or MissingChatTemplate for a model that the sketch stage could not use."""
-    source = named_model(model.name, model)
+def _check_model(recipe: Recipe, chats: bool) -> None:
+    """Raises ModelError or MissingChatTemplate for a model that the sketch stage could not use.
+
+    Beyond what is checked before every stage, the model's weights, and the tokenizer of one that is on the hub.
+    """
+    check_models(recipe, present=True)
+    source = named_model(recipe.model.name, recipe.model, recipe.seed)
     source.check_files()
     tokenizer = source.load_tokenizer()
     if chats:

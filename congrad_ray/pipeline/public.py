@@ -16,7 +16,8 @@ from congrad_ray.data.records import InputError
 from congrad_ray.pipeline.filtering import COLUMNS, FilterSettings, run_filter
 from congrad_ray.pipeline.loop import run_all
 from congrad_ray.pipeline.order import STAGES
-from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
+from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, without_keys
+from congrad_ray.runtime.logs import configure_unless_handled
 
 _GIVEN = "a datasets.Dataset"
 
@@ -58,7 +59,8 @@ def filter_preferences(
     so its features are kept; a column congrad_score is replaced.
 
     Ray is started as the profile says; a Ray that is connected already is used as it is. It stays up, so that a
-    second call is fast; `ray.shutdown()`, or the end of the process, ends it.
+    second call is fast; `ray.shutdown()`, or the end of the process, ends it. Progress is printed, unless the
+    program has handlers of its own for log records.
 
     Raises TypeError for anything but one split of a dataset, and ValueError with a text that says what to do for
     everything that is wrong with the rows, the model or the settings, before Ray starts.
@@ -80,6 +82,7 @@ def filter_preferences(
     )
     with tempfile.TemporaryDirectory(prefix="congrad-filter-") as folder:
         place = f"{folder}/out" if out is None else str(out)
+        configure_unless_handled(where.log_format, without_keys(place))
         if not isinstance(dataset, datasets.Dataset):
             if not isinstance(dataset, str | os.PathLike):
                 raise TypeError(
@@ -119,7 +122,7 @@ def run(
 
     Returns the run directory: `.stage("selection", 0).read_table(name="selected.parquet")` has what was kept.
 
-    Ray is treated as by `filter_preferences`. Raises ValueError with a text that says what to do.
+    Ray and progress are treated as by `filter_preferences`. Raises ValueError with a text that says what to do.
     """
     where = profile if isinstance(profile, Profile) else load_profile(str(profile))
     if until is not None and until not in STAGES:
@@ -131,6 +134,7 @@ def run(
             validate(Recipe, apply_overrides(recipe.model_dump(mode="json"), set), "recipe") if set else recipe
         )
     directory = RunDirectory.open(where.run_uri(str(run)))
+    configure_unless_handled(where.log_format, directory.path)
     run_all(loaded, where, directory, until, redo)
     return directory
 

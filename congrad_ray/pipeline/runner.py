@@ -82,7 +82,7 @@ def _locked_stage(
             cpus = most_cpus(recipe, profile)
             check_fits(stage.demand(recipe, profile), this_machine(profile, cpus), None)
 
-    state = output.begin(identity, redo, label, settings, inputs, _named, check)
+    state = output.begin(identity, redo, label, settings, inputs, by_name, check)
     if state == "done":
         manifest = output.manifest()
         assert manifest is not None
@@ -98,10 +98,10 @@ def _locked_stage(
 
 def loads_models(stage: Stage, recipe: Recipe, iteration: int) -> bool:
     """Whether the work of a stage is with models, so that they decide its output."""
-    return stage.uses_ray and "model" in _named(stage.settings(recipe, iteration))
+    return stage.uses_ray and "model" in by_name(stage.settings(recipe, iteration))
 
 
-def _named(settings: Any) -> dict[str, Any]:
+def by_name(settings: Any) -> dict[str, Any]:
     """A stage's settings with the names that the recipe has for them.
 
     A stage keeps what decides its output in a form of its own: a mapping of sections, one section's settings, or a

@@ -244,11 +244,11 @@ def _damage_reported(path: str) -> Iterator[None]:
         ) from error
 
 
-def _changes(before: Any, settings: Any, inputs: dict[str, str], named: Callable[[Any], Any]) -> str:
+def _changes(before: Any, settings: Any, inputs: dict[str, str], named: Callable[[Any], Any]) -> list[str]:
     """A line for each setting and input that is another than `before`, where it has them by name."""
     old = before if isinstance(before, dict) else {}
     if settings is None or old.get("settings") is None:
-        return ""
+        return []
     was, now = (_flat(named(found)) for found in (old["settings"], json.loads(json.dumps(settings))))
     lines = [
         f"  {name}: {_value(was, name)} -> {_value(now, name)}"
@@ -257,7 +257,7 @@ def _changes(before: Any, settings: Any, inputs: dict[str, str], named: Callable
     ]
     made = old.get("inputs") or {}
     lines += [f"  {name}: made again since" for name in inputs if made.get(name, "") != inputs[name]]
-    return "\n".join(lines)
+    return lines
 
 
 _ABSENT = object()
@@ -290,13 +290,23 @@ class StageFolder(Folder):
         except TypeError:
             return None
 
-    def fingerprint(self) -> str | None:
-        """Of what made the result that is here, or began it; None where there is none, or it is not known."""
+    def changes(
+        self,
+        stage_fingerprint: str,
+        settings: Any = None,
+        inputs: dict[str, str] | None = None,
+        named: Callable[[Any], Any] = lambda settings: settings,
+    ) -> list[str] | None:
+        """What differs from what made, or began, the result that is here: a line for each setting and input.
+
+        None where nothing differs or there is no result; an empty list where it is not known what. Parameters as
+        of `begin`.
+        """
         manifest, started = self.manifest(), self.read_json(STARTED)
-        if manifest:
-            return manifest.fingerprint
-        withdrawn = isinstance(started, dict) and started.get("withdrawn")
-        return None if withdrawn else _fingerprint_in(started)
+        found = manifest.fingerprint if manifest else _fingerprint_in(started)
+        if found in (None, stage_fingerprint):
+            return None
+        return _changes(asdict(manifest) if manifest else started, settings, inputs or {}, named)
 
     def begin(
         self,
@@ -327,9 +337,9 @@ class StageFolder(Folder):
                 "settings they were made: look at them, then add --redo to throw them away and do the stage again."
             )
         if found is not None and found != stage_fingerprint and not redo:
-            before, verb = (asdict(manifest), "made") if manifest else (started, "begun")
-            changes = _changes(before, settings, inputs or {}, named)
+            changes = "\n".join(self.changes(stage_fingerprint, settings, inputs, named) or [])
             listed = f":\n{changes}\n" if changes else f" (fingerprint {found}, now {stage_fingerprint}). "
+            verb = "made" if manifest else "begun"
             raise RunDirectoryError(
                 f"{what} in {self.path} was {verb} with other settings or inputs{listed}"
                 "Use another --run directory, put the old settings back, or add --redo to throw this stage's "

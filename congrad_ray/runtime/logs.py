@@ -1,7 +1,8 @@
 """How log records look: lines for a person on a terminal, or JSON for what collects a cluster's logs.
 
 Every module logs with `logging.getLogger(__name__)`: progress and results at INFO, warnings at WARNING. Nothing is
-shown of it until `configure` is called, as the commands do; a notebook may use its own handlers instead.
+shown of it until `configure` is called, as the commands and the functions of `congrad_ray` do; these leave it to a
+program's own handlers where there are any.
 """
 
 from __future__ import annotations
@@ -159,3 +160,9 @@ def configure(
     logger.addHandler(handler)
     logger.setLevel(min(level, BAR) if bars else level)
     logger.propagate = False  # what configures the root logger would show every line twice
+
+
+def configure_unless_handled(format: Literal["text", "json"] = "text", run: str | None = None) -> None:
+    """Shows the package's records as `configure` does, where nothing handles them yet."""
+    if not logging.getLogger("congrad_ray").hasHandlers():
+        configure(format, run=run)

@@ -104,9 +104,9 @@ def test_the_corrected_command_works_in_the_same_folder_and_other_settings_are_r
     assert len(kept_rows(out)) == 12
     other = write_preferences(tmp_path / "others.jsonl", 12)
     for preferences, more, what in (
-        (other, (), "preferences"),
-        (good, ("--width", "1024"), "settings of sketches"),
-        (good, ("--select", "direction=mean"), "settings of the selection"),
+        (other, (), f"preferences: {good} -> {other}"),
+        (good, ("--width", "1024"), "sketch.width: 512 -> 1024"),
+        (good, ("--select", "direction=mean"), "select.direction: pcgrad -> mean"),
     ):
         refused = run(preferences, *more)
         assert refused.returncode == 2 and what in refused.stderr

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from congrad_ray.runtime.logs import about, configure, inherited
+from congrad_ray.runtime.logs import about, configure, configure_unless_handled, inherited
 from congrad_ray.runtime.progress import Progress, duration
 
 logger = logging.getLogger("congrad_ray.anything")
@@ -55,6 +55,19 @@ def test_once_more_replaces_and_the_root_logger_stays(capsys: pytest.CaptureFixt
     logger.warning("shown")
     assert capsys.readouterr().out.count("\n") == 1
     assert logging.getLogger().handlers == root
+
+
+def test_a_program_that_handles_records_itself_sees_them_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = logging.getLogger()
+    configure_unless_handled()  # pytest has handlers
+    logger.info("handled by the program")
+    monkeypatch.setattr(root, "handlers", [])
+    for _ in range(2):
+        configure_unless_handled()
+    logger.info("printed")
+    assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()] == ["printed"]
 
 
 def test_progress_is_a_bar_on_a_terminal_and_a_line_at_the_end(

@@ -392,6 +392,16 @@ def test_moving_averages_and_weights(sketched: RunDirectory, tiny_model: Path) -
         selected(sketched, tiny_model, min_pairs=21)
 
 
+def test_a_setting_that_does_not_fit_the_pairs_leaves_no_claim(tmp_path: Path, tiny_model: Path) -> None:
+    run = RunDirectory.open(tmp_path / "run")
+    write_sketches(run.stage("sketches", 0), 20, seed=1)
+    run.stage("pairs", 0).commit("pair", 0, "pairs", None, {}, 20, 0.0, {})
+    wrong = recipe_for(tiny_model, select={"language_weights": {"fr": 2.0}})
+    with pytest.raises(SelectionError, match="language_weights names fr; the pairs are in de, en"):
+        run_stage(select.STAGE, wrong, Profile(name="test"), run)
+    assert not run.stage("selection", 0).exists()
+
+
 def test_a_language_below_the_floor_takes_no_part_and_is_named(
     tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,7 +16,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from congrad_ray.config.recipe import DirectionMethod
+from congrad_ray.config.names import DirectionMethod
 
 Float64Array = NDArray[np.float64]
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from congrad_ray.config.recipe import Select
 from congrad_ray.stages.select.directions import Float64Array
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from congrad_ray.config.recipe import Select
 
 # A pair's tokens: its prompt once, and both responses.
 TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")

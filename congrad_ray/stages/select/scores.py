@@ -11,18 +11,23 @@ or on their sum; a cosine is always that of the whole vectors: dot products and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from congrad_ray.config.recipe import DirectionMethod, LeaveOut, Select
+from congrad_ray.config.names import DirectionMethod, LeaveOut
 from congrad_ray.stages.select.directions import (
     Float64Array,
     check_gram,
     direction_weights,
     projected_coefficients,
 )
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from congrad_ray.config.recipe import Select
 
 # Squared length of a direction, relative to the parts that it is the sum of, below which only rounding is
 # left.

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from congrad_ray.config.recipe import Select, Sketch
+from congrad_ray.data.records import InputError
 from congrad_ray.stages.select.directions import Float64Array
 from congrad_ray.stages.select.keep import TOKENS, keep_pairs
 from congrad_ray.stages.select.schema import SCORES
@@ -38,7 +39,7 @@ from congrad_ray.stages.sketch.audit import expected_overlap
 from congrad_ray.stages.sketch.schema import dtype_of
 
 
-class SelectionError(ValueError):
+class SelectionError(InputError):
     """There is nothing to select, or a setting asks for what is not there; the text says what to do."""
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow.fs import FileSystem
 
-from congrad_ray.config.recipe import LeaveOut
+from congrad_ray.config.names import LeaveOut
 from congrad_ray.rundir.directory import Folder, RunDirectoryError
 from congrad_ray.stages.select.directions import Float64Array
 from congrad_ray.stages.select.scores import Agreement, Direction, agreement

@@ -1,0 +1,8 @@
+"""Names of choices that settings and algorithms share; without pydantic, which the algorithms do not need."""
+
+from typing import Literal
+
+DirectionMethod = Literal[
+    "pcgrad", "mean", "sum", "gradvac", "cagrad", "mgda", "nash_mtl", "equal_norm_mean", "consensus"
+]
+LeaveOut = Literal["nothing", "pair", "language"]
