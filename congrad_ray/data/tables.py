@@ -61,6 +61,15 @@ def pair_id(prompt_id: str, iteration: int) -> str:
     return row_id("pair", prompt_id, iteration)
 
 
+FAILURE = "failure"  # column: null in a good row, else {"reason": ..., "detail": ...}
+FAILURE_FIELD = pa.field(FAILURE, pa.struct([("reason", pa.string()), ("detail", pa.string())]))
+
+
+def failure(reason: str, detail: object) -> dict[str, str]:
+    """The value of the FAILURE column of a row that goes to quarantine."""
+    return {"reason": reason, "detail": str(detail)}
+
+
 def quarantined(row_id: str, language: str | None, reason: str, detail: str) -> dict[str, Any]:
     """One row of the quarantine table, safe to print; `detail` is cut to 500 characters."""
     return {

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from congrad_ray.data.tables import failure
 from congrad_ray.runtime.driver_actors import driver_actor
-from congrad_ray.runtime.rows import failure
 
 Verdict = Literal["together", "alone", "never"]
 

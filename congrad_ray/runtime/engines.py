@@ -20,13 +20,12 @@ import pyarrow as pa
 
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Model, Recipe
-from congrad_ray.data.tables import Message, row_id, table_of
+from congrad_ray.data.tables import FAILURE, FAILURE_FIELD, Message, failure, row_id, table_of
 from congrad_ray.modeling.source import ModelSource, named_model, settings_of
 from congrad_ray.modeling.tokenization import MissingChatTemplate, chat_prompt_ids
 from congrad_ray.runtime.attempts import attempts, killed_worker
 from congrad_ray.runtime.notices import Notify
 from congrad_ray.runtime.resources import pool_sizes
-from congrad_ray.runtime.rows import FAILURE, FAILURE_FIELD, failure
 
 if TYPE_CHECKING:
     from ray.data import Dataset

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from congrad_ray.data.tables import quarantined, row_id, table_of
+from congrad_ray.data.tables import FAILURE, quarantined, row_id, table_of
 from congrad_ray.rundir.directory import Folder, RunDirectoryError, StageFolder, each
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.metrics import COUNTERS, Meter
@@ -23,14 +23,6 @@ if TYPE_CHECKING:
 
 # So many failed rows never stop a stage, however few rows it has.
 _FEW = 10
-
-FAILURE = "failure"  # column: null in a good row, else {"reason": ..., "detail": ...}
-FAILURE_FIELD = pa.field(FAILURE, pa.struct([("reason", pa.string()), ("detail", pa.string())]))
-
-
-def failure(reason: str, detail: object) -> dict[str, str]:
-    """The value of the FAILURE column of a row that goes to quarantine."""
-    return {"reason": reason, "detail": str(detail)}
 
 
 @dataclass(frozen=True)

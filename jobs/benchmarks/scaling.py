@@ -31,11 +31,11 @@ from selection import LANGUAGES, held_memory, recipe_for, timed, write_tables
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
-from congrad_ray.data.tables import table_of
+from congrad_ray.data.tables import FAILURE_FIELD, table_of
 from congrad_ray.modeling.source import policy
 from congrad_ray.rundir.directory import RunDirectory, StageFolder
 from congrad_ray.runtime.context import Context, Outcome
-from congrad_ray.runtime.rows import FAILURE_FIELD, PartWriter, outcome_of, read_missing_batches
+from congrad_ray.runtime.rows import PartWriter, outcome_of, read_missing_batches
 from congrad_ray.runtime.session import connect
 from congrad_ray.stages.generate.schema import RESPONSES
 from congrad_ray.stages.judge.schema import JUDGEMENTS

@@ -11,9 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from congrad_ray.data.tables import FAILURE, FAILURE_FIELD
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.attempts import Attempts, attempt, attempts, killed_worker
-from congrad_ray.runtime.rows import FAILURE, FAILURE_FIELD, outcome_of, read_missing_batches, write_rows
+from congrad_ray.runtime.rows import outcome_of, read_missing_batches, write_rows
 
 from .test_rows import SCHEMA, context_in
 

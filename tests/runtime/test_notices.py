@@ -12,11 +12,12 @@ import pytest
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
+from congrad_ray.data.tables import FAILURE_FIELD
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.context import Context
 from congrad_ray.runtime.notices import Notify
 from congrad_ray.runtime.progress import Progress
-from congrad_ray.runtime.rows import FAILURE_FIELD, write_rows
+from congrad_ray.runtime.rows import write_rows
 
 SCHEMA = pa.schema([("id", pa.string()), ("language", pa.string())])
 

@@ -9,6 +9,7 @@ import pytest
 
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Model
+from congrad_ray.data.tables import FAILURE
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.modeling.tokenization import MissingChatTemplate
 from congrad_ray.runtime import engines as engine
@@ -20,7 +21,6 @@ from congrad_ray.runtime.engines import (
     load_chat_tokenizer,
     sampling_seed,
 )
-from congrad_ray.runtime.rows import FAILURE
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("text", pa.string(), nullable=False)])
 

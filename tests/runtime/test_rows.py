@@ -11,10 +11,10 @@ import pytest
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
-from congrad_ray.data.tables import quarantined
+from congrad_ray.data.tables import FAILURE, FAILURE_FIELD, failure, quarantined
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 from congrad_ray.runtime.context import Context
-from congrad_ray.runtime.rows import FAILURE, FAILURE_FIELD, failure, outcome_of, write_rows
+from congrad_ray.runtime.rows import outcome_of, write_rows
 
 SCHEMA = pa.schema([("id", pa.string()), ("language", pa.string())])
 

@@ -12,11 +12,11 @@ import pytest
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe, Select, Sketch
 from congrad_ray.config.settings import validate
-from congrad_ray.data.tables import table_of
+from congrad_ray.data.tables import FAILURE, table_of
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory, StageFolder
-from congrad_ray.runtime.rows import FAILURE, MissingRows
+from congrad_ray.runtime.rows import MissingRows
 from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select import stage as select
 from congrad_ray.stages.select.keep import keep_pairs

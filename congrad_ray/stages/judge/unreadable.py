@@ -9,8 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from congrad_ray.config.printable import printable
-from congrad_ray.data.tables import table_of
-from congrad_ray.runtime.rows import FAILURE, FAILURE_FIELD
+from congrad_ray.data.tables import FAILURE, FAILURE_FIELD, table_of
 
 Row = dict[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +13,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from congrad_ray.rundir.directory import Folder, Manifest, RunDirectory
-from congrad_ray.stages.base import Stage
 from congrad_ray.stages.report.evaluation import EvaluationRow, evaluation_rows
 from congrad_ray.stages.train.metrics import Row, read_metrics
+
+if TYPE_CHECKING:
+    from congrad_ray.stages.base import Stage
 
 _BINS = 20
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.data.tables import Message
+from congrad_ray.data.tables import FAILURE, FAILURE_FIELD, Message, failure
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.modeling.tokenization import (
     MissingChatTemplate,
@@ -22,7 +22,6 @@ from congrad_ray.modeling.tokenization import (
 from congrad_ray.rundir.directory import Folder
 from congrad_ray.runtime.attempts import attempt, killed_worker
 from congrad_ray.runtime.notices import Notify
-from congrad_ray.runtime.rows import FAILURE, FAILURE_FIELD, failure
 from congrad_ray.stages.sketch.schema import sketch_bytes, sketches_schema
 
 if TYPE_CHECKING:

@@ -9,12 +9,11 @@ import pytest
 
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.data.tables import row_id, table_of
+from congrad_ray.data.tables import FAILURE, FAILURE_FIELD, row_id, table_of
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 from congrad_ray.runtime.context import Context
 from congrad_ray.runtime.engines import Completion, Request, Task
-from congrad_ray.runtime.rows import FAILURE, FAILURE_FIELD
 from congrad_ray.stages.generate.schema import RESPONSES
 from congrad_ray.stages.judge import stage as judge
 from congrad_ray.stages.judge.schema import JUDGEMENT_SAMPLES
