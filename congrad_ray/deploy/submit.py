@@ -20,7 +20,10 @@ from congrad_ray.config.printable import brief
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-ROOT = Path(__file__).resolve().parents[2]
+_CHECKOUT = Path(__file__).resolve().parents[2]
+# What is sent to the cluster: the checkout, with the code. An installed package has to be installed there as well,
+# and only the current folder is sent.
+ROOT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").exists() else Path.cwd()
 # Ray's client takes these for the address that it is given.
 _ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 _RECONNECT_S = 5.0
@@ -50,8 +53,7 @@ def entrypoint(
     Raises SubmitError for a file outside of `root`, which the cluster would not have.
     """
     words = [
-        "python",
-        f"jobs/run_{'all' if command == 'run' else command}.py",
+        *("python", "-m", "congrad_ray", command),
         _inside(recipe, root),
         "--run",
         run,

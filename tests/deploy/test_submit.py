@@ -106,8 +106,8 @@ def test_what_the_cluster_would_not_have_is_refused(tmp_path: Path) -> None:
 def test_the_job_is_the_same_command_in_the_folder_that_is_sent() -> None:
     command = entrypoint("sketch", DEMO, "s3://bucket/run", "aws-spot", 1, ["train.beta=0.2", "name='a b'"], True)
     assert command == (
-        "python jobs/run_sketch.py jobs/recipes/demo.yaml --run s3://bucket/run --profile aws-spot --iteration 1 "
-        "--set train.beta=0.2 --set 'name='\"'\"'a b'\"'\"'' --redo"
+        "python -m congrad_ray sketch jobs/recipes/demo.yaml --run s3://bucket/run --profile aws-spot "
+        "--iteration 1 --set train.beta=0.2 --set 'name='\"'\"'a b'\"'\"'' --redo"
     )
 
 
