@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,6 +14,7 @@ from congrad_ray.runtime.context import Context
 from congrad_ray.stages.report.facts import gather
 from congrad_ray.stages.report.html import duration, render
 from congrad_ray.stages.report.pictures import conflict_matrix, histogram, line_chart
+from pages import Page, words
 
 MakeRun = Callable[..., tuple[RunDirectory, Recipe]]
 REPORTED = (*FIRST, *ITERATED)
@@ -25,33 +24,6 @@ STEPS = ["prompts", "responses", "judgements", "pairs", "sketches", "selection",
 def report_of(run: RunDirectory, recipe: Recipe) -> str:
     LAST[-1].run(Context(recipe, Profile(name="test"), run, 0, run.stage("report", None)))
     return run.read_bytes("report.html").decode()
-
-
-class Page(HTMLParser):
-    """Every element of a page with its attributes, checked to close what it opens."""
-
-    VOID = ("meta", "link", "br", "img")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, Any]]] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes another element"
-
-
-def words(page: str) -> str:
-    """The text of a page with single spaces."""
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
 
 
 def test_numbers_are_those_of_the_tables(tmp_path: Path, make_run: MakeRun) -> None:
