@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 
 from congrad_ray.config.profile import load_profile
-from congrad_ray.pipeline.plan import most_cpus
+from congrad_ray.pipeline.plan import max_cpus
 from congrad_ray.runtime.logs import configure
 from congrad_ray.runtime.session import connect
 from study.analysis import without_seeds
@@ -42,7 +42,7 @@ def main() -> None:
     results = Results(arguments.results)
     if not arguments.only_report:
         blocks = [protocol.tuning] if arguments.tuning else protocol.blocks
-        connect(profile, max(arguments.workers, most_cpus(protocol.recipe, profile)))
+        connect(profile, max(arguments.workers, max_cpus(protocol.recipe, profile)))
         if arguments.exact:
             check_with_exact(protocol, profile, arguments.run.resolve(), results)
         for number, block in enumerate([] if arguments.exact else blocks, 1):

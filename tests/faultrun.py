@@ -12,7 +12,7 @@ A round has two phases. `sampling` goes from nothing to judgements; engines may 
 requests together with others, so texts and scores that differ are counted only. `rest` goes from the undisturbed
 run's responses and judgements to the report; its pairs, sketches, scores and selection have to be bitwise equal.
 
-Every kill and every comparison is a line of the results file. The same command goes on where it was. The exit code
+Every kill and every comparison is a line of the results file. The same command resumes where it was. The exit code
 is 1 where a row was lost or doubled, where something differs that may not, or where the command kept failing.
 """
 
@@ -74,7 +74,7 @@ def _repeated(run: FaultRun) -> None:
 
 
 def _rounds(run: FaultRun, kills: int) -> None:
-    """Rounds of both phases until so many kills were made, shared out by their numbers of stages."""
+    """Rounds of both phases until this many kills were made, shared out by their numbers of stages."""
     number = 0
     while (left := kills - len(run.results.of("kill"))) > 0 or _begun(run, f"round-{number}"):
         round_ = f"round-{number}"
@@ -105,7 +105,7 @@ def _set_environment() -> None:
     # A node is given up, or ends itself, when it is not up after half a minute, which a busy machine may need.
     os.environ["RAY_raylet_start_wait_time_s"] = "300"  # noqa: SIM112
     os.environ["RAY_agent_register_timeout_ms"] = "300000"  # noqa: SIM112 - Ray's own spelling
-    # Of a killed process nothing is known that it had not told yet.
+    # Of a killed process nothing is known that it had not reported yet.
     os.environ["RAY_task_events_report_interval_ms"] = "100"  # noqa: SIM112 - Ray's own spelling
 
 

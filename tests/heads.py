@@ -47,7 +47,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Workers:
-    """What Ray's autoscaler may start: up to so many nodes of so many CPUs, gone after so many idle seconds."""
+    """What Ray's autoscaler may start: how many nodes, with how many CPUs, removed after how many idle seconds."""
 
     most: int
     cpus: int
@@ -100,7 +100,7 @@ def free_port() -> int:
 def ray_head(
     folder: Path, cpus: int, environment: Mapping[str, str], workers: Workers | None = None
 ) -> Iterator[Head]:
-    """A Ray head of so many CPUs, its log in `folder`; with `workers`, its autoscaler starts real nodes here."""
+    """A Ray head with this many CPUs, its log in `folder`; with `workers`, its autoscaler starts nodes here."""
     log_file = folder / "head.log"
     ports = [free_port() for _ in range(3)]
     head = Head(f"http://127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}", f"http://127.0.0.1:{ports[2]}/metrics")

@@ -534,7 +534,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
 
 
 def check_examples(surface: Surface, place: Place, number: int) -> int:
-    """Checks about so many examples, always the same; returns how many there were."""
+    """Checks about this many examples, always the same; returns how many there were."""
     seen = 0
 
     def check(example: Any) -> None:
@@ -572,7 +572,7 @@ def test_ten_thousand_bad_inputs(place: Place) -> None:
     "content", [b"", b"\n \n", '{"prompt": "x"}'.encode("utf-16"), b'[{"prompt": "x"}]', b"\xe9\n"]
 )
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows \x1b[31m.jsonl"])
-def test_a_file_without_any_row_is_told_with_its_name(place: Place, content: bytes, name: str) -> None:
+def test_a_file_without_any_row_is_reported_with_its_name(place: Place, content: bytes, name: str) -> None:
     path = place.folder / name
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"is empty|one JSON object on each line") as error:
@@ -639,7 +639,7 @@ def test_columns_whose_values_have_no_common_type_are_written_as_text(
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("name: x\nname: y", "the key 'name' is there twice"),
         ('name: "\\uD800"', "no Unicode text"),
@@ -655,12 +655,12 @@ def test_columns_whose_values_have_no_common_type_are_written_as_text(
         ("a: " + "[" * 3000, "RecursionError"),
     ],
 )
-def test_settings_that_would_pass_or_fail_elsewhere(tmp_path: Path, text: str, told: str) -> None:
+def test_settings_that_would_pass_or_fail_elsewhere(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(SettingsError) as error:
         load_recipe(path)
-    assert told in str(error.value)
+    assert message in str(error.value)
     check_text(str(error.value))
 
 
@@ -679,19 +679,19 @@ class Pickled:
 
 
 @pytest.mark.parametrize(
-    ("missing", "told"),
+    ("missing", "message"),
     [
         ("model.safetensors", "no file named model.safetensors"),
         ("tokenizer.json", "tokenizer.json and tokenizer_config.json, as save_pretrained"),
         ("config.json", "config.json"),
     ],
 )
-def test_a_model_with_a_file_missing(tmp_path: Path, tiny_model: Path, missing: str, told: str) -> None:
+def test_a_model_with_a_file_missing(tmp_path: Path, tiny_model: Path, missing: str, message: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     (folder / missing).unlink()
     source = named_model(str(folder), Model())
-    with pytest.raises(ModelError, match=told) as error:
+    with pytest.raises(ModelError, match=message) as error:
         source.load_tokenizer() if missing == "tokenizer.json" else source.load_model("cpu")
     assert str(folder) in str(error.value)
 
@@ -709,7 +709,7 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path, tiny_model: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"num_hidden_layers": 3}, "9 of its weights are in no file"),
         ({"hidden_size": 96}, "cannot load the model of"),
@@ -717,13 +717,13 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path, tiny_model: Path) -> Non
     ],
 )
 def test_weights_that_do_not_belong_to_the_configuration(
-    tmp_path: Path, tiny_model: Path, settings: dict[str, Any], told: str
+    tmp_path: Path, tiny_model: Path, settings: dict[str, Any], message: str
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | settings))
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         named_model(str(folder), Model()).load_model("cpu")
 
 
@@ -762,7 +762,7 @@ def test_nothing_on_the_terminal_acts_on_it(
     run = tmp_path / "run[red]"
     run.mkdir()
     (run / "recipe.yaml").write_bytes(b"name: \xff")
-    for arguments, code, told in (
+    for arguments, code, message in (
         (["plan", recipe], 0, "[/red][bold]"),
         (["plan", recipe, "--set", f"train.{name}=1"], 2, "\\x1b[31m"),
         (["plan", recipe, "--set", "name=\udcff"], 2, "udcff"),
@@ -771,5 +771,5 @@ def test_nothing_on_the_terminal_acts_on_it(
         with pytest.raises(SystemExit) as end:
             main([str(argument) for argument in arguments])
         said = "".join(capsys.readouterr())
-        assert (end.value.code or 0) == code and told in said, said
+        assert (end.value.code or 0) == code and message in said, said
         check_text(said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# What chat templates that ask for today are told, unless a recipe says otherwise: what Llama 3's fall back to.
+# The date that chat templates that ask for today get, unless a recipe says otherwise: what Llama 3's fall back to.
 CHAT_TEMPLATE_DATE = "2024-07-26"
 
 

@@ -76,7 +76,7 @@ class Engines(Pool):
     enforce_eager: bool = Field(False, description="no CUDA graphs; start-up is faster")
 
     def rows_per_batch(self, max_tokens: int) -> int:
-        """`batch_size` for answers of up to so many tokens.
+        """`batch_size` for answers of up to this many tokens.
 
         A batch is written when all of it is there, and what a kill costs is the batches in flight. A GPU is done
         with 64 long answers in a minute; a CPU would be at them for ten.
@@ -121,7 +121,7 @@ class NodeType(Settings):
     gpu_teraflops: float | None = Field(None, gt=0, description="dense bfloat16 TFLOP/s of one GPU by its maker")
     min_nodes: int = Field(0, ge=0)
     max_nodes: Positive = 1
-    spot: bool = Field(False, description="cheaper nodes that the cloud may take back at any time")
+    spot: bool = Field(False, description="cheaper nodes that the cloud may reclaim at any time")
     price_per_hour: float | None = Field(None, ge=0, description="US dollars for one node, as you pay them")
     node_selector: dict[str, str] = Field(
         default_factory=dict, description="Kubernetes: labels of the nodes that pods of this kind may run on"
@@ -139,8 +139,10 @@ class NodeType(Settings):
 class Retries(Settings):
     """What Kubernetes does with a job that fails, and with what is left when it ends (the fields of a RayJob)."""
 
-    backoff_limit: int = Field(2, ge=0, description="new tries, each on a new cluster; done stages stay done")
-    ttl_seconds_after_finished: int = Field(600, ge=0, description="the cluster is deleted so long after the end")
+    backoff_limit: int = Field(2, ge=0, description="retries, each on a new cluster; finished stages are kept")
+    ttl_seconds_after_finished: int = Field(
+        600, ge=0, description="seconds from the end until the cluster is deleted"
+    )
     active_deadline_seconds: Positive | None = Field(None, description="a job that takes longer has failed")
 
 
@@ -153,7 +155,7 @@ class Cluster(Settings):
     region: str | None = Field(None, description="aws: us-west-2; gcp: us-central1")
     zones: list[str] = Field(default_factory=list, description="availability zones that may be used")
     image: str = Field("", description="the container image, built from cluster/Dockerfile; other: none needed")
-    idle_timeout_minutes: float = Field(5.0, gt=0, description="an idle node is given back after this")
+    idle_timeout_minutes: float = Field(5.0, gt=0, description="an idle node is removed after this")
     project: str | None = Field(None, description="gcp: the project id")
     host_image: str | None = Field(
         None, description="aws, gcp: machine image with Docker, NVIDIA's driver and its container toolkit"

@@ -86,7 +86,7 @@ class Model(Settings):
     )
     chat_template_date: Day = Field(
         CHAT_TEMPLATE_DATE,
-        description="what templates that write today's date are told, so that token ids do not change by day",
+        description="the date for templates that write today's, so that token ids do not change by day",
     )
     max_length: Positive = Field(2048, description="tokens of a prompt with one response")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
@@ -206,7 +206,7 @@ class Sketch(Settings):
     audit_pairs: int = Field(
         32,
         ge=0,
-        description="at most about so many pairs are checked against exact gradients, fewer where that would "
+        description="at most about this many pairs are checked against exact gradients, fewer where that would "
         "take more than a tenth of the stage's time",
     )
 
@@ -281,7 +281,7 @@ class Train(Settings):
     num_train_epochs: Positive = 1
     max_steps: Positive | None = Field(None, description="optimiser steps; overrides num_train_epochs")
     batch_size: Positive = Field(32, description="pairs per optimiser step over all workers")
-    micro_batch_size: Positive = Field(2, description="at most so many pairs per worker in one forward pass")
+    micro_batch_size: Positive = Field(2, description="max pairs per worker in one forward pass")
     warmup_ratio: float = Field(0.1, ge=0, le=1)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
@@ -325,8 +325,8 @@ class Limits(Settings):
         0.5,
         ge=0,
         le=1,
-        description="share of judgements that may be unreadable: more stop the judge stage as soon as it can be "
-        "told, and make evaluate warn of its comparisons",
+        description="share of judgements that may be unreadable: more stop the judge stage as soon as it is "
+        "known, and make evaluate warn about its comparisons",
     )
 
 

@@ -67,8 +67,8 @@ def _section(key: str, model: type[BaseModel], values: dict[str, Any]) -> list[s
 def _setting(key: str, field: FieldInfo, values: dict[str, Any], depth: int) -> list[str]:
     """A setting with its comment above it: `# comment`, then `#key: value` or `key: value`."""
     indent = "  " * depth
-    told = "; ".join(part for part in (field.description, _choices(field.annotation)) if part)
-    comment = [f"{indent}# {line}" for line in textwrap.wrap(told, _WIDTH - 2 - len(indent))]
+    message = "; ".join(part for part in (field.description, _choices(field.annotation)) if part)
+    comment = [f"{indent}# {line}" for line in textwrap.wrap(message, _WIDTH - 2 - len(indent))]
     if key in values:
         return [*comment, f"{indent}{key}: {_yaml(values[key])}"]
     default = field.get_default(call_default_factory=True)

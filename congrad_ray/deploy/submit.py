@@ -35,7 +35,7 @@ class SubmitError(ValueError):
 
 
 class StillRunning(Exception):
-    """Nobody follows the job any more, and it goes on; the text says how to find it again."""
+    """Nobody follows the job any more, and it keeps running; the text says how to follow it again."""
 
 
 def entrypoint(
@@ -115,7 +115,7 @@ def send(client: JobSubmissionClient, command: str, root: Path = ROOT) -> str:
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> int:
     """Writes the job's log as it comes, and returns its exit status: 0 done, its own when it failed, 130 stopped.
 
-    A connection that breaks is made again and the log goes on where it was. Raises SubmitError when it cannot be.
+    A broken connection is made again, and the log continues where it was. Raises SubmitError when it cannot be.
     """
     import aiohttp
 
@@ -142,7 +142,7 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None]) 
     code = details.driver_exit_code
     if code is None:
         write(f"{details.message}\n")  # it did not get as far as to have a log
-    return 1 if not code else 128 - code if code < 0 else code  # a shell's way to tell of a signal
+    return 1 if not code else 128 - code if code < 0 else code  # as a shell reports a signal
 
 
 class _Log:

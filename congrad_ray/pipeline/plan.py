@@ -19,9 +19,9 @@ def demands(recipe: Recipe, profile: Profile) -> list[Demand]:
     return [stage.demand(recipe, profile) for stage in STAGES.values()]
 
 
-def most_cpus(recipe: Recipe, profile: Profile) -> float:
+def max_cpus(recipe: Recipe, profile: Profile) -> float:
     """CPUs of the hungriest stage with its full pool: what a Ray started for this run is given."""
-    return max(demand.most_cpus for demand in demands(recipe, profile))
+    return max(demand.max_cpus for demand in demands(recipe, profile))
 
 
 def known_lengths(recipe: Recipe, assumptions: Assumptions, run: RunDirectory | None) -> Lengths:
@@ -39,7 +39,7 @@ def where_it_runs(recipe: Recipe, profile: Profile, assumptions: Assumptions) ->
     if profile.cluster is not None:
         return cluster_machine(profile.cluster)
     here = assumptions.machine_cpus is None and assumptions.machine_gpus is None
-    cpus = most_cpus(recipe, profile)
+    cpus = max_cpus(recipe, profile)
     if here and profile.ray_address:
         connect(profile, cpus)
         return machine()

@@ -15,7 +15,7 @@ from congrad_ray.config.settings import Settings, SettingsError, to_yaml
 from congrad_ray.data.records import InputError
 from congrad_ray.modeling.source import ModelError, check_models, named_model
 from congrad_ray.modeling.tokenization import MissingChatTemplate
-from congrad_ray.pipeline.plan import most_cpus
+from congrad_ray.pipeline.plan import max_cpus
 from congrad_ray.rundir.directory import Manifest, RunDirectory, RunDirectoryError, StageFolder, fingerprint
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.interrupts import StageStopped
@@ -79,7 +79,7 @@ def _locked_stage(
     def check() -> None:
         check_models(recipe, stage.chats, present=loads_models(stage, recipe, iteration))
         if stage.uses_ray and not (profile.cluster or profile.ray_address or connected()):
-            cpus = most_cpus(recipe, profile)
+            cpus = max_cpus(recipe, profile)
             check_fits(stage.demand(recipe, profile), this_machine(profile, cpus), None)
 
     state = output.begin(identity, redo, label, settings, inputs, by_name, check)
@@ -166,7 +166,7 @@ def _do(
     logger.info(f"{'resuming' if state == 'continue' else 'starting'}: {doing}")
     run.write_bytes("recipe.yaml", to_yaml(recipe).encode())
     if stage.uses_ray:
-        connect(profile, most_cpus(recipe, profile))
+        connect(profile, max_cpus(recipe, profile))
         check_fits(stage.demand(recipe, profile), machine(), profile.cluster)
     before = time.monotonic()
     meter = Meter(run.path, stage.name, number)

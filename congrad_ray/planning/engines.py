@@ -67,7 +67,7 @@ def kv_bytes_per_token(shape: ModelShape, recipe: Recipe) -> float:
 
 
 def sequences_that_fit(memory: Memory, available: float, shape: ModelShape, recipe: Recipe, tokens: float) -> int:
-    """Sequences of so many tokens that the KV cache of an engine holds, which takes all memory that is left."""
+    """How many sequences of this many tokens an engine's KV cache holds, which takes all memory that is left."""
     left = available - memory.peak + memory.parts["kv_cache"]
     return max(0, int(left / (kv_bytes_per_token(shape, recipe) * tokens)))
 

@@ -82,7 +82,7 @@ def make_plan(stages: Iterable[Plannable], planned: Planned, machine: Machine) -
     estimated = [(stage, stage.estimate) for stage in stages if stage.estimate is not None]
     plans = [_stage_plan(stage, estimate, planned, machine) for stage, estimate in estimated]
     advice = [
-        f"{plan.stage}: {plan.needed.note}; the replica sees to it when it starts"
+        f"{plan.stage}: {plan.needed.note}; the replica adapts when it starts"
         for plan in plans
         if plan.needed and plan.needed.note
     ]

@@ -16,14 +16,14 @@ ID_BYTES = 18.0
 def table_bytes(
     planned: Planned, stage: str, schema: pa.Schema, rows: float, row_bytes: float, parts: int = 1
 ) -> float:
-    """Bytes of a stage's table in so many Parquet parts. The bytes of a row that a run has measured come first."""
+    """Bytes of a stage's table in this many Parquet parts. Bytes per row that a run has measured come first."""
     if not rows:
         return 0.0
     return rows * planned.lengths.row_bytes.get(stage, row_bytes) + parts * file_bytes(schema)
 
 
 def text_bytes(planned: Planned, tokens: float) -> float:
-    """Bytes of a text of so many tokens on disk, which shrinks as is assumed."""
+    """Bytes on disk of a text of this many tokens, compressed as assumed."""
     return planned.assumptions.bytes_per_token / planned.assumptions.text_compression * tokens
 
 

@@ -111,7 +111,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     # Numbers hardly repeat; a dictionary of them costs time and saves nothing.
     texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
-    # The least and the greatest of a column of sketches tell nothing, and short ones would be there several times.
+    # The least and the greatest of a column of sketches say nothing, and short ones would be there several times.
     flat = [field for field in table.schema if not pa.types.is_nested(field.type)]
     compared = [field.name for field in flat if not pa.types.is_fixed_size_binary(field.type)]
     pq.write_table(
@@ -240,7 +240,7 @@ def _damage_reported(path: str) -> Iterator[None]:
             raise
         raise RunDirectoryError(
             f"{path} cannot be read: {error}. If it is damaged, delete it and run the stage that made it "
-            "again: only what was in it is done anew."
+            "again: only the rows in it are done again."
         ) from error
 
 
@@ -318,14 +318,14 @@ class StageFolder(Folder):
         named: Callable[[Any], Any] = lambda settings: settings,
         check: Callable[[], None] = lambda: None,
     ) -> Literal["done", "continue", "new"]:
-        """Whether the stage is done, goes on from the rows it has, or starts.
+        """Whether the stage is done, resumes from the rows it has, or starts.
 
         Files of a finished stage that are gone or of another size than its manifest says are damaged: they are
-        deleted, and the stage goes on as one that is not finished. `settings` and `inputs` are what the
+        deleted, and the stage resumes as one that is not finished. `settings` and `inputs` are what the
         fingerprint is made of; they are kept so that a later refusal can say what changed, where `named` makes
         mappings of the settings. `check` is called where there is work, before anything is written or deleted.
         Raises RunDirectoryError when the folder holds the result of other settings or inputs, or of ones that
-        cannot be told, and not `redo`.
+        cannot be known, and not `redo`.
         """
         manifest = self.manifest()
         started = self.read_json(STARTED)
@@ -334,7 +334,7 @@ class StageFolder(Folder):
         if found is None and not redo and not withdrawn and self.files(recursive=True):
             raise RunDirectoryError(
                 f"{what} in {self.path} has files, but neither {MANIFEST} nor {STARTED} that says with which "
-                "settings they were made: look at them, then add --redo to throw them away and do the stage again."
+                "settings they were made: look at them, then add --redo to delete them and run the stage again."
             )
         if found is not None and found != stage_fingerprint and not redo:
             changes = "\n".join(self.changes(stage_fingerprint, settings, inputs, named) or [])
@@ -342,8 +342,8 @@ class StageFolder(Folder):
             verb = "made" if manifest else "begun"
             raise RunDirectoryError(
                 f"{what} in {self.path} was {verb} with other settings or inputs{listed}"
-                "Use another --run directory, put the old settings back, or add --redo to throw this stage's "
-                "result away and do it again."
+                "Use another --run directory, restore the old settings, or add --redo to delete this stage's "
+                "result and run it again."
             )
         claim = {"fingerprint": stage_fingerprint, "settings": settings, "inputs": inputs or {}}
         if found != stage_fingerprint:
@@ -357,7 +357,7 @@ class StageFolder(Folder):
                 return "done"
             check()
             names = ", ".join(damaged[:3]) + (", ..." if len(damaged) > 3 else "")
-            logger.info(f"{len(damaged)} files are gone or damaged ({names}): what was in them is done again")
+            logger.info(f"{len(damaged)} files are missing or damaged ({names}): what was in them is done again")
             if not started:
                 self.write_json(STARTED, claim)
             for name in (*damaged, MANIFEST):

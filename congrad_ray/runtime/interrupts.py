@@ -16,7 +16,7 @@ _GRACE_SECONDS = 60.0
 
 
 class StageStopped(ValueError):
-    """A stage was ended from outside its own work; what it has written is kept, the same command goes on."""
+    """A stage was ended from outside its own work; what it has written is kept, and the same command resumes."""
 
 
 @contextmanager

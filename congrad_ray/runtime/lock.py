@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 LOCK = "_lock.json"
 RENEWED_EVERY = 10.0  # seconds
-# Clocks of machines differ, so a lock counts as abandoned when it is seen not to change for so many seconds.
+# Clocks of machines differ, so a lock counts as abandoned when it has not changed for this many seconds.
 ABANDONED_AFTER = 35.0
-# pyarrow's object stores have no write that fails where the object exists: two that write at once are told apart
-# by who is found there after a while.
+# pyarrow's object stores have no write that fails where the object exists: of two that write at once, the one
+# whose lock is there after a while has it.
 _SETTLED_AFTER = 2.0
 
 _held: set[str] = set()
@@ -40,7 +40,7 @@ class Holder:
     token: str
     host: str
     pid: int
-    process_started: float  # seconds since the epoch, to tell a process from a later one of the same pid
+    process_started: float  # seconds since the epoch, to distinguish a process from a later one with the same pid
     command: str
     since: str
     renewals: int = 0

@@ -1,4 +1,4 @@
-"""What a run tells Prometheus, through Ray's metrics; `cluster/grafana-dashboard.json` shows it.
+"""What a run reports to Prometheus, through Ray's metrics; `cluster/grafana-dashboard.json` shows it.
 
 All is recorded by the driver, of what has been written: a batch that is lost with its worker is not counted.
 Ray exports every metric with the prefix `ray_`, and counters with the suffix `_total`.

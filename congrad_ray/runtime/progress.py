@@ -12,7 +12,7 @@ from congrad_ray.config.printable import BAR
 logger = logging.getLogger(__name__)
 
 _WINDOW = 300.0  # seconds, of the rate
-# So many rows have to come before the time left is told: the first say little of it.
+# This many rows have to come before the time left is shown: the first say little about it.
 _FEW, _KNOWN_SHARE = 4, 0.02
 
 
@@ -33,7 +33,7 @@ class Progress:
     """Logs rows done, rate and time left at most every few seconds; between them, what moves a progress bar.
 
     The rate is that of the last minutes, and begins with the first sign of work: what it took to start engines and
-    load models tells nothing of the time left. Rows that are computed and not yet written count too; of many at
+    load models says nothing about the time left. Rows that are computed and not yet written count too; of many at
     once none may be written yet.
     """
 

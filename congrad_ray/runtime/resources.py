@@ -21,11 +21,11 @@ class Node:
     gpus: float
     count: int = 1
 
-    def holds(self, need: Demand) -> int:
+    def holds(self, demand: Demand) -> int:
         """How many of the stage's actors one such node has room for."""
         fitting = [
             math.floor(have / asked + 1e-9)
-            for have, asked in ((self.cpus, need.actor_cpus), (self.gpus, need.actor_gpus))
+            for have, asked in ((self.cpus, demand.actor_cpus), (self.gpus, demand.actor_gpus))
             if asked
         ]
         return min(fitting, default=0)
@@ -55,7 +55,7 @@ def cluster_machine(cluster: Cluster) -> Machine:
 
 
 def pool_sizes(pool: Pool, profile: Profile, batches: int) -> tuple[int, int]:
-    """The least and the most actors of a pool for so many batches of work.
+    """The min and max number of actors of a pool for this many batches of work.
 
     On a cluster that grows (it has a section `cluster`) all that it has room for are asked for at once: an actor
     that waits brings a node. Left to Ray Data, the next node comes when those that are there are busy, and never
@@ -87,22 +87,22 @@ def nodes_of(cluster: Cluster | None) -> tuple[Node, ...]:
 class Demand:
     """What one stage asks for, and its rows (at most) in one iteration.
 
-    `least_*` must be there for it to move at all, `most_*` is its full pool.
+    `min_*` must be there for it to start at all, `max_*` is its full pool.
 
     `actor_*` is what one actor asks of one node; an engine over several GPUs asks in as many bundles, which may
-    lie on several nodes. `least_actors` of them have to run at once.
+    lie on several nodes. `min_actors` of them have to run at once.
     """
 
     stage: str
     rows: int
     what: str
-    least_cpus: float = 0.0
-    least_gpus: float = 0.0
-    most_cpus: float = 0.0
-    most_gpus: float = 0.0
+    min_cpus: float = 0.0
+    min_gpus: float = 0.0
+    max_cpus: float = 0.0
+    max_gpus: float = 0.0
     actor_cpus: float = 0.0
     actor_gpus: float = 0.0
-    least_actors: int = 0
+    min_actors: int = 0
     setting: str = ""
 
 
@@ -145,43 +145,45 @@ def pool_demand(stage: str, rows: int, what: str, setting: str, profile: Profile
     )
 
 
-def check_fits(need: Demand, machine: Machine, cluster: Cluster | None = None) -> None:
+def check_fits(demand: Demand, machine: Machine, cluster: Cluster | None = None) -> None:
     """Raises DoesNotFit with numbers when the stage's smallest form can never run on `machine`.
 
     Without this check Ray waits without a word: actors that hold all CPUs starve the map tasks that feed them, and
     an autoscaler looks for ever for a node as large as an actor that asks for more than any has. `cluster`: the
     profile's, whose nodes may still be brought up.
     """
-    # Ray does not tell a driver how far its autoscaler may go (nor that there is one): the profile does.
+    # Ray does not say to a driver how far its autoscaler may go (nor that there is one): the profile does.
     whole = cluster_machine(cluster) if cluster else machine
     cpus, gpus = max(machine.cpus, whole.cpus), max(machine.gpus, whole.gpus)
     short = []
-    if need.least_cpus > cpus:
-        short.append(f"{need.least_cpus:g} CPUs, there are {cpus:g}")
-    if need.least_gpus > gpus:
-        short.append(f"{need.least_gpus:g} GPUs, there are {gpus:g}")
+    if demand.min_cpus > cpus:
+        short.append(f"{demand.min_cpus:g} CPUs, there are {cpus:g}")
+    if demand.min_gpus > gpus:
+        short.append(f"{demand.min_gpus:g} GPUs, there are {gpus:g}")
     if short:
-        grows = "" if cluster else " (what an autoscaler may bring is told in the profile's section cluster)"
+        grows = "" if cluster else " (what an autoscaler may add is set in the profile's section cluster)"
         raise DoesNotFit(
-            f"{need.stage} ({need.what}) needs at least {' and '.join(short)} ({whole.where}): lower "
+            f"{demand.stage} ({demand.what}) needs at least {' and '.join(short)} ({whole.where}): lower "
             f"min_actors, cpus or gpus in the profile, or use a larger cluster{grows}"
         )
     nodes = dict.fromkeys((*machine.nodes, *nodes_of(cluster)))
-    if not nodes or not need.setting:
+    if not nodes or not demand.setting:
         return
-    asked = f"{need.actor_cpus:g} CPUs" + (f" and {need.actor_gpus:g} GPUs" if need.actor_gpus else "")
+    asked = f"{demand.actor_cpus:g} CPUs" + (f" and {demand.actor_gpus:g} GPUs" if demand.actor_gpus else "")
     listed = ", ".join(
         f"{node.name}: {node.cpus:g} CPUs" + (f", {node.gpus:g} GPUs" if node.gpus else "") for node in nodes
     )
-    if not any(node.holds(need) for node in nodes):
+    if not any(node.holds(demand) for node in nodes):
         raise DoesNotFit(
-            f"{need.stage} ({need.what}) needs {asked} on one node, and no node has them ({listed}): lower "
-            f"{need.setting}.cpus or {need.setting}.gpus in the profile, or use larger nodes"
+            f"{demand.stage} ({demand.what}) needs {asked} on one node, and no node has them ({listed}): lower "
+            f"{demand.setting}.cpus or {demand.setting}.gpus in the profile, or use larger nodes"
         )
     # Nodes that are there and those of the profile may be the same, so each view counts by itself.
-    room = max(sum(node.holds(need) * node.count for node in view) for view in (machine.nodes, nodes_of(cluster)))
-    if room < need.least_actors:
+    room = max(
+        sum(node.holds(demand) * node.count for node in view) for view in (machine.nodes, nodes_of(cluster))
+    )
+    if room < demand.min_actors:
         raise DoesNotFit(
-            f"{need.stage} ({need.what}) needs {need.least_actors} times {asked} at once, and the nodes have room "
-            f"for {room} ({listed}): lower {need.setting} in the profile, or use more nodes"
+            f"{demand.stage} ({demand.what}) needs {demand.min_actors} times {asked} at once, and the nodes have "
+            f"room for {room} ({listed}): lower {demand.setting} in the profile, or use more nodes"
         )

@@ -64,7 +64,7 @@ def connect(profile: Profile, cpus_needed: float) -> None:
                 logging_level=level,
                 runtime_env={"env_vars": environment},
             )
-        # ray.init puts its own handler there, which ends the process without a word of how to go on.
+        # ray.init puts its own handler there, which ends the process without saying how to resume.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
     from ray.data import DataContext
@@ -85,7 +85,7 @@ def connected() -> bool:
 
 
 def machine() -> Machine:
-    """What the connected cluster has now. What its autoscaler may bring up, Ray does not tell."""
+    """What the connected cluster has now. What its autoscaler may add, Ray does not say."""
     import ray
 
     found = ray.cluster_resources()

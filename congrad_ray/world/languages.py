@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-# Preferences are collected in the seen languages; the unseen ones only tell whether alignment transfers.
+# Preferences are collected in the seen languages; the unseen ones only show whether alignment transfers.
 SEEN_LANGUAGES: tuple[str, ...] = ("en", "de", "fr", "es", "ru", "hi", "tr", "el")
 UNSEEN_LANGUAGES: tuple[str, ...] = ("it", "pt", "uk", "sw")
 ALL_LANGUAGES: tuple[str, ...] = SEEN_LANGUAGES + UNSEEN_LANGUAGES

@@ -113,7 +113,7 @@ class Sketchers:
             self._shared.setdefault((way.fold, way.seed), []).append(way)
 
     def tables(self, vectors: int, device: torch.device) -> dict[Way, Tensor]:
-        """Empty tables for so many vectors."""
+        """Empty tables for this many vectors."""
         return {
             **{way: sketch.table(vectors, device) for way, sketch in self._counts.items()},
             **{

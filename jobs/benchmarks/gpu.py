@@ -134,7 +134,7 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def configuration(name: str, sizes: Sizes, layers: int | None = None) -> PretrainedConfig:
-    """The configuration of a model, with fewer layers if so told."""
+    """The configuration of a model, with fewer layers if asked for."""
     config = AutoConfig.from_pretrained(CONFIGS / name)
     if sizes.shrink:
         config.hidden_size, config.intermediate_size, config.vocab_size = 64, 128, 512

@@ -1,7 +1,7 @@
 """Speed and memory of the gradient engine: python jobs/benchmarks/gradient.py PREFERENCES FOLDER --out FILE.json
 
 Trains a small Llama a little on the preferences (once; kept in FOLDER) and sends the same pairs, drawn at random,
-through everything in turn, several rounds, so that what else goes on on the machine meets all alike:
+through everything in turn, several rounds, so that other load on the machine meets all alike:
 
     floor               a forward and a backward to the inputs alone, which no method can do without
     backward            the same with weight gradients, summed over the batch as in training

@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def rows(folder: Path, pairs: int, rounds: int) -> dict[str, Any]:
-    """Seconds, and GiB beyond idle, of what the driver does for so many pairs."""
+    """Seconds, and GiB beyond idle, of what the driver does for this many pairs."""
     import ray
 
     recipe = recipe_for(_WIDTH, _DTYPE)
@@ -195,7 +195,7 @@ def write_responses(run: RunDirectory, prompts: int) -> None:
 
 
 def write_parts(run: RunDirectory, pairs: int, rows_per_part: int) -> None:
-    """Random sketches in parts of so many rows, and their pairs."""
+    """Random sketches in parts of this many rows, and their pairs."""
     sketches = run.stage("sketches", 0)
     write_pairs(run, pairs)
     generator = np.random.default_rng(0)
@@ -332,7 +332,7 @@ def workers(folder: Path, pairs: int, rounds: int) -> dict[str, Any]:
 
 
 def plain_rate(recipe: Recipe, run: RunDirectory, count: int, batches: int) -> float:
-    """Pairs per second of so many processes together, each with a sketch replica of one thread and no Ray."""
+    """Pairs per second of this many processes together, each with a sketch replica of one thread and no Ray."""
     context = multiprocessing.get_context("spawn")
     ready, seconds = context.Barrier(count), context.Queue()
     work = (recipe, run, batches, ready, seconds)
@@ -346,7 +346,7 @@ def plain_rate(recipe: Recipe, run: RunDirectory, count: int, batches: int) -> f
 
 
 def sketch_plainly(recipe: Recipe, run: RunDirectory, batches: int, ready: Any, seconds: Any) -> None:
-    """Sketches so many batches when all are ready, and tells how long it took."""
+    """Sketches this many batches when all are ready, and returns how long it took."""
     replica = SketchReplica(ReplicaSpec(policy(recipe, run, 0), recipe))
     pairs = run.stage("pairs", 0).read_table()
     replica(pairs.slice(0, _PAIRS_PER_BATCH))

@@ -98,7 +98,7 @@ def test_json_is_all_that_is_on_standard_output(congrad: Command, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             ["run", DEMO, "--run", "RUN", "--set", "train.betta=1"],
@@ -138,11 +138,11 @@ def test_json_is_all_that_is_on_standard_output(congrad: Command, tmp_path: Path
     ],
 )
 def test_wrong_input_is_one_clear_line_and_exit_code_2(
-    congrad: Command, tmp_path: Path, arguments: list[object], told: str
+    congrad: Command, tmp_path: Path, arguments: list[object], message: str
 ) -> None:
     result = congrad(*[tmp_path / "run" if a == "RUN" else a for a in arguments])
     assert result.code == 2
-    assert told in result.err
+    assert message in result.err
     for raw in ("Traceback", "Errno", "Input should", "pydantic"):
         assert raw not in result.err
 

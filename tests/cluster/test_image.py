@@ -83,7 +83,7 @@ def test_the_cpu_target_installs_in_a_clean_environment(tmp_path: Path) -> None:
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1500, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
-    told = subprocess.run(
+    message = subprocess.run(
         [str(venv / "bin" / "congrad"), "render", "kubernetes"],
         cwd=tmp_path,
         env=environment,
@@ -92,4 +92,4 @@ def test_the_cpu_target_installs_in_a_clean_environment(tmp_path: Path) -> None:
         timeout=120,
         check=False,
     )
-    assert told.returncode == 0 and "kind: RayCluster" in told.stdout, told.stderr
+    assert message.returncode == 0 and "kind: RayCluster" in message.stdout, message.stderr

@@ -1,4 +1,4 @@
-"""Recipes and profiles: what is wrong is told with path, value and what is allowed."""
+"""Recipes and profiles: what is wrong is reported with path, value and what is allowed."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_every_profile_in_the_repository_is_valid(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("train.learning_rte=1", ["train.learning_rte", "no such setting", "learning_rate"]),
         ("train.zero_stage=7", ["train.zero_stage", "0, 1, 2 or 3", "7"]),
@@ -47,10 +47,10 @@ def test_every_profile_in_the_repository_is_valid(path: Path) -> None:
         ("train.beta=[1", ["not YAML"]),
     ],
 )
-def test_a_wrong_setting_names_its_path_its_value_and_what_is_allowed(override: str, told: list[str]) -> None:
+def test_a_wrong_setting_names_its_path_its_value_and_what_is_allowed(override: str, message: list[str]) -> None:
     with pytest.raises(SettingsError) as error:
         load_recipe(DEMO, [override])
-    for text in told:
+    for text in message:
         assert text in str(error.value)
 
 
@@ -63,7 +63,7 @@ def test_a_comparison_has_room_for_a_prompt_with_two_answers_and_a_verdict() -> 
     assert load_recipe(DEMO, ["judge.max_length=300"]).judgement_length == 300
 
 
-def test_all_wrong_settings_are_told_at_once() -> None:
+def test_all_wrong_settings_are_reported_at_once() -> None:
     with pytest.raises(SettingsError, match="2 wrong setting") as error:
         load_recipe(DEMO, ["train.beta=-1", "pair.truncated=maybe"])
     assert "train.beta" in str(error.value) and "pair.truncated" in str(error.value)
@@ -89,13 +89,13 @@ def test_a_chat_template_is_read_where_the_recipe_is_and_stored_with_it(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [("- a\n- b\n", "mapping"), ("a: [", "cannot read"), ("a: !!python/object:os.system x\n", "cannot read")],
 )
-def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, told: str) -> None:
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(SettingsError, match=message):
         load_recipe(path)
 
 
@@ -107,12 +107,12 @@ def test_a_missing_recipe_or_profile_is_named(tmp_path: Path) -> None:
 
 
 def test_a_profile_that_contradicts_itself_is_refused() -> None:
-    for override, told in [
+    for override, message in [
         ("engines.gpus=1", "device is cpu but engines.gpus is 1"),
         ("sketchers.min_actors=4", "exceeds max_actors"),
         ("engines.tensor_parallel_size=2", "tensor_parallel_size 2 needs gpus: 2"),
     ]:
-        with pytest.raises(SettingsError, match=told):
+        with pytest.raises(SettingsError, match=message):
             load_profile("local", [override])
 
 

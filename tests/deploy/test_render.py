@@ -1,4 +1,4 @@
-"""Files made of profiles: the committed ones are up to date, and what cannot be rendered is told."""
+"""Files made of profiles: the committed ones are up to date, and what cannot be rendered is reported."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_pods_share_memory_and_get_secrets_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("profile", "overrides", "told"),
+    ("profile", "overrides", "message"),
     [
         ("local", [], "profile local has no section `cluster`"),
         ("kubernetes", [], "cluster.provider is kubernetes, and --what launcher is for aws or gcp"),
@@ -79,8 +79,8 @@ def test_pods_share_memory_and_get_secrets_by_name() -> None:
         ("aws-spot", ["cluster.head.cpus=0.5"], "cpus of the nodes 'head' is 0.5"),
     ],
 )
-def test_what_cannot_be_rendered_names_the_setting(profile: str, overrides: list[str], told: str) -> None:
-    with pytest.raises(RenderError, match=told):
+def test_what_cannot_be_rendered_names_the_setting(profile: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(RenderError, match=message):
         launcher(load_profile(profile, overrides))
 
 

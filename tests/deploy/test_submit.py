@@ -80,16 +80,19 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_find_it(
     line = following.stdout.readline()
     assert "job raysubmit_" in line, line + following.stderr.read()
     following.send_signal(signal.SIGINT)
-    _, told = following.communicate(timeout=60)
+    _, message = following.communicate(timeout=60)
     assert following.returncode == 130
-    assert "The job keeps running." in told and f"ray job logs --follow --address {dashboard} raysubmit_" in told
+    assert (
+        "The job keeps running." in message
+        and f"ray job logs --follow --address {dashboard} raysubmit_" in message
+    )
     end = time.monotonic() + 200
     while not (tmp_path / "run" / "prompts" / "_manifest.json").is_file():
         assert time.monotonic() < end, "the job did not go on"
         time.sleep(0.5)
 
 
-def test_a_wrong_token_and_a_wrong_address_are_told(dashboard: str, tmp_path: Path, done: Done) -> None:
+def test_a_wrong_token_and_a_wrong_address_are_reported(dashboard: str, tmp_path: Path, done: Done) -> None:
     wrong = done(submit(dashboard, tmp_path / "run"), RAY_AUTH_TOKEN="0" * 32)
     assert wrong.returncode == 2 and "RAY_AUTH_TOKEN" in wrong.stderr
     nowhere = done(submit("http://127.0.0.1:9", tmp_path / "run"))

@@ -97,7 +97,7 @@ class FaultRun:
         return self.folder / UNDISTURBED
 
     def run_phase(self, phase: Phase, round_: str, kills: int) -> None:
-        """Runs the phase to its end under at most so many kills; what was done in it before is gone on with."""
+        """Runs the phase to its end under at most this many kills, and resumes what was done in it before."""
         run = self.undisturbed if round_ == UNDISTURBED else self.folder / f"{round_}-{phase.name}"
         gone_on_with = run.exists()
         for name in phase.copied:
@@ -133,7 +133,7 @@ class _Followed:
         self._plan: _Plan | None = None
         self._command = Command(of.recipe, run, phase.until)
         self._exits = 0
-        # What is drawn depends on the kills made so far, so a fault run that goes on does not repeat itself.
+        # What is drawn depends on the kills made so far, so a fault run that is resumed does not repeat itself.
         self._chance = random.Random(f"{of.seed} {round_} {phase.name} {len(of.results.of('kill'))}")
 
     def to_the_end(self) -> None:

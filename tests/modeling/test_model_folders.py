@@ -125,10 +125,10 @@ def test_no_default_among_several_templates_is_refused_with_their_names(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = with_templates(tiny_model, tmp_path / "model", {"rag": CHAT_TEMPLATE, "tool_use": SHOUTING})
-    told = r"several chat templates and none is the default; it has 'rag', 'tool_use'; set `model.chat_template: N"
-    with pytest.raises(MissingChatTemplate, match=told):
+    message = r"several chat templates and none is the default; it has 'rag', 'tool_use'; set `model.chat_tem"
+    with pytest.raises(MissingChatTemplate, match=message):
         load_chat_tokenizer(named_model(str(folder), Model()))
-    with pytest.raises(MissingChatTemplate, match=told):
+    with pytest.raises(MissingChatTemplate, match=message):
         check_models(recipe_for(folder), chats=True)
     check_models(recipe_for(folder, chat_template="rag"), chats=True)
     check_models(recipe_for(folder))  # texts need none
@@ -240,12 +240,12 @@ def test_a_placeholder_for_images_without_a_row_is_fine_and_a_text_with_it_is_no
     tokenizer = load_chat_tokenizer(named_model(str(folder), Model()))
     answers = [[{"role": "assistant", "content": text}] for text in ("Fine", "The <image_soft_token>")]
     assert max(chat_prompt_ids(tokenizer, QUESTION)) < rows
-    told = f"holds the token '<image_soft_token>', but the model's embedding of {rows} rows has none"
-    with pytest.raises(ValueError, match=told):
+    message = f"holds the token '<image_soft_token>', but the model's embedding of {rows} rows has none"
+    with pytest.raises(ValueError, match=message):
         tokenize_pair(tokenizer, QUESTION, *answers, 256)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         tokenize_pair(tokenizer, "How are", " you", " <image_soft_token>", 256)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         chat_prompt_ids(tokenizer, answers[1])
 
 

@@ -88,7 +88,7 @@ def test_rows_that_were_written_stay_claimed(run: RunDirectory) -> None:
         run_stage(stage_of(succeed), recipe_of(seed=1), PROFILE, run)
 
 
-def test_a_claim_of_before_that_keeps_no_settings_is_told_by_its_fingerprint(run: RunDirectory) -> None:
+def test_a_claim_of_before_that_keeps_no_settings_is_known_by_its_fingerprint(run: RunDirectory) -> None:
     folder = run.stage("work", None)
     folder.write_json(STARTED, {"fingerprint": "abc"})
     folder.write_bytes("part-0.parquet", b"rows")

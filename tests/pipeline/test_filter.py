@@ -189,7 +189,7 @@ def test_exact_scores_are_those_of_autograds_gradients(
     assert sorted(row["cosine"] for row in scores) == pytest.approx(sorted(cosines), abs=1e-5)
 
 
-def test_a_model_without_a_chat_template_is_told_before_actors_start(
+def test_a_model_without_a_chat_template_is_reported_before_actors_start(
     undisturbed: tuple[Path, Path], tiny_model: Path, tmp_path: Path, filter_command: Any
 ) -> None:
     model = tmp_path / "model"

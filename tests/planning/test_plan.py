@@ -1,4 +1,4 @@
-"""Counts, memory, time and bytes against numbers worked out by hand; what is short is told with what mends it."""
+"""Counts, memory, time and bytes against numbers worked out by hand; a shortage is reported with its fix."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_the_built_in_world_needs_no_files() -> None:
     assert 1_000_000 < read_shape("builtin-world", Model()).parameters < 1_200_000
 
 
-def test_a_configuration_that_cannot_be_had_is_told_with_the_way_to_give_it(
+def test_a_configuration_that_cannot_be_had_is_reported_with_the_way_to_give_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -245,20 +245,22 @@ def test_replicas_time_and_cost(llama: ModelShape, recipe: Recipe) -> None:
     assert half.stages[1].dollars == pytest.approx((21.96 + 0.384) * half.stages[1].seconds / 3600)
 
 
-def test_what_is_short_is_told_with_the_setting_that_mends_it(llama: ModelShape, recipe: Recipe) -> None:
+def test_what_is_short_is_reported_with_the_setting_that_fixes_it(llama: ModelShape, recipe: Recipe) -> None:
     greedy = changed(recipe, "train", zero_stage=1, gradient_checkpointing=False)
     plan = planned(greedy, llama, "aws-a100")
     assert [stage.stage for stage in plan.short] == ["train"]
-    told = next(line for line in plan.advice if line.startswith("train needs"))
-    assert "--set train.gradient_checkpointing=true" in told
-    assert "--set train.zero_stage=3" in told
+    message = next(line for line in plan.advice if line.startswith("train needs"))
+    assert "--set train.gradient_checkpointing=true" in message
+    assert "--set train.zero_stage=3" in message
 
 
-def test_an_engine_too_small_for_the_weights_is_told_to_use_more_gpus(llama: ModelShape, recipe: Recipe) -> None:
+def test_an_engine_too_small_for_the_weights_is_advised_to_use_more_gpus(
+    llama: ModelShape, recipe: Recipe
+) -> None:
     plan = planned(changed(recipe, "model", dtype="float32"), llama, "aws-a10g")
     assert "generate" in [stage.stage for stage in plan.short]
-    told = next(line for line in plan.advice if line.startswith("generate needs"))
-    assert "engines.tensor_parallel_size: 2 and gpus: 2" in told
+    message = next(line for line in plan.advice if line.startswith("generate needs"))
+    assert "engines.tensor_parallel_size: 2 and gpus: 2" in message
 
 
 def test_stored_bytes(llama: ModelShape, recipe: Recipe) -> None:

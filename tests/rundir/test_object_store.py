@@ -319,7 +319,7 @@ def everything_in(run: RunDirectory) -> dict[str, Any]:
 
 
 def without_times(found: dict[str, Any]) -> dict[str, Any]:
-    """What should be the same wherever the run directory is: the report tells where it is."""
+    """What should be the same wherever the run directory is: the report says where it is."""
     report = ("report.html", f"report/{MANIFEST}")
     for name in found:
         if name.endswith(MANIFEST):
@@ -351,7 +351,7 @@ def test_stages_give_on_a_store_what_they_give_on_a_local_path(
 
 
 @pytest.mark.parametrize(
-    ("uri", "told"),
+    ("uri", "message"),
     [
         ("s3://KEYS@nobucket/run?QUERY", "there is no bucket nobucket"),
         ("s3://KEYS@nobucket/run?endpoint_override=http://127.0.0.1:9&scheme=http", "NETWORK_CONNECTION"),
@@ -360,9 +360,9 @@ def test_stages_give_on_a_store_what_they_give_on_a_local_path(
         ("nosuch://KEYS@bucket/run", "Unrecognized filesystem type in URI: nosuch://bucket/run"),
     ],
 )
-def test_a_store_that_cannot_be_used_is_told_without_its_keys(store_query: str, uri: str, told: str) -> None:
+def test_an_unusable_store_is_reported_without_its_keys(store_query: str, uri: str, message: str) -> None:
     uri = uri.replace("KEYS", f"{KEY}:{SECRET}").replace("QUERY", store_query)
-    with pytest.raises(RunDirectoryError, match=told) as error:
+    with pytest.raises(RunDirectoryError, match=message) as error:
         RunDirectory.open(uri)
     text = "".join(traceback.format_exception(error.value))
     assert "cannot open the run directory" in text and KEY not in text and SECRET not in text
@@ -389,8 +389,8 @@ def test_errors_do_not_tell_keys(
     uri = store_uri.replace("s3://", f"s3://{KEY}:{SECRET}@")
     with pytest.raises(ValueError) as error:
         app([a.replace("URI", uri).replace("RECIPE", str(recipe)) for a in arguments], standalone_mode=False)
-    told = "".join(capsys.readouterr()) + "".join(traceback.format_exception(error.value))
-    assert "run" in told and KEY not in told and SECRET not in told
+    message = "".join(capsys.readouterr()) + "".join(traceback.format_exception(error.value))
+    assert "run" in message and KEY not in message and SECRET not in message
 
 
 @pytest.mark.slow

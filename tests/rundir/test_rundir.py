@@ -123,7 +123,7 @@ def test_ids_keep_parts_apart_and_are_stable() -> None:
     assert prompt_id("en", message) == "bc48788dd8f309f93e82f87349c88fa1"
 
 
-def test_a_row_without_a_column_or_of_another_type_is_told() -> None:
+def test_a_row_without_a_column_or_of_another_type_is_reported() -> None:
     with pytest.raises(ValueError, match="column 'kept' is missing"):
         table_of([{key: value for key, value in ROWS[0].items() if key != "kept"}], SCORES)
     with pytest.raises(ValueError, match="column 'cosine' should be double"):
@@ -150,7 +150,7 @@ def test_damaged_files_of_a_finished_stage_are_deleted_and_it_goes_on(
     assert folder.begin("one", False, "pair") == "continue"
 
 
-def test_a_flipped_bit_is_told_and_not_read(run: RunDirectory) -> None:
+def test_a_flipped_bit_is_reported_and_not_read(run: RunDirectory) -> None:
     folder = run.stage("pairs", 0)
     numbers = np.random.default_rng(0).random(10_000)
     folder.write_table("part.parquet", pa.table({"number": numbers}))

@@ -89,7 +89,7 @@ def test_a_lock_that_says_nothing_is_replaced(tmp_path: Path) -> None:
         pass
 
 
-def test_no_arguments_are_told(tmp_path: Path) -> None:
+def test_no_arguments_are_reported(tmp_path: Path) -> None:
     with only_writer(RunDirectory.open(tmp_path)):
         command = RunDirectory.open(tmp_path).read_json(LOCK)["command"]
     assert "/" not in command and len(command.split()) <= 3

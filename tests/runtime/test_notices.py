@@ -91,7 +91,7 @@ def test_rows_computed_and_not_written_yet_are_progress(
     last = caplog.messages[-1]
     assert last.startswith("100/100 rows, 2 failed") and "left" not in last
     progress.computed(100)
-    assert len(caplog.messages) == 4  # the end is told once
+    assert len(caplog.messages) == 4  # the end is reported once
 
 
 def test_the_first_rows_that_come_written_start_the_clock(

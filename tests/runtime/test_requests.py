@@ -136,7 +136,7 @@ def test_end_of_turn_joins_tokenizer_and_generation_configuration(tiny_model: Pa
     assert end_of_turn_ids(_source(tmp_path), tokenizer) == [1, 4]
 
 
-def test_a_missing_chat_template_is_told_on_the_driver(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_missing_chat_template_is_reported_on_the_driver(tiny_model: Path, tmp_path: Path) -> None:
     import shutil
 
     from transformers import AutoTokenizer
@@ -164,7 +164,7 @@ def test_engines_on_a_cpu_compute_whole_prompts(tiny_model: Path) -> None:
     assert config.engine_kwargs["max_num_batched_tokens"] >= config.engine_kwargs["max_model_len"] == 64
     assert config.runtime_env is not None
     assert config.runtime_env["env_vars"]["OMP_NUM_THREADS"] == "3"
-    # Not the waiting that replicas are told: decoding would take a third longer and more.
+    # Not the waiting that replicas are configured with: decoding would take a third longer and more.
     assert int(config.runtime_env["env_vars"]["GOMP_SPINCOUNT"]) > 0
 
 

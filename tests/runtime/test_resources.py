@@ -6,7 +6,7 @@ from congrad_ray.config.profile import Cluster, Profile, load_profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
 from congrad_ray.pipeline.order import STAGES
-from congrad_ray.pipeline.plan import demands, most_cpus
+from congrad_ray.pipeline.plan import demands, max_cpus
 from congrad_ray.runtime.resources import (
     Demand,
     DoesNotFit,
@@ -59,8 +59,8 @@ def test_gpus_that_are_not_there_are_refused_with_numbers() -> None:
 
 
 def test_a_ray_started_here_is_given_what_the_hungriest_stage_needs() -> None:
-    assert most_cpus(RECIPE, load_profile("local")) == 3
-    assert most_cpus(RECIPE, load_profile("local", ["engines.max_actors=4"])) == 5
+    assert max_cpus(RECIPE, load_profile("local")) == 3
+    assert max_cpus(RECIPE, load_profile("local", ["engines.max_actors=4"])) == 5
 
 
 def test_ranges_are_short() -> None:
@@ -94,7 +94,7 @@ def test_an_engine_may_lie_on_several_nodes_but_not_its_bundles() -> None:
 def test_actors_that_leave_gpus_over_on_every_node_are_counted_node_by_node() -> None:
     need, cluster = need_of("sketch", ["sketchers.gpus=5", "sketchers.min_actors=3", "sketchers.max_actors=3"])
     machine = cluster_machine(cluster)
-    assert need.least_gpus == 15 <= machine.gpus
+    assert need.min_gpus == 15 <= machine.gpus
     with pytest.raises(DoesNotFit, match=r"needs 3 times 2 CPUs and 5 GPUs at once, .* room for 2"):
         check_fits(need, machine)
 
@@ -125,5 +125,5 @@ def test_a_cluster_that_grows_from_nothing_is_no_small_one() -> None:
     empty = Machine(0, 0, 0, "the connected Ray cluster", (Node("a node", 0, 0),))
     for need in demands(RECIPE, profile):
         check_fits(need, empty, profile.cluster)
-    with pytest.raises(DoesNotFit, match="what an autoscaler may bring is told in the profile's section cluster"):
+    with pytest.raises(DoesNotFit, match="what an autoscaler may add is set in the profile's section cluster"):
         check_fits(demands(RECIPE, profile)[1], empty)

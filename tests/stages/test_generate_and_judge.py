@@ -143,7 +143,7 @@ def test_sampled_judgements_resume_and_are_averaged(
     run_stage(GENERATE, recipe, profile, run)
     first = {row["response_id"]: row for row in run.stage("responses", 0).read_table().to_pylist()}
 
-    # A random judge is cut off nearly every time, and that is told before all has been asked.
+    # A random judge is cut off nearly every time, and that is reported before all has been asked.
     with pytest.raises(RunDirectoryError, match=r"(?s)cannot be read:.*truncated: .*raise judge.max_tokens \(4\)"):
         run_stage(JUDGE, recipe, profile, run)
     assert 20 <= (run.stage("judgements", 0) / "samples").read_table().num_rows < 3 * 128

@@ -1,4 +1,4 @@
-"""What a plan is told of evaluating."""
+"""The estimate of evaluating, for plans."""
 
 from __future__ import annotations
 

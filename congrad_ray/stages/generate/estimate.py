@@ -1,4 +1,4 @@
-"""What a plan is told of generating."""
+"""The estimate of generating, for plans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan is told of judging."""
+"""The estimate of judging, for plans."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-# A mean probability of the score tokens below this is told of: what is left over says little.
+# A mean probability of the score tokens below this is reported: what is left over says little.
 _TINY_MASS = 0.01
 
 
@@ -208,7 +208,7 @@ def _stop_if_unreadable(context: Context, samples: StageFolder, tally: Tally) ->
 
 
 def _warn(context: Context, judgements: dict[str, dict[str, Any]]) -> None:
-    """Tells of the languages that a run goes on with little of."""
+    """Warns about languages of which few judgements can be read."""
     limit = context.recipe.limits.unreadable_share
     for language, row in judgements.items():
         if row["asked"] - row["readable"] > limit * row["asked"]:
@@ -303,7 +303,7 @@ def _counters(samples: StageFolder, output: StageFolder) -> dict[str, Any]:
 
 
 def _mean(column: pa.ChunkedArray, digits: int | None) -> float | None:
-    """The mean with so many digits after the point; None: with four that count."""
+    """The mean with this many digits after the point; None: with four significant ones."""
     mean = pc.mean(column).as_py()
     if mean is None or digits is not None:
         return None if mean is None else round(mean, digits)

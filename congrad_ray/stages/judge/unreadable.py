@@ -13,7 +13,7 @@ from congrad_ray.data.tables import FAILURE, FAILURE_FIELD, table_of
 
 Row = dict[str, Any]
 
-# A language's share is an estimate from so many judgements on.
+# A language's share is an estimate from this many judgements on.
 _ENOUGH = 20
 _EXAMPLES = 3
 _LONGEST = 160
@@ -33,7 +33,7 @@ class Tally:
         self._unreadable[language] += unreadable
 
     def share(self) -> float:
-        """The unreadable share of all judgements, as far as it can be told by now.
+        """The unreadable share of all judgements, as far as it is known by now.
 
         A table may come language by language. So a language's share counts for all its judgements once there are
         enough of them, and one of which little has come counts as readable.

@@ -1,4 +1,4 @@
-"""What a plan is told of pairing."""
+"""The estimate of pairing, for plans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan is told of the prompts."""
+"""The estimate of the prompts, for plans."""
 
 from __future__ import annotations
 

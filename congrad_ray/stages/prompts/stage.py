@@ -142,7 +142,7 @@ def _draw(
             f"prompts.{split} ({source}) has no usable {split} prompt in '{language}'"
             + (" left after the evaluation prompts" if candidates else "")
             + ": take the language out of the recipe, name it under language_names, or add prompts"
-            + (f"; rows put aside by reason: {bad}, see {context.output.path}/quarantine" if bad else "")
+            + (f"; quarantined rows by reason: {bad}, see {context.output.path}/quarantine" if bad else "")
         )
     if len(free) < count:
         logger.info(f"only {len(free)} {split} prompts in '{language}', {count} asked for")

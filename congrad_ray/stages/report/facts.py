@@ -24,7 +24,7 @@ _BINS = 20
 
 @dataclass(frozen=True)
 class StageFact:
-    """A stage as its manifest tells of it; no manifest means unfinished."""
+    """A stage and its manifest; no manifest means unfinished."""
 
     iteration: int | None
     folder: str

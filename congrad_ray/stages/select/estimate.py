@@ -1,4 +1,4 @@
-"""What a plan is told of selecting."""
+"""The estimate of selecting, for plans."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def keep_pairs(settings: Select, scores: Float64Array, pairs: pa.Table) -> NDArr
         case "threshold":
             return keep_above(scores, ids, settings.threshold)
         case "token_budget":
-            assert settings.token_budget is not None  # the recipe sees to it
+            assert settings.token_budget is not None  # the recipe requires it
             tokens = sum(pairs[name].to_numpy().astype(np.int64) for name in TOKENS)
             return keep_within_tokens(scores, ids, tokens, settings.token_budget)
         case "overall":

@@ -1,4 +1,4 @@
-"""What a plan is told of sketching; what a micro-batch takes of memory."""
+"""The estimate of sketching, for plans, and the memory that a micro-batch takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan is told of training."""
+"""The estimate of training, for plans."""
 
 from __future__ import annotations
 

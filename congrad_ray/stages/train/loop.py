@@ -1,4 +1,4 @@
-"""What each training worker runs: DPO steps, checkpoints to go on from, and the checkpoint to keep."""
+"""What each training worker runs: DPO steps, checkpoints to resume from, and the checkpoint to keep."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def _collate(worker: _Worker, rows: list[dict[str, Any]]) -> PairBatch:
         except ValueError as error:
             raise ValueError(f"pair {row['pair_id']}: {error}") from error
     pad = worker.tokenizer.pad_token_id
-    assert isinstance(pad, int)  # modeling.tokenization.load_tokenizer sees to it
+    assert isinstance(pad, int)  # modeling.tokenization.load_tokenizer ensures it
     return collate_pairs(pairs, pad, worker.device)
 
 

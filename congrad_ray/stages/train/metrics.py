@@ -29,7 +29,7 @@ class MetricsWriter:
     """Writes the curves of a run that may be a resumed one; rows from `start_step` on are replaced.
 
     Object stores cannot append, so the whole file is written again, at most every few seconds and before each
-    checkpoint: it always holds at least the rows up to the checkpoint from which a restart goes on.
+    checkpoint: it always holds at least the rows up to the checkpoint from which a restart resumes.
     """
 
     def __init__(self, folder: Folder, start_step: int, every_seconds: float = 5.0) -> None:

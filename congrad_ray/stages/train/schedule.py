@@ -11,7 +11,7 @@ from congrad_ray.config.recipe import Train
 
 
 class TrainingError(ValueError):
-    """Training cannot start or cannot go on; the text names the numbers and the way out."""
+    """Training cannot start or continue; the text names the numbers and the way out."""
 
 
 @dataclass(frozen=True)

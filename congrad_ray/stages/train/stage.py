@@ -63,7 +63,7 @@ def run(context: Context) -> Outcome:
     pairs = _check_selection(selection)
     schedule = make_schedule(train, pairs, workers.num_workers)
     source = policy(context.recipe, context.run, context.iteration)
-    source.load_tokenizer()  # what is wrong with it should be told before workers start
+    source.load_tokenizer()  # report what is wrong with it before workers start
     job = TrainingJob(
         train=train,
         schedule=schedule,
@@ -164,7 +164,7 @@ def _fit(context: Context, job: TrainingJob) -> None:
     except TrainingFailedError as error:
         raise TrainingError(
             f"training failed after {workers.max_failures} restarts: {error}\n"
-            f"{_out_of_memory(context, str(error))}The same command goes on from the last checkpoint."
+            f"{_out_of_memory(context, str(error))}The same command resumes from the last checkpoint."
         ) from error
     finally:
         # Ray Train leaves its handler behind, which would swallow a Ctrl-C in the stages after this one.

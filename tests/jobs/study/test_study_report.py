@@ -141,7 +141,7 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in page and "name: é" in page
 
 
-def test_steps_are_told_apart() -> None:
+def test_steps_are_distinguished() -> None:
     more = [cell(11, "mean", 0.8, steps=80)]
     assert "same number of optimiser steps" in words(render_report(study()))
     assert "numbers of optimiser steps differ" in words(render_report(study() + more))

@@ -111,7 +111,7 @@ def _comparisons(read: int, of: int, language: str = "en") -> list[dict[str, Any
     ]
 
 
-def test_mostly_unreadable_comparisons_are_told_with_examples_and_no_rate(
+def test_mostly_unreadable_comparisons_are_reported_with_examples_and_no_rate(
     tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "_width", 200)

@@ -1,4 +1,4 @@
-"""Judgements that cannot be read: counted, told of, and when they are too many."""
+"""Judgements that cannot be read: counted, reported, and when they are too many."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_counts_add_up() -> None:
     assert by_reason({}) == "0"
 
 
-def test_what_is_told_has_counts_reasons_examples_and_ways_out() -> None:
+def test_what_is_reported_has_counts_reasons_examples_and_ways_out() -> None:
     rows = [{"unreadable": None, "output": "Score: 4"}, {"unreadable": "truncated", "output": None}]
     rows += [
         {"unreadable": "no_score", "output": f"{'x' * 500}\nfine \x1b[31m{number % 5}"} for number in range(20)
@@ -139,7 +139,7 @@ def test_the_judge_stage_stops_where_most_is_unreadable_and_says_why(tmp_path: P
     _write_samples(context, lambda number: "truncated" if number < 4 else "no_score" if number < 30 else None)
     with pytest.raises(RunDirectoryError) as error:
         judge.run(context)
-    for told in (
+    for message in (
         "30 of 40 judgements cannot be read",
         "no_score: 26, such as:",
         "I like it. 4",
@@ -148,7 +148,7 @@ def test_the_judge_stage_stops_where_most_is_unreadable_and_says_why(tmp_path: P
         "raise judge.max_tokens (32)",
         "limits.unreadable_share (0.5)",
     ):
-        assert told in str(error.value)
+        assert message in str(error.value)
     assert "temperature" not in str(error.value)
 
 
@@ -242,7 +242,7 @@ def test_the_judge_has_a_length_of_its_own(
     )
 
 
-def test_a_rubric_that_leaves_no_room_is_told_before_any_engine(
+def test_a_rubric_that_leaves_no_room_is_reported_before_any_engine(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = _recipe(str(tiny_model), judge={"max_length": 900, "max_tokens": 100})

@@ -45,7 +45,7 @@ def test_a_margin_no_larger_than_the_minimum_is_dropped() -> None:
     assert pair(responses, min_margin=0.9) == ("r0", "r1")
 
 
-def test_truncated_responses_may_be_rejected_only_unless_told_otherwise() -> None:
+def test_truncated_responses_may_be_rejected_only_unless_set_otherwise() -> None:
     responses = [response(0, 5.0, truncated=True), response(1, 3.0), response(2, 1.0, truncated=True)]
     assert pair(responses) == ("r1", "r2")
     assert pair(responses, truncated="keep") == ("r0", "r2")

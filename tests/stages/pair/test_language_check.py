@@ -12,7 +12,7 @@ SENTENCES = {
 }
 
 
-def test_right_and_wrong_languages_are_told_apart() -> None:
+def test_right_and_wrong_languages_are_distinguished() -> None:
     check = LanguageCheck(list(SENTENCES), confidence=0.5, min_characters=5)
     texts = list(SENTENCES.values())
     assert check.wrong(texts, list(SENTENCES)) == [False] * len(texts)

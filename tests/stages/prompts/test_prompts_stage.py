@@ -118,7 +118,7 @@ def test_parquet_with_messages_and_names_of_languages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("empty.jsonl", b"", "is empty"),
         (
@@ -133,13 +133,13 @@ def test_parquet_with_messages_and_names_of_languages(tmp_path: Path) -> None:
     ],
 )
 def test_an_input_that_cannot_be_used_is_named(
-    tmp_path: Path, name: str, content: bytes | None, told: str
+    tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
     elif name == "folder":
         path.mkdir()
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=message) as error:
         perform(recipe_for(path), tmp_path / "run")
     assert name in str(error.value)

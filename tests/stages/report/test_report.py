@@ -78,8 +78,8 @@ def test_an_evaluation_that_could_hardly_be_read_says_so(tmp_path: Path, make_ru
     for rate in summary["win_rates"]:
         rate |= {"prompts": 1, "readable": 1, "unreadable": {"no_verdict": rate["asked"] - 1}}
         rate |= {"win_rate": None, "low": None, "high": None}
-    told = "47 of 48 comparisons cannot be read: <A> is longer"
-    folder.write_json("summary.json", summary | {"warnings": [told]})
+    message = "47 of 48 comparisons cannot be read: <A> is longer"
+    folder.write_json("summary.json", summary | {"warnings": [message]})
     page = report_of(run, recipe)
     Page(page)
     text = words(page)

@@ -119,7 +119,7 @@ def test_storage_keeps_what_its_type_can(dtype: str, tolerance: float) -> None:
 
 
 class _Work:
-    """Stands for the engine, with a memory of so many bytes for every position."""
+    """Stands for the engine, with a memory of this many bytes for every position."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, bytes_per_token: int) -> None:
         self.positions: list[int] = []

@@ -121,7 +121,7 @@ def test_learning_rates() -> None:
     assert learning_rate(only_warmup, 0, 1) == 1.0
 
 
-def test_deepspeed_is_told_sizes_that_multiply_out() -> None:
+def test_deepspeed_gets_sizes_that_multiply_out() -> None:
     train = Train(batch_size=24, micro_batch_size=3, zero_stage=3, max_grad_norm=0.5)
     config = deepspeed_config(train, make_schedule(train, 100, 4), "bfloat16")
     assert config["train_batch_size"] == 24

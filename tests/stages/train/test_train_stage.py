@@ -296,9 +296,9 @@ def test_killed_workers_go_on_from_the_checkpoint(
 ) -> None:
     run, recipe = RunDirectory.open(tmp_path), long_recipe(tiny_model, zero_stage=zero_stage)
     make_selection(run, 16)
-    # Without restarts the command fails; the same command then goes on, and survives another kill by a restart.
+    # Without restarts the command fails; the same command then resumes, and survives another kill by a restart.
     killer = kill_a_worker_after(run, 20)
-    with pytest.raises(TrainingError, match="same command goes on"):
+    with pytest.raises(TrainingError, match="same command resumes"):
         train_in(run, recipe, max_failures=0)
     killer.join()
     policy = run.stage("policy", 0)
