@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from congrad_ray.cli import cluster, filtering, loop, setup, stages
-from congrad_ray.cli.options import screen
+from congrad_ray.cli.options import FAILED, INTERRUPTED, REFUSED, screen
 from congrad_ray.config.printable import printable
 from congrad_ray.runtime.logs import configure, quieten_libraries
 
@@ -63,7 +63,7 @@ def options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command. Exit codes: 0 done, 1 failed, 2 wrong input or settings, 130 interrupted (resumes later)."""
+    """Runs a command and ends with one of `options.EXIT_CODES`."""
     from congrad_ray.deploy.submit import StillRunning
     from congrad_ray.runtime.interrupts import StageStopped
 
@@ -78,18 +78,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(list(arguments) if arguments is not None else None, prog_name="congrad")
     except StageStopped as error:
-        _refuse(error, 1)
+        _refuse(error, FAILED)
     except StillRunning as left:
         typer.echo(printable(left, lines=True), err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BaseException as error:
         # A KeyboardInterrupt in the middle of Ray's own code may come out as another error.
-        if stopped or (isinstance(error, SystemExit) and error.code == 130):
+        if stopped or (isinstance(error, SystemExit) and error.code == INTERRUPTED):
             typer.echo("interrupted; the same command resumes from here", err=True)
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
         if not isinstance(error, ValueError):
             raise
-        _refuse(error, 2)
+        _refuse(error, REFUSED)
 
 
 def _refuse(error: ValueError, code: int) -> None:

@@ -18,6 +18,14 @@ THE_LOOP, STAGES, TOOLS = "The loop", "Stages of the loop, one at a time", "Tool
 
 WHOLE_RUN = "run"  # in place of a stage's name
 
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+EXIT_CODES = {
+    0: "Done.",
+    FAILED: "The work failed or was stopped, or `congrad doctor` found something missing.",
+    REFUSED: "Wrong input, settings or arguments, or a plan that does not fit.",
+    INTERRUPTED: "Interrupted by Ctrl-C or SIGTERM. What is written is kept; the same command resumes.",
+}
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe YAML; congrad init writes one.")]
 RunUri = Annotated[
     str, typer.Option("--run", metavar="DIR", help="The run directory: a path or a URI (s3://, gs://).")

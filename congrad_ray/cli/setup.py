@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from congrad_ray.cli.options import TOOLS, AsJson, examples, print_json
+from congrad_ray.cli.options import FAILED, TOOLS, AsJson, examples, print_json
 from congrad_ray.config.settings import SettingsError, why_not_read
 
 logger = logging.getLogger(__name__)
@@ -70,4 +70,4 @@ def doctor(
 
         show_findings(findings)
     if missing:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
