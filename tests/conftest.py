@@ -33,11 +33,12 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 def package_logger() -> Iterator[None]:
     """The package's records reach `caplog` from INFO on, whatever a command of the test or of one before did."""
     logger = logging.getLogger("congrad_ray")
-    handlers = list(logger.handlers)
+    logger.handlers.clear()
     logger.setLevel(logging.INFO)
     logger.propagate = True
     yield
-    logger.handlers, logger.propagate = handlers, True
+    logger.handlers.clear()
+    logger.propagate = True
 
 
 @pytest.fixture

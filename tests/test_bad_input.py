@@ -36,8 +36,8 @@ from congrad_ray.stages.judge.rubric import RubricError, load_rubric
 from congrad_ray.stages.judge.scores import expected_score, read_score
 from congrad_ray.stages.pair.best_and_worst import BestAndWorst, JudgedResponse, best_and_worst
 from congrad_ray.stages.prompts import stage as prompts
-from congrad_ray.stages.select import stage as select
-from congrad_ray.stages.select.keep import keep_above, keep_top_fraction, keep_within_tokens
+from congrad_ray.stages.select.keep import keep_above, keep_pairs, keep_top_fraction, keep_within_tokens
+from congrad_ray.stages.select.scores import Agreement, score_of
 
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
 DEMO = parse_yaml((RECIPES / "demo.yaml").read_text())
@@ -342,11 +342,13 @@ def check_scores(scores: list[float | None], place: Place) -> None:
         {"chosen_score": pa.array(scores, pa.float32()), "rejected_score": np.zeros(len(scores), "f4")}
     )
     table = table.append_column("pair_id", pa.array(ids, pa.string()))
+    by_gap = Select(strategy="reward_gap", keep_rule="overall")
+    nothing = Agreement(*[np.zeros(len(scores))] * 4)  # which this strategy does not go by
     for keep in (
         lambda: keep_top_fraction(numbers, ids, 0.5),
         lambda: keep_above(numbers, ids, 0.0),
         lambda: keep_within_tokens(numbers, ids, [1] * len(ids), 2),
-        lambda: select.keep(Select(strategy="reward_gap", keep_rule="overall"), select.reward_gap(table), table),
+        lambda: keep_pairs(by_gap, score_of(by_gap, table, nothing), table),
     ):
         if np.isfinite(numbers).all():
             assert keep().dtype == bool
