@@ -47,8 +47,8 @@ class Placement(Settings):
 class Pool(Placement):
     """An autoscaling pool of actors of one size. It is there while its stage runs; between stages it is gone."""
 
-    min_actors: Positive = 1
-    max_actors: Positive = 1
+    min_actors: Positive = Field(1, description="actors that a stage needs to start")
+    max_actors: Positive = Field(1, description="actors that a stage grows to")
     cpus: float = Field(1.0, gt=0, description="logical CPUs of one actor")
     gpus: float = Field(0.0, ge=0, description="GPUs of one actor, fractions allowed")
 
@@ -67,7 +67,7 @@ class Engines(Pool):
         "STRICT_PACK", description="an engine's GPUs are on one node (STRICT_PACK), or on more where they must be"
     )
     kv_cache_gib: float = Field(1.0, gt=0, description="GiB of KV cache per engine on a CPU")
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that vLLM takes")
     max_num_seqs: Positive = Field(256, description="sequences decoded at once by one engine")
     batch_size: Positive | None = Field(
         None,
@@ -98,8 +98,8 @@ class Engines(Pool):
 class Workers(Placement):
     """The training workers of Ray Train, one process each."""
 
-    num_workers: Positive = 1
-    cpus: float = Field(1.0, gt=0)
+    num_workers: Positive = Field(1, description="training workers of DeepSpeed")
+    cpus: float = Field(1.0, gt=0, description="logical CPUs of one worker")
     gpus: float = Field(0.0, ge=0, description="GPUs of one worker: 0 or 1")
     max_failures: int = Field(2, ge=0, description="restarts from the last checkpoint before giving up")
 
@@ -119,8 +119,8 @@ class NodeType(Settings):
     gpus: int = Field(0, ge=0, description="GPUs of one node")
     gpu_memory_gib: float | None = Field(None, gt=0, description="GiB of memory of one GPU")
     gpu_teraflops: float | None = Field(None, gt=0, description="dense bfloat16 TFLOP/s of one GPU by its maker")
-    min_nodes: int = Field(0, ge=0)
-    max_nodes: Positive = 1
+    min_nodes: int = Field(0, ge=0, description="nodes that are up even when idle")
+    max_nodes: Positive = Field(1, description="nodes that the autoscaler may start")
     spot: bool = Field(False, description="cheaper nodes that the cloud may reclaim at any time")
     price_per_hour: float | None = Field(None, ge=0, description="US dollars for one node, as you pay them")
     node_selector: dict[str, str] = Field(
@@ -175,7 +175,7 @@ class Cluster(Settings):
     )
     jobs: Retries = Retries()
     head: NodeType
-    workers: list[NodeType] = Field(min_length=1)
+    workers: list[NodeType] = Field(min_length=1, description="the kinds of nodes that do the work")
 
     @model_validator(mode="after")
     def _has_image(self) -> Self:
@@ -187,12 +187,12 @@ class Cluster(Settings):
 class Profile(Settings):
     """Where a whole run runs."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, description="of the profile, for people")
     address: str | None = Field(
         None,
         description="Ray address, 'auto' for the one running here; null: $RAY_ADDRESS, else a Ray is started here",
     )
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu", "cuda"] = Field("cpu", description="what models run on")
     local_cpus: Positive | None = Field(
         None,
         description="logical CPUs of a Ray started here; null: as many as the machine has or a stage needs",

@@ -78,7 +78,7 @@ class Model(Settings):
 
     name: str = Field(BUILTIN_WORLD, description="a folder, a Hugging Face hub name, or builtin-world")
     revision: str | None = Field(None, description="commit or branch on the hub")
-    dtype: TensorType = "bfloat16"
+    dtype: TensorType = Field("bfloat16", description="of the weights")
     chat_template: ChatTemplate | None = Field(
         None,
         description="a Jinja file (or its text) that replaces the tokenizer's template, or the name of one of its "
@@ -98,10 +98,10 @@ class Source(Settings):
     name: str = Field(BUILTIN_WORLD, description="a .jsonl or .parquet path, a hub dataset, or builtin-world")
     config: str | None = Field(None, description="configuration of the hub dataset")
     split: str = Field("train", description="split of the hub dataset")
-    revision: str | None = None
+    revision: str | None = Field(None, description="commit or branch of the hub dataset")
     kinds: list[str] | None = Field(None, description="builtin-world only: kinds of task; null: all")
-    prompt_column: str = "prompt"
-    language_column: str = "language"
+    prompt_column: str = Field("prompt", description="with the prompts: text or chat messages")
+    language_column: str = Field("language", description="with the prompts' languages")
     language_names: dict[str, Language] = Field(
         default_factory=dict, description="the source's own names of languages to BCP-47 tags, {Hindi: hi}"
     )
@@ -114,8 +114,8 @@ class Prompts(Settings):
     evaluation: Source = Source()
     languages: list[Language] = Field(min_length=1, description="trained on")
     unseen_languages: list[Language] = Field(default_factory=list, description="only evaluated on")
-    train_per_language: Positive = 1000
-    evaluation_per_language: Positive = 100
+    train_per_language: Positive = Field(1000, description="prompts drawn of each language to train on")
+    evaluation_per_language: Positive = Field(100, description="prompts drawn of each language to evaluate on")
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -129,10 +129,10 @@ class Prompts(Settings):
 class Generate(Settings):
     """Sampling of responses; the defaults are those of Self-Rewarding Language Models (2401.10020)."""
 
-    num_generations: int = Field(4, ge=2)
-    temperature: float = Field(0.7, gt=0)
-    top_p: Fraction = 0.9
-    max_tokens: Positive = 512
+    num_generations: int = Field(4, ge=2, description="responses sampled for each prompt")
+    temperature: float = Field(0.7, gt=0, description="of sampling responses")
+    top_p: Fraction = Field(0.9, description="of sampling responses")
+    max_tokens: Positive = Field(512, description="of a response")
 
 
 class Judge(Settings):
@@ -145,7 +145,7 @@ class Judge(Settings):
     )
     samples: Positive = Field(3, description="judgements per response; 'sampled' only")
     temperature: float = Field(0.7, ge=0, description="'sampled' only")
-    top_p: Fraction = 0.9
+    top_p: Fraction = Field(0.9, description="'sampled' only")
     max_tokens: Positive = Field(512, description="'sampled' only; a judgement that is cut off is unreadable")
     max_length: Positive | None = Field(
         None, description="tokens of a judgement with all that it is about; null: model.max_length"
@@ -167,7 +167,9 @@ class Pair(Settings):
     truncated: Literal["drop", "reject_only", "keep"] = Field(
         "reject_only", description="a truncated response may not be paired, only as rejected, or freely"
     )
-    language_check: bool = True
+    language_check: bool = Field(
+        True, description="whether responses in another language than their prompt are looked for"
+    )
     wrong_language: Literal["drop", "reject_only"] = Field(
         "reject_only", description="what becomes of a response in another language than its prompt"
     )
@@ -191,7 +193,7 @@ class Sketch(Settings):
     )
     min_side: int = Field(512, ge=1, description="'auto' leaves this many features of a side, or more")
     groups: Positive = Field(1, description="parts of a sketch, each for one block of layers")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the sketch's hashes")
     layers: Annotated[str, AfterValidator(_regular_expression)] | None = Field(
         None, description="regular expression on module names; null: every linear layer"
     )
@@ -275,31 +277,35 @@ class Select(Settings):
 class Train(Settings):
     """Length-penalised DPO with DeepSpeed; names as in TRL's DPOConfig where it has them."""
 
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.1, gt=0, description="of DPO: how strongly the policy is kept near the reference")
     length_penalty: float = Field(0.0, ge=0, description="alpha of R-DPO (2403.19159), per token")
-    learning_rate: float = Field(5e-7, gt=0)
-    num_train_epochs: Positive = 1
+    learning_rate: float = Field(5e-7, gt=0, description="the peak, after warmup")
+    num_train_epochs: Positive = Field(1, description="passes over the kept pairs")
     max_steps: Positive | None = Field(None, description="optimiser steps; overrides num_train_epochs")
     batch_size: Positive = Field(32, description="pairs per optimiser step over all workers")
     micro_batch_size: Positive = Field(2, description="max pairs per worker in one forward pass")
-    warmup_ratio: float = Field(0.1, ge=0, le=1)
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    gradient_checkpointing: bool = False
+    warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps in which the learning rate rises")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
+        "cosine", description="how the learning rate falls after warmup"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="DeepSpeed's ZeRO stage: what is spread over the workers"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
     save_steps: Positive = Field(50, description="optimiser steps between checkpoints")
-    logging_steps: Positive = 1
-    seed: int = Field(0, ge=0)
+    logging_steps: Positive = Field(1, description="optimiser steps between rows of metrics.jsonl")
+    seed: int = Field(0, ge=0, description="of the order of pairs")
 
 
 class Evaluate(Settings):
     """How the model is compared with its starting point."""
 
     sampled: bool = Field(True, description="one sampled answer per prompt beside the greedy one")
-    temperature: float = Field(0.7, gt=0)
-    top_p: Fraction = 0.9
-    max_tokens: Positive = 512
+    temperature: float = Field(0.7, gt=0, description="of the sampled answers")
+    top_p: Fraction = Field(0.9, description="of the sampled answers")
+    max_tokens: Positive = Field(512, description="of an answer")
     judge: str = Field("start", description="win rates: 'start' is M_0; else a folder or hub name")
     judge_max_tokens: Positive = Field(512, description="a comparison that is cut off is unreadable")
     judge_max_length: Positive | None = Field(
@@ -333,9 +339,9 @@ class Limits(Settings):
 class Recipe(Settings):
     """A whole run."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, description="of the recipe, for people")
     seed: int = Field(0, ge=0, description="of the built-in world, prompt choice and sampling")
-    iterations: Positive = 1
+    iterations: Positive = Field(1, description="rounds of generating, selecting and training")
     model: Model = Model()
     prompts: Prompts
     generate: Generate = Generate()
