@@ -1,4 +1,4 @@
-"""What grows with the number of pairs and of workers, measured on one machine (see cluster/SCALING.md).
+"""What grows with the number of pairs and of workers, measured on one machine (see docs/results/scaling.md).
 
     python jobs/benchmarks/scaling.py rows --pairs 1000000          pair, the resume filter, select
     python jobs/benchmarks/scaling.py store --pairs 64000           the resume filter where every file comes late
