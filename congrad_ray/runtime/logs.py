@@ -130,8 +130,11 @@ def quieten_libraries() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     # A Ray of one's own, which ends with the command, has a token that nobody needs to know of.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    # DeepSpeed sets its logger's level when it is imported, and then says that there is no GPU.
+    # Filters, since these libraries set their loggers' levels when they are imported or started. DeepSpeed says
+    # that there is no GPU; Ray Data's LLM processors connect to the Ray that is connected, and look for a mirror.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    for name in ("ray._private.worker", "ray.llm._internal.common.utils.download_utils"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.WARNING)
 
 
 def _screens() -> list[_Screen]:
