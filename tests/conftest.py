@@ -16,6 +16,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from commands import Ended
 from heads import RAY, connect_shared, free_port, head_environment
 from tiny_models import TEXTS, make_tiny_model
 
@@ -203,3 +204,26 @@ def store_uri(store_query: str) -> str:
     store, _ = pafs.FileSystem.from_uri(f"s3://{bucket}?{store_query}&allow_bucket_creation=true")
     store.create_dir(bucket)
     return f"s3://{bucket}/run?{store_query}"
+
+
+@pytest.fixture
+def congrad(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ended]]:
+    """Runs a command in this process to its end, on a screen of 140 columns; its own process would take seconds."""
+    from congrad_ray.cli.display import console
+    from congrad_ray.cli.main import main
+    from congrad_ray.cli.options import screen
+
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)  # pytest's own stay
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setattr(console, "_width", 140)
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        written = capsys.readouterr()
+        code = end.value.code
+        return Ended(code if isinstance(code, int) else 0, written.out, written.err)
+
+    yield run
+    screen.json = False

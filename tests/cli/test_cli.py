@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from commands import Ended
 from congrad_ray.config.recipe import Recipe, load_recipe
 from congrad_ray.config.settings import parse_yaml, validate
 from congrad_ray.config.starter import starter_recipe
 from congrad_ray.data.tables import table_of
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.stages.select.schema import SCORES
-
-from .conftest import Ended
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "jobs" / "recipes" / "demo.yaml"

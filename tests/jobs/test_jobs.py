@@ -24,6 +24,7 @@ def head(ray_environment: dict[str, str], tmp_path: Path) -> Iterator[Head]:
         yield started
 
 
+@pytest.mark.slow
 def test_filter_as_a_submitted_job(
     head: Head, tiny_model: Path, tmp_path: Path, ray_command: str, ray_environment: dict[str, str]
 ) -> None:

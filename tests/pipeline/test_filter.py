@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from heads import connect_shared
+
 LANGUAGES = ("en", "de", "fr")
 
 
@@ -87,20 +89,21 @@ def test_a_mistake_is_reported_and_leaves_nothing(
 
 
 def test_the_corrected_command_works_in_the_same_folder_and_other_settings_are_refused(
-    tmp_path: Path, tiny_model: Path, write_preferences: Any, filter_command: Any
+    tmp_path: Path, tiny_model: Path, write_preferences: Any, filter_command: Any, congrad: Any
 ) -> None:
     out = tmp_path / "out"
+    connect_shared()
 
-    def run(preferences: Path, *more: str) -> subprocess.CompletedProcess[str]:
-        command = [*filter_command(preferences, tiny_model, out), *more]
-        return subprocess.run(command, timeout=300, capture_output=True, text=True, check=False)
+    def run(preferences: Path, *more: str) -> Any:
+        command = filter_command(preferences, tiny_model, out)
+        return congrad(*command[command.index("filter") :], *more)
 
     (tmp_path / "rows.csv").write_text("prompt,chosen")
-    assert run(tmp_path / "rows.csv").returncode == 2
+    assert run(tmp_path / "rows.csv").code == 2
     good = write_preferences(tmp_path / "preferences.jsonl", 24)
     done = run(good)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "28 rows = 12 kept + 12 dropped + 3 quarantined + 1 duplicates" in done.stdout
+    assert done.code == 0, done.out + done.err
+    assert "28 rows = 12 kept + 12 dropped + 3 quarantined + 1 duplicates" in done.out
     assert len(kept_rows(out)) == 12
     other = write_preferences(tmp_path / "others.jsonl", 12)
     for preferences, more, what in (
@@ -109,10 +112,10 @@ def test_the_corrected_command_works_in_the_same_folder_and_other_settings_are_r
         (good, ("--select", "direction=mean"), "select.direction: pcgrad -> mean"),
     ):
         refused = run(preferences, *more)
-        assert refused.returncode == 2 and what in refused.stderr
-        assert "Give another --out, or add --redo" in refused.stderr
-        assert "--run" not in refused.stderr and "iteration" not in refused.stderr
-    assert run(good, "--select", "direction=mean", "--redo").returncode == 0
+        assert refused.code == 2 and what in refused.err
+        assert "Give another --out, or add --redo" in refused.err
+        assert "--run" not in refused.err and "iteration" not in refused.err
+    assert run(good, "--select", "direction=mean", "--redo").code == 0
 
 
 @pytest.fixture(scope="module")

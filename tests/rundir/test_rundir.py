@@ -144,7 +144,7 @@ def test_damaged_files_of_a_finished_stage_are_deleted_and_it_goes_on(
     folder.filesystem.delete_file(f"{folder.path}/part-2.parquet")
     assert folder.begin("one", False, "pair") == "continue"
     assert caplog.messages == [
-        "2 files are gone or damaged (part-1.parquet, part-2.parquet): what was in them is done again"
+        "2 files are missing or damaged (part-1.parquet, part-2.parquet): what was in them is done again"
     ]
     assert folder.ids("pair_id") == {"p0"}
     assert folder.begin("one", False, "pair") == "continue"
