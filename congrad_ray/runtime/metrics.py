@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _ABOUT = ("run", "stage", "iteration")
 # By name: what it is, and the labels beside _ABOUT. Rates of counters are per second.
 COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "congrad_rows": ("rows written (outcome: written) or set apart in quarantine (failed)", ("outcome",)),
+    "congrad_rows": ("rows written (outcome: written) or quarantined (failed)", ("outcome",)),
     "congrad_tokens": ("tokens of the rows written, prompts and what was generated; evaluate: the latter", ()),
     "congrad_judgements": ("judgements made", ("language",)),
     "congrad_unreadable_judgements": ("judgements without a score", ("language",)),
