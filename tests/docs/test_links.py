@@ -106,7 +106,8 @@ def test_settings_profiles_and_stages_of_commands_exist(page: Path) -> None:
         validate(Recipe, apply_overrides(STARTER, settings), " ".join(words))
         chosen = [value for value in values_of(words, "--select") if value != "a=b"]
         validate(Select, apply_overrides({}, chosen), " ".join(words))
-        load_assumptions([value for value in values_of(words, "--assume") if value not in ("a=b", "name=value")])
+        assumed = [value for value in values_of(words, "--assume") if value not in ("a=b", "NAME=VALUE")]
+        load_assumptions(assumed)
         for name in values_of(words, "--profile"):
             if name != "P" and not name.endswith(".yaml"):
                 load_profile(name)
