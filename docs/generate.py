@@ -20,6 +20,8 @@ from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
 from congrad_ray.data.tables import QUARANTINE
 from congrad_ray.pipeline.order import STAGES
+from congrad_ray.planning.assumptions import Assumptions
+from congrad_ray.runtime.metrics import ABOUT, COUNTERS, GAUGES
 
 FOLDER = Path(__file__).resolve().parent / "reference"
 _NOTE = "<!-- Written by docs/generate.py: change the code, not this page. -->"
@@ -32,6 +34,13 @@ def pages() -> dict[str, str]:
         "profile.md": _settings("Profile", Profile, "Where a run is done: a YAML, or the name of a built-in one."),
         "tables.md": _tables(),
         "commands.md": _commands(),
+        "assumptions.md": _settings(
+            "Assumptions",
+            Assumptions,
+            "What nobody can know before a run, for `congrad plan --assume NAME=VALUE`. None of these defaults "
+            "was measured by this project. With `--run DIR` lengths come from the finished stages of that run.",
+        ),
+        "metrics.md": _metrics(),
         "exit-codes.md": _exit_codes(),
     }
 
@@ -201,7 +210,10 @@ def _parameters(command: Any) -> list[str]:
         if choices:
             text += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
         default = parameter.default
-        given = default not in (None, False, "", [], ()) and not callable(default) and "UNSET" not in repr(default)
+        flag_off = default is None or default is False or default in ("", [], ())
+        given = not flag_off and not callable(default) and "UNSET" not in repr(default)
+        if parameter.required and parameter.param_type_name != "argument":
+            text += " Required."
         rows.append((shown, text + (f" Default: `{default}`." if given else "")))
     return [_table(("option", "meaning"), rows)] if rows else []
 
@@ -209,6 +221,23 @@ def _parameters(command: Any) -> list[str]:
 def _plain(text: str | None) -> str:
     """Text without the markup of rich and the marks of click."""
     return re.sub(r"\[/?(bold|dim|green|yellow|red)\]", "", inspect.cleandoc(text or "")).replace("\b", "").strip()
+
+
+def _metrics() -> str:
+    heads = ("metric", "labels", "meaning")
+    return _page(
+        "Metrics",
+        "What a run reports to Prometheus, through Ray's metrics. Each also has the labels "
+        f"{', '.join(f'`{label}`' for label in ABOUT)}.",
+        "## Counters",
+        _table(heads, [_metric(f"ray_{name}_total", *about) for name, about in COUNTERS.items()]),
+        "## Gauges",
+        _table(heads, [_metric(f"ray_{name}", *about) for name, about in GAUGES.items()]),
+    )
+
+
+def _metric(name: str, meaning: str, labels: tuple[str, ...]) -> tuple[str, ...]:
+    return f"`{name}`", ", ".join(f"`{label}`" for label in labels), meaning
 
 
 def _exit_codes() -> str:

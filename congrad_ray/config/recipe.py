@@ -180,7 +180,7 @@ class Pair(Settings):
 
 
 class Sketch(Settings):
-    """What is kept of every pair's gradient; the README has the measurements behind the defaults."""
+    """What is kept of every pair's gradient; docs/results/engine.md has the measurements behind the defaults."""
 
     method: Literal["count_sketch", "exact"] = Field(
         "count_sketch",

@@ -48,8 +48,8 @@ class Assumptions(Settings):
     gpu_memory_gib: float | None = Field(
         None, gt=0, description="GiB of one GPU where the profile has no cluster section that says it"
     )
-    gpu_teraflops: float | None = Field(None, gt=0, description="dense bfloat16 TFLOP/s of one GPU, likewise")
-    price_per_hour: float | None = Field(None, ge=0, description="US dollars an hour of the machine, likewise")
+    gpu_teraflops: float | None = Field(None, gt=0, description="and the dense bfloat16 TFLOP/s of one GPU")
+    price_per_hour: float | None = Field(None, ge=0, description="and the US dollars an hour of the machine")
     device_overhead_gib: float = Field(
         1.5, ge=0, description="GiB of a GPU for the CUDA context, cuBLAS and NCCL of one process"
     )

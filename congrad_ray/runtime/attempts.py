@@ -1,4 +1,4 @@
-"""Rows that kill their workers: found by the attempts that never ended, and set apart instead of tried for ever.
+"""Rows that kill their workers: found by the attempts that never ended, and quarantined instead of tried for ever.
 
 Ray restarts an actor that died and hands it the same rows again. Here every worker says what it begins and what it
 has ended, so that what a dead worker was at is known. Rows that were in a batch whose worker died several times

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ray.util.metrics import Counter, Gauge
 
-_ABOUT = ("run", "stage", "iteration")
-# By name: what it is, and the labels beside _ABOUT. Rates of counters are per second.
+ABOUT = ("run", "stage", "iteration")
+# By name: what it is, and the labels beside ABOUT. Rates of counters are per second.
 COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "congrad_rows": ("rows written (outcome: written) or set apart in quarantine (failed)", ("outcome",)),
+    "congrad_rows": ("rows written (outcome: written) or quarantined (failed)", ("outcome",)),
     "congrad_tokens": ("tokens of the rows written, prompts and what was generated; evaluate: the latter", ()),
     "congrad_judgements": ("judgements made", ("language",)),
     "congrad_unreadable_judgements": ("judgements without a score", ("language",)),
@@ -52,13 +52,13 @@ class Meter:
         """Adds to one of COUNTERS. Raises KeyError for another name."""
         description, further = COUNTERS[name]
         if value > 0 and _is_connected():  # Ray refuses 0
-            _counter(name, description, (*_ABOUT, *further)).inc(value, tags=self._labels(labels))
+            _counter(name, description, (*ABOUT, *further)).inc(value, tags=self._labels(labels))
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Sets one of GAUGES. Raises KeyError for another name."""
         description, further = GAUGES[name]
         if _is_connected():
-            _gauge(name, description, (*_ABOUT, *further)).set(value, tags=self._labels(labels))
+            _gauge(name, description, (*ABOUT, *further)).set(value, tags=self._labels(labels))
 
     def _labels(self, labels: Mapping[str, str]) -> dict[str, str]:
         iteration = "" if self.iteration is None else str(self.iteration)

@@ -227,7 +227,7 @@ def _too_many_failed(output: StageFolder, share: float) -> str:
     )
     return (
         f"{len(rows)} rows are in quarantine, more than limits.failed_share ({share:g}) of all:\n{listed}\n"
-        f"They are in {output.path}/quarantine. Mend the cause and give --redo, or raise limits.failed_share and "
+        f"They are in {output.path}/quarantine. Fix the cause and give --redo, or raise limits.failed_share and "
         "run the same command again."
     )
 

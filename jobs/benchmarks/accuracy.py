@@ -718,7 +718,7 @@ def tables(results: dict[str, Any]) -> str:
         f"{results['model']}: {results['weights']:,} weights, {results['tokens']:,} tokens, {results['device']}",
         "",
         "| pairs | sketch | width | dtype | KiB a pair | error | by theory | measured | spread | rank correlation "
-        "| kept half in common (range) | foretold |",
+        "| kept half in common (range) | predicted |",
         "|--:|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in results["rows"]:

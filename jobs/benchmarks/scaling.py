@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("rows", "store", "scheduling", "workers"))
     parser.add_argument("--pairs", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=2, help="measurements are taken so often")
+    parser.add_argument("--rounds", type=int, default=2, help="how often measurements are taken")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "scaling-benchmark")
     parser.add_argument("--out", type=Path, help="add the figures to this file as a line of JSON")
     arguments = parser.parse_args()

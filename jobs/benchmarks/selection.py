@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=200_000)
     parser.add_argument("--width", type=int, default=16_384)
     parser.add_argument("--dtype", choices=("float32", "float16", "int8"), default="float32")
-    parser.add_argument("--rounds", type=int, default=2, help="the two are timed in turn, so often")
+    parser.add_argument("--rounds", type=int, default=2, help="how often the two are timed, in turn")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "select-benchmark")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()

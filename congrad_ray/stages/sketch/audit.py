@@ -52,7 +52,7 @@ def expected_overlap(error: float, spread: float, keep: float) -> float:
     `error` is the root mean square error of the sketched scores and `spread` their standard deviation. Exact score
     and error are taken for normal and independent, so that exact and sketched scores correlate with
     rho = sqrt(1 - error^2 / spread^2); for one half that makes 1 - arccos(rho) / pi. Measured overlaps are as near
-    to it as their number of pairs lets them (README, "On real models").
+    to it as their number of pairs lets them (docs/results/engine.md).
     """
     from scipy.stats import multivariate_normal, norm
 

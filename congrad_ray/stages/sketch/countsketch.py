@@ -24,7 +24,8 @@ layer adds to the variance
     |x|^4 ((1 + 2 (f - 1) / out) (1 + 2 (f - 1) / in) - 1),
 
 and much smaller for gradients of more directions and for such as have little in common; errors of different layers
-are independent. Measured errors are in the README. Hence sides are only folded while they stay long: `FoldRule`.
+are independent. docs/results/engine.md has measured errors. Hence sides are only folded while they stay long:
+`FoldRule`.
 """
 
 from __future__ import annotations
