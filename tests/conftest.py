@@ -208,7 +208,7 @@ def store_uri(store_query: str) -> str:
 
 @pytest.fixture
 def congrad(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ended]]:
-    """Runs a command in this process to its end, on a screen of 140 columns; its own process would take seconds."""
+    """Runs a command in this process to its end, on a screen of 140 columns: it takes no seconds to start."""
     from congrad_ray.cli.display import console
     from congrad_ray.cli.main import main
     from congrad_ray.cli.options import screen
