@@ -6,11 +6,13 @@ import io
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,11 +26,14 @@ from congrad_ray.config.printable import brief, printable, shown
 from congrad_ray.config.profile import Profile, load_profile
 from congrad_ray.config.recipe import Model, Prompts, Recipe, Select, Source, load_recipe
 from congrad_ray.config.settings import SettingsError, apply_overrides, parse_yaml, to_yaml, validate
-from congrad_ray.data.records import InputError, read_records
+from congrad_ray.data.own_rows import write_own_rows
+from congrad_ray.data.preferences import tokenize_arguments
+from congrad_ray.data.reading import python_rows, read_records
+from congrad_ray.data.records import InputError
 from congrad_ray.data.tables import prompt_id
 from congrad_ray.modeling.source import ModelError, named_model
 from congrad_ray.modeling.tokenization import MissingChatTemplate, chat_prompt_ids, tokenize_pair
-from congrad_ray.pipeline import filtering
+from congrad_ray.pipeline.preferences import Reading, read_preferences
 from congrad_ray.rundir.directory import RunDirectory, fingerprint
 from congrad_ray.runtime.context import Context
 from congrad_ray.stages.evaluate.pairwise import read_win
@@ -42,6 +47,8 @@ from congrad_ray.stages.select.scores import Agreement, score_of
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
 DEMO = parse_yaml((RECIPES / "demo.yaml").read_text())
 LOCAL = parse_yaml((RECIPES.parents[1] / "congrad_ray" / "config" / "profiles" / "local.yaml").read_text())
+
+OF_PAIR = ("prompt", "chosen", "rejected")
 
 # --- what is generated --------------------------------------------------------------------------------------
 
@@ -216,18 +223,27 @@ def collect_prompts(path: Path, place: Place) -> set[str]:
     return set(table["prompt_id"].to_pylist())
 
 
-def collect_pairs(path: Path, place: Place, chat: bool) -> pa.Table:
-    """What `congrad filter` would write if it kept all pairs, or InputError."""
+def collect_pairs(path: Path, place: Place, chat: bool) -> tuple[set[str], pa.Table]:
+    """The pairs that `congrad filter` would sketch, and what it would write if it kept all, or InputError."""
     source = Source(name=str(path))
     context = place.context(Recipe(name="x", prompts=Prompts(train=source, languages=["und"])), "pairs")
-    filtering._write(filtering._read(source, chat), context.output)
+    with tempfile.TemporaryDirectory() as folder:
+        found = read_preferences(Reading([source], chat=chat), Path(folder), 1.0)
+        found.write_to(context.output)
     check_quarantine(context)
-    ids = context.output.read_table(["pair_id"])["pair_id"].to_pylist()
-    table, numbers = filtering._selected(source, chat, dict.fromkeys(ids, 0.5))
-    assert len(table) == len(numbers) == len(ids)
+    pairs = context.output.read_table()
+    assert len(pairs) == found.pairs
+    texts = {as_key(tokenize_arguments(row), row["language"]) for row in pairs.to_pylist()}
     sink = io.BytesIO()
-    pq.write_table(table, sink)
-    return pq.read_table(sink)
+    scores = pa.array([0.5] * len(pairs))
+    write_own_rows([source], pairs["row"].to_numpy(), {"congrad_score": scores}, sink)
+    table = pq.read_table(sink)
+    assert len(table) == len(pairs)
+    return texts, table
+
+
+def as_key(texts: dict[str, Any], language: str) -> str:
+    return json.dumps([*(texts[name] for name in OF_PAIR), language])
 
 
 def ids_of(rows: list[dict[str, Any]]) -> set[str]:
@@ -235,7 +251,7 @@ def ids_of(rows: list[dict[str, Any]]) -> set[str]:
 
 
 def texts_of(rows: list[dict[str, Any]]) -> set[str]:
-    return {json.dumps([row[name] for name in (*filtering._TEXTS, "language")]) for row in rows}
+    return {as_key(row, row["language"]) for row in rows}
 
 
 def check_prompt_lines(bad: list[bytes], place: Place) -> None:
@@ -248,12 +264,14 @@ def check_prompt_lines(bad: list[bytes], place: Place) -> None:
 
 def check_pair_lines(bad: list[bytes], place: Place) -> None:
     path = place.folder / "pairs.jsonl"
-    for good, chat in ((GOOD_PAIRS, False), (GOOD_PAIRS, True), (GOOD_CHATS, False)):
+    for good, chat, read_as in (
+        (GOOD_PAIRS, False, GOOD_PAIRS),
+        (GOOD_PAIRS, True, GOOD_CHATS),
+        (GOOD_CHATS, False, GOOD_CHATS),
+    ):
         path.write_bytes(mixed(good, bad))
-        table = collect_pairs(path, place, chat)
-        texts = pa.types.is_string(table.schema.field("prompt").type)
-        # Beside messages, --chat writes texts as messages too.
-        assert texts_of(good if texts or good is GOOD_CHATS else GOOD_CHATS) <= texts_of(table.to_pylist())
+        texts, _ = collect_pairs(path, place, chat)
+        assert texts_of(read_as) <= texts
     path.write_bytes(b"\n".join(bad))
     check_refused_or_read(path, lambda: collect_pairs(path, place, True))
 
@@ -277,8 +295,8 @@ def check_parquet(kinds: dict[str, Callable[[int], pa.Array]], place: Place) -> 
         good = good.append_column(name, column)
     pq.write_table(good, path)
     assert ids_of(GOOD_PAIRS) <= collect_prompts(path, place)
-    table = collect_pairs(path, place, False)
-    assert texts_of(GOOD_PAIRS) <= texts_of(table.select([*filtering.COLUMNS]).to_pylist())
+    texts, table = collect_pairs(path, place, False)
+    assert texts_of(GOOD_PAIRS) <= texts
     kept = set(good.column_names) - {"congrad_score"}
     assert {name: table.schema.field(name).type for name in kept} == {name: good[name].type for name in kept}
     pq.write_table(pa.table({name: make(2) for name, make in kinds.items()}), path)
@@ -462,7 +480,7 @@ COLUMNS = st.sampled_from(
 )
 SURFACES = {
     "prompt lines": Surface(st.lists(lines_like(("prompt", "language")), max_size=6), check_prompt_lines, 1500),
-    "pair lines": Surface(st.lists(lines_like(filtering.COLUMNS), max_size=6), check_pair_lines, 1000),
+    "pair lines": Surface(st.lists(lines_like((*OF_PAIR, "language")), max_size=6), check_pair_lines, 1000),
     "parquet": Surface(st.dictionaries(COLUMNS, parquet_types(), min_size=1, max_size=5), check_parquet, 700),
     "damaged parquet": Surface(
         st.tuples(st.sampled_from([0, 0, 1, 8, 100, 2000]), st.integers(0, 10**6), st.binary(max_size=30)),
@@ -570,9 +588,7 @@ def test_ten_thousand_bad_inputs(place: Place) -> None:
 # --- what random input hardly ever finds --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\n \n", '{"prompt": "x"}'.encode("utf-16"), b'[{"prompt": "x"}]', b"\xe9\n"]
-)
+@pytest.mark.parametrize("content", [b"", b"\n \n", '{"prompt": "x"}'.encode("utf-16"), b"[1, 2]", b"\xe9\n"])
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows \x1b[31m.jsonl"])
 def test_a_file_without_any_row_is_reported_with_its_name(place: Place, content: bytes, name: str) -> None:
     path = place.folder / name
@@ -603,11 +619,13 @@ def test_files_put_together_with_their_marks(place: Place) -> None:
     assert collect_prompts(path, place) == ids_of(GOOD_PROMPTS)
 
 
-def test_a_stray_row_of_the_other_shape_does_not_decide(place: Place) -> None:
-    path = place.folder / "stray.jsonl"
-    for good, stray in ((GOOD_PAIRS, GOOD_CHATS[0]), (GOOD_CHATS, GOOD_PAIRS[0])):
-        path.write_bytes(b"\n".join(map(as_line, [stray, *good])))
-        assert texts_of(collect_pairs(path, place, False).to_pylist()) == texts_of(good)
+def test_each_row_goes_by_its_own_shape(place: Place) -> None:
+    path = place.folder / "mixed.jsonl"
+    rows = [row for both in zip(GOOD_PAIRS, GOOD_CHATS, strict=True) for row in both]
+    path.write_bytes(b"\n".join(map(as_line, rows)))
+    texts, table = collect_pairs(path, place, False)
+    assert texts == texts_of(rows)
+    assert datasets.Dataset(table).remove_columns("congrad_score").to_list() == rows
 
 
 NESTED: Any = json.loads("[" * 300 + "]" * 300)
@@ -628,14 +646,15 @@ NESTED: Any = json.loads("[" * 300 + "]" * 300)
     ],
     ids=lambda values: shown(values)[:40],
 )
-def test_columns_whose_values_have_no_common_type_are_written_as_text(
+def test_columns_whose_values_have_no_common_type_are_written_as_json(
     place: Place, values: tuple[Any, ...]
 ) -> None:
     path = place.folder / "extra.jsonl"
     rows = [row | {"extra": values[i % len(values)], "\udfff": i} for i, row in enumerate(GOOD_PAIRS)]
     path.write_bytes(b"\n".join(map(as_line, rows)))
-    table = collect_pairs(path, place, False)
-    assert texts_of(table.to_pylist()) == texts_of(GOOD_PAIRS)
+    texts, table = collect_pairs(path, place, False)
+    assert texts == texts_of(GOOD_PAIRS)
+    assert [row["extra"] for row in python_rows(table)] == [row["extra"] for row in rows]
     assert set(table.column_names) == {*GOOD_PAIRS[0], "extra", "\\udfff", "congrad_score"}
     assert table["source"].to_pylist() == [row["source"] for row in GOOD_PAIRS]
 

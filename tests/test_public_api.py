@@ -108,7 +108,13 @@ def rows(**columns: Any) -> Any:
 @pytest.mark.parametrize(
     ("dataset", "model", "arguments", "error", "text"),
     [
-        (lambda: rows(language=None), "my/model", {}, ValueError, "no column 'language'; columns found: prompt"),
+        (
+            lambda: rows(language=None),
+            "my/model",
+            {},
+            ValueError,
+            "no column 'language'; columns found: chosen, prompt",
+        ),
         (lambda: rows(language=["x?", "y?"]), "my/model", {}, ValueError, "unknown_language: 2"),
         (lambda: rows().select([]), "my/model", {}, ValueError, "the dataset is empty"),
         (lambda: {"train": rows()}, "my/model", {}, TypeError, "dataset is a dict"),

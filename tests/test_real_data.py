@@ -5,7 +5,8 @@ from pathlib import Path
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe, Source
 from congrad_ray.config.settings import validate
-from congrad_ray.data.records import clean_language, clean_messages, read_records
+from congrad_ray.data.reading import read_records
+from congrad_ray.data.records import clean_language, clean_messages
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.stages.prompts import stage as prompts

@@ -18,11 +18,11 @@ from congrad_ray.cli.options import (
     RunUri,
     examples,
 )
-from congrad_ray.config.printable import printable
+from congrad_ray.config.printable import printable, without_keys
 from congrad_ray.config.profile import load_profile
 from congrad_ray.config.recipe import load_recipe
 from congrad_ray.config.settings import did_you_mean
-from congrad_ray.rundir.directory import RunDirectoryError, without_keys
+from congrad_ray.rundir.directory import RunDirectoryError
 
 logger = logging.getLogger(__name__)
 

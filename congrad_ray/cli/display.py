@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from congrad_ray.config.printable import printable
+from congrad_ray.config.printable import printable, without_keys
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, without_keys
+from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 from congrad_ray.stages.evaluate.statistics import EVERY_LANGUAGE
 
 if TYPE_CHECKING:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+import yaml
 
 from congrad_ray.cli.options import TOOLS, ProfileName, Redo, examples, profile_for, screen
 from congrad_ray.config import recipe as recipes
-from congrad_ray.config.settings import apply_overrides, validate
-from congrad_ray.rundir.directory import without_keys
+from congrad_ray.config.printable import brief, without_keys
+from congrad_ray.config.settings import SettingsError, apply_overrides, parse_yaml, validate
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +24,18 @@ app = typer.Typer()
     epilog=examples(
         "congrad filter pairs.jsonl --model my-model --out filtered",
         "congrad filter pairs.parquet --model google/gemma-2-2b-it --out filtered --keep 0.3 --chat",
+        "congrad filter 's3://bucket/*.jsonl.gz' --columns prompt=instruction --model my-model --out filtered",
     ),
 )
 def filter_command(
-    preferences: Annotated[str, typer.Argument(metavar="PREFERENCES", help="JSONL, Parquet, or a hub dataset.")],
+    preferences: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PREFERENCES...",
+            help="Files (JSON Lines, JSON, CSV, Parquet, Arrow; .gz, .zst), folders, patterns, s3:// and gs://, "
+            "or a hub dataset.",
+        ),
+    ],
     model: Annotated[str, typer.Option(help="The model to be trained: a folder or hub name.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Where selected.parquet and the rest go.")],
     keep: Annotated[float, typer.Option(help="Top fraction kept per language.")] = 0.5,
@@ -45,24 +54,58 @@ def filter_command(
         int | None, typer.Option(help="Padded tokens of a micro-batch.", show_default="8192, on a CPU 4096")
     ] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="The model's dtype.")] = "float32",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="a=b,...",
+            help="Columns of other names: prompt=instruction,language=lang; a dot leads into structs. "
+            "responses=R,ratings=S: the best and the worst rated of several responses.",
+        ),
+    ] = None,
+    language_names: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=TAG,...", help="The data's own names of languages: Hinglish=hi."),
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset, or of a saved DatasetDict.")] = "train",
+    revision: Annotated[str | None, typer.Option(help="Commit or branch of a hub dataset.")] = None,
+    failed_share: Annotated[
+        float, typer.Option(help="Share of the rows that may go to quarantine; more stop the filter.")
+    ] = recipes.Limits().failed_share,
+    all_rows: Annotated[
+        bool, typer.Option("--all-rows", help="Also write rows.parquet: every row, and what became of it.")
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Take strings as chat messages.")] = False,
     chat_template: Annotated[
         str | None, typer.Option(help="A Jinja file, or the name of one of the model's.")
+    ] = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="What else the template is given: '{\"enable_thinking\": false}'."),
     ] = None,
     profile: ProfileName = "local",
     redo: Redo = False,
 ) -> None:
     """Filter a preference dataset: the pairs whose gradients agree across languages.
 
-    PREFERENCES has prompt, chosen and rejected (strings or chat messages, as in TRL) and language.
+    PREFERENCES has prompt, chosen and rejected (strings or chat messages, as in TRL) and language. The texts are
+    taken byte for byte; the prompt may be in the responses alone. Every row is kept, dropped or quarantined.
     """
+    from congrad_ray.data.preferences import Columns
     from congrad_ray.pipeline.filtering import FilterSettings, run_filter
+    from congrad_ray.pipeline.preferences import Reading
 
     where = profile_for(profile, without_keys(out))
     settings = FilterSettings(
         model=validate(
             recipes.Model,
-            {"name": model, "dtype": dtype, "chat_template": chat_template, "max_length": max_length},
+            {
+                "name": model,
+                "dtype": dtype,
+                "chat_template": chat_template,
+                "max_length": max_length,
+                "chat_template_kwargs": _mapping(chat_template_kwargs),
+            },
             "--model",
         ),
         select=validate(recipes.Select, apply_overrides({"keep": keep}, select or []), "--keep, --select"),
@@ -78,9 +121,18 @@ def filter_command(
             },
             "--width, --max-tokens-per-batch",
         ),
-        chat=chat,
+        limits=validate(recipes.Limits, {"failed_share": failed_share}, "--failed-share"),
     )
-    filtered = run_filter(preferences, out, settings, where, redo)
+    of_source = {"config": config, "split": split, "revision": revision}
+    reading = Reading(
+        sources=[validate(recipes.Source, {"name": name, **of_source}, "PREFERENCES") for name in preferences],
+        columns=Columns.of(_named(columns, "--columns")),
+        chat=chat,
+        language_names=validate(
+            recipes.Source, {"language_names": _named(language_names, "--language-names")}, "--language-names"
+        ).language_names,
+    )
+    filtered = run_filter(reading, out, settings, where, redo, all_rows=all_rows)
     if where.log_format == "text" and not screen.quiet:
         from congrad_ray.cli.display import show_figures
         from congrad_ray.stages.select.figures import selection
@@ -88,3 +140,32 @@ def filter_command(
         for figures in selection(filtered.summary):
             show_figures(figures)
     logger.info(f"kept pairs: {without_keys(out).rstrip('/')}/selected.parquet")
+
+
+def _named(given: list[str] | None, option: str) -> dict[str, str]:
+    """`a=b,c=d`, given once or more often. Raises SettingsError."""
+    found: dict[str, str] = {}
+    for pair in (pair for text in given or [] for pair in text.split(",") if pair.strip()):
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not name or not value:
+            raise SettingsError(f"{option} {brief(pair)}: give it as name=value, several with commas between")
+        if name in found:
+            raise SettingsError(f"{option}: {brief(name)} is there twice")
+        found[name] = value
+    return found
+
+
+def _mapping(text: str | None) -> dict[str, Any]:
+    """Raises SettingsError for what is no mapping in JSON or YAML."""
+    if text is None:
+        return {}
+    try:
+        found = parse_yaml(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise SettingsError(
+            f"--chat-template-kwargs {brief(text)} is no mapping; give JSON, as in "
+            "'{\"enable_thinking\": false}'"
+        )
+    return found

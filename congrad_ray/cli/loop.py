@@ -21,10 +21,11 @@ from congrad_ray.cli.options import (
     profile_for,
     screen,
 )
+from congrad_ray.config.printable import without_keys
 from congrad_ray.config.profile import load_profile
 from congrad_ray.config.recipe import Recipe, load_recipe
 from congrad_ray.config.settings import did_you_mean, settings_in, validate
-from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, without_keys
+from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
+from pathlib import Path
 
 # Level of log records that only move a progress bar, between DEBUG and INFO. They, and the occasional ones at INFO
 # that stand for them where there is no bar, have an attribute `bar`: (done, total).
@@ -35,3 +37,9 @@ def brief(text: object) -> str:
 def shown(value: object) -> str:
     """A value of any type in Python's notation, cut in length and depth."""
     return brief(_repr.repr(value))
+
+
+def without_keys(uri: str | Path) -> str:
+    """A path or URI as it may be printed: without user part and query, which may hold keys."""
+    text = str(uri)
+    return re.sub("://.*@", "://", text).partition("?")[0] if "://" in text else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from datetime import date
@@ -88,8 +89,17 @@ class Model(Settings):
         CHAT_TEMPLATE_DATE,
         description="the date for templates that write today's, so that token ids do not change by day",
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        exclude_if=operator.not_,
+        description="what else the template is given with every conversation, {enable_thinking: false}; a row's "
+        "own, in a filter's column of this name, go first",
+    )
     max_length: Positive = Field(2048, description="tokens of a prompt with one response")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    def __hash__(self) -> int:  # a mapping among the fields has none
+        return hash(self.model_dump_json())
 
 
 class Source(Settings):

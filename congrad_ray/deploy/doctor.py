@@ -9,8 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from congrad_ray.config.printable import without_keys
 from congrad_ray.modeling.source import cache_directory
-from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, nearest_folder, without_keys
+from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, nearest_folder
 
 # What was tried together, by distribution name; either of a group will do.
 _TRIED: tuple[tuple[tuple[str, ...], str], ...] = (

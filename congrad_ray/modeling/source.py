@@ -99,7 +99,11 @@ class ModelSource:
         path, settings, arguments = self.local_path(), self.settings, self.pretrained_arguments()
         try:
             tokenizer = load_tokenizer(
-                path, settings.chat_template, chat_template_date=settings.chat_template_date, **arguments
+                path,
+                settings.chat_template,
+                chat_template_date=settings.chat_template_date,
+                chat_template_kwargs=settings.chat_template_kwargs,
+                **arguments,
             )
             adapter = find_adapter_config_file(path, revision=arguments.get("revision"))
         except MissingChatTemplate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Messages: TypeAlias = list[dict[str, str]]
+Messages: TypeAlias = list[dict[str, Any]]
 
 # Attributes of a tokenizer.
 _DATE = "congrad_ray_date"
 _ROWS = "congrad_ray_rows"
+_KWARGS = "congrad_ray_chat_template_kwargs"
 _TODAY = re.compile(r"""\bstrftime_now\s*\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
+# Arguments of `apply_chat_template` that no row and no recipe may set; what else it knows goes to the template.
+_OURS = {"chat_template", "add_generation_prompt", "tokenize", "return_dict", "tools"}
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
@@ -62,14 +66,16 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     revision: str | None = None,
     chat_template_date: str = CHAT_TEMPLATE_DATE,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of `model` (a folder or a Hub name) with a pad token.
 
     A tokenizer without a pad token pads with its end-of-sequence token: padding is masked everywhere, so
     the id does not matter. `revision` is a commit or branch on the Hub. `chat_template` is the text of a Jinja
     template (not a path) and replaces the tokenizer's own, or the name of one of the tokenizer's templates, which
-    becomes its default. `chat_template_date` (YYYY-MM-DD) is the day that a template asking for today gets. Raises
-    ValueError if there is neither a pad nor an end-of-sequence token, MissingChatTemplate for a name of none.
+    becomes its default. `chat_template_date` (YYYY-MM-DD) is the day that a template asking for today gets.
+    `chat_template_kwargs` go to the template with every conversation. Raises ValueError if there is neither a pad
+    nor an end-of-sequence token, MissingChatTemplate for a name of none.
     """
     from transformers import AutoTokenizer
 
@@ -95,6 +101,7 @@ def load_tokenizer(
         # The others stay, so that the name still means the same in a checkpoint saved with this tokenizer.
         tokenizer.chat_template = {**named, "default": named[chat_template]}
     setattr(tokenizer, _DATE, chat_template_date)
+    setattr(tokenizer, _KWARGS, dict(chat_template_kwargs or {}))
     return tokenizer
 
 
@@ -169,9 +176,15 @@ def _on_day(template: str, day: str, model: str) -> str:
 
 
 def _apply_chat_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    add_generation_prompt: bool,
+    tools: list[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     template = _template(tokenizer)
+    given = {**getattr(tokenizer, _KWARGS, {}), **(chat_template_kwargs or {})}
+    arguments = {key: value for key, value in given.items() if key not in _OURS}
     # The template writes the special tokens itself; apply_chat_template encodes its text without adding any,
     # which is what keeps the beginning-of-sequence token from appearing twice.
     try:
@@ -181,8 +194,15 @@ def _apply_chat_template(
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=True,
+            tools=tools,
+            **arguments,
         )
     except Exception as error:  # a template may raise anything, Jinja's own errors among them
+        if messages[0].get("role") == "system" and not messages[0].get("content") and messages[1:]:
+            # Many templates refuse a system turn, and this one says nothing.
+            return _apply_chat_template(
+                tokenizer, messages[1:], add_generation_prompt, tools, chat_template_kwargs
+            )
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} cannot render messages of "
             f"{', '.join(shown(message.get('role')) for message in messages)}: {type(error).__name__}: "
@@ -211,19 +231,28 @@ def _common_prefix_length(first: list[int], second: list[int]) -> int:
 def _check_content(name: str, completion: str | Messages, end_of_sequence: str) -> None:
     if isinstance(completion, str):
         content = completion.removesuffix(end_of_sequence)
+    elif any(message.get("tool_calls") for message in completion):
+        return
     else:
-        content = "".join(message.get("content") or "" for message in completion)
+        texts = (message.get(key) for message in completion for key in ("reasoning_content", "content"))
+        content = "".join(str(text) for text in texts if text)
     if not content.strip():
         raise ValueError(f"the {name} completion is empty: {shown(completion)}; drop the pair")
 
 
 def _tokenize_conversation(
-    tokenizer: PreTrainedTokenizerBase, prompt: Messages, chosen: Messages, rejected: Messages
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Messages,
+    chosen: Messages,
+    rejected: Messages,
+    tools: list[Any] | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
 ) -> tuple[list[int], list[int], list[int]]:
+    more = (tools, chat_template_kwargs)
     return (
-        _apply_chat_template(tokenizer, prompt, add_generation_prompt=True),
-        _apply_chat_template(tokenizer, prompt + chosen, add_generation_prompt=False),
-        _apply_chat_template(tokenizer, prompt + rejected, add_generation_prompt=False),
+        _apply_chat_template(tokenizer, prompt, True, *more),
+        _apply_chat_template(tokenizer, prompt + chosen, False, *more),
+        _apply_chat_template(tokenizer, prompt + rejected, False, *more),
     )
 
 
@@ -256,6 +285,8 @@ def tokenize_pair(
     chosen: str | Messages,
     rejected: str | Messages,
     max_length: int,
+    tools: list[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> TokenizedPair:
     """Tokenise one preference pair; the ids are those of TRL 1.16's DPOTrainer before truncation.
 
@@ -265,7 +296,8 @@ def tokenize_pair(
     encoded as one text. A completion's ids are what follows the part that the prompt shares with *both*
     prompt + completion sequences. Normally that part is the whole prompt. Where it is not (a template renders
     the last turn differently, or tokens merge across the boundary) the differing end of the prompt is
-    dropped, as in TRL, and a warning is logged.
+    dropped, as in TRL, and a warning is logged. A conversation's `tools` (JSON schemas) and
+    `chat_template_kwargs`, which go before those of the tokenizer, are given to the template.
 
     TRL truncates rows longer than `max_length` tokens, which changes what is preferred; here they raise
     `PairTooLong`, so that the caller can quarantine the row. Other ValueErrors that concern the row: mixed
@@ -278,7 +310,9 @@ def tokenize_pair(
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         prompt_ids, chosen_row, rejected_row = _tokenize_text(tokenizer, prompt, chosen, rejected, end_of_sequence)
     elif isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list):
-        prompt_ids, chosen_row, rejected_row = _tokenize_conversation(tokenizer, prompt, chosen, rejected)
+        prompt_ids, chosen_row, rejected_row = _tokenize_conversation(
+            tokenizer, prompt, chosen, rejected, tools, chat_template_kwargs
+        )
     else:
         raise ValueError(
             f"prompt is a {type(prompt).__name__}, chosen a {type(chosen).__name__}, rejected a "

@@ -9,14 +9,18 @@ from typing import Any
 
 import datasets
 
+from congrad_ray.config.printable import without_keys
 from congrad_ray.config.profile import Profile, load_profile
-from congrad_ray.config.recipe import Model, Recipe, Select, Sketch, Train, load_recipe
+from congrad_ray.config.recipe import Limits, Model, Recipe, Select, Sketch, Source, Train, load_recipe
 from congrad_ray.config.settings import SettingsError, SettingsType, apply_overrides, validate
+from congrad_ray.data.preferences import Columns
+from congrad_ray.data.reading import check_columns
 from congrad_ray.data.records import InputError
-from congrad_ray.pipeline.filtering import COLUMNS, FilterSettings, run_filter
+from congrad_ray.pipeline.filtering import FilterSettings, run_filter
 from congrad_ray.pipeline.loop import run_all
 from congrad_ray.pipeline.order import STAGES
-from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, without_keys
+from congrad_ray.pipeline.preferences import Reading
+from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 from congrad_ray.runtime.logs import configure_unless_handled
 
 _GIVEN = "a datasets.Dataset"
@@ -33,6 +37,9 @@ def filter_preferences(
     beta: float = 0.1,
     length_penalty: float = 0.0,
     chat: bool = False,
+    columns: Mapping[str, str] | None = None,
+    language_names: Mapping[str, str] | None = None,
+    failed_share: float | None = None,
     profile: str | os.PathLike[str] | Profile = "local",
     redo: bool = False,
 ) -> datasets.Dataset:
@@ -40,7 +47,8 @@ def filter_preferences(
 
     Args:
         dataset: preference pairs with the columns prompt, chosen and rejected (strings or chat messages, as in
-            TRL) and language (a BCP-47 tag). A Dataset, a .jsonl or .parquet file, or a dataset's name on the hub.
+            TRL) and language. A Dataset, or what `congrad filter` reads: a file, a folder, a pattern, a URI, or a
+            dataset's name on the hub.
         model: the model to be trained: a folder or hub name, loaded in float32; or a `Model` with more settings,
             such as `Model(name="my/model", dtype="bfloat16", max_length=4096)`.
         keep: the top fraction kept of each language; by default that of `select`, 0.5.
@@ -52,6 +60,9 @@ def filter_preferences(
         beta: DPO's beta of the training to come.
         length_penalty: R-DPO's alpha of the training to come, per token.
         chat: takes strings as chat messages.
+        columns: columns of other names, as in `{"prompt": "instruction"}`; see `congrad filter --help`.
+        language_names: the data's own names of languages and their tags, as in `{"Hinglish": "hi"}`.
+        failed_share: the share of rows that may be unusable, by default 0.2; more raise an error.
         profile: where to compute: a profile's name, YAML file, or `Profile`.
         redo: replaces what is in `out` and was made from other rows or with other settings.
 
@@ -78,8 +89,15 @@ def filter_preferences(
         select=_section(Select, select, {} if keep is None else {"keep": keep}, "select"),
         sketch=_section(Sketch, sketch, {}, "sketch"),
         train=validate(Train, {"beta": beta, "length_penalty": length_penalty}, "beta, length_penalty"),
-        chat=chat,
+        limits=validate(Limits, {} if failed_share is None else {"failed_share": failed_share}, "failed_share"),
     )
+    named_columns = Columns.of(columns or {})
+
+    def reading(name: str) -> Reading:
+        names = {"name": name, "language_names": dict(language_names or {})}
+        source = validate(Source, names, "dataset")
+        return Reading([source], named_columns, chat, source.language_names)
+
     with tempfile.TemporaryDirectory(prefix="congrad-filter-") as folder:
         place = f"{folder}/out" if out is None else str(out)
         configure_unless_handled(where.log_format, without_keys(place))
@@ -88,13 +106,15 @@ def filter_preferences(
                 raise TypeError(
                     f"dataset is a {type(dataset).__name__}; give a datasets.Dataset, a file or a name"
                 )
-            run_filter(str(dataset), place, settings, where, redo)
+            run_filter(reading(str(dataset)), place, settings, where, redo)
             table = RunDirectory.open(place, "out").read_table(name="selected.parquet")
             return datasets.Dataset(table)
-        _check_columns(dataset)
+        if not len(dataset):
+            raise InputError("the dataset is empty")
+        check_columns(dataset.column_names, "the dataset", reading("").needed)
         path = f"{folder}/dataset.parquet"
         dataset.to_parquet(path)
-        found = run_filter(path, place, settings, where, redo, called=_GIVEN)
+        found = run_filter(reading(path), place, settings, where, redo, called=_GIVEN)
         kept = dataset.select(found.kept)
         if "congrad_score" in kept.column_names:
             kept = kept.remove_columns("congrad_score")
@@ -147,12 +167,3 @@ def _section(
 ) -> SettingsType:
     values = given.model_dump() if isinstance(given, kind) else dict(given or {})
     return validate(kind, {**values, **more}, name)
-
-
-def _check_columns(dataset: datasets.Dataset) -> None:
-    for column in COLUMNS:
-        if column not in dataset.column_names:
-            found = ", ".join(dataset.column_names) or "none"
-            raise InputError(f"the dataset has no column '{column}'; columns found: {found}")
-    if not len(dataset):
-        raise InputError("the dataset is empty")

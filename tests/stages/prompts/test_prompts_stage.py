@@ -128,7 +128,7 @@ def test_parquet_with_messages_and_names_of_languages(tmp_path: Path) -> None:
         ),
         ("few.jsonl", b'{"prompt": "x", "language": "en"}\n', "'de'"),
         ("broken.parquet", b"PAR1", "not a readable Parquet"),
-        ("folder", None, "is a folder"),
+        ("folder", None, "has no file that can be read"),
         ("missing.jsonl", None, "no file"),
     ],
 )

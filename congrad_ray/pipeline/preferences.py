@@ -1,0 +1,267 @@
+"""Reading preferences for the filter: each pair once, what cannot be used in quarantine, and every row counted."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from congrad_ray.config.printable import brief, without_keys
+from congrad_ray.config.recipe import Source
+from congrad_ray.data.files import source_digest
+from congrad_ray.data.preferences import PREFERENCES, Columns, Preference, preference_in, stored
+from congrad_ray.data.reading import check_source, read_records
+from congrad_ray.data.records import BadRow, InputError, Record, clean_language
+from congrad_ray.data.tables import QUARANTINE, quarantined, table_of
+from congrad_ray.data.tables import field as table_field
+from congrad_ray.rundir.directory import StageFolder
+
+logger = logging.getLogger(__name__)
+
+_AT_ONCE = 1024  # rows
+_FEW = 10  # so many bad rows never stop the reading, however few rows there are
+_TOLD_EVERY_S = 10
+
+_PAIRS, _OTHERS, _QUARANTINE = "pairs.parquet", "others.parquet", "quarantine.parquet"
+DUPLICATE = "duplicate"
+OTHERS = pa.schema(
+    [
+        table_field("row", pa.int64(), "number of the row in the input, from 0"),
+        table_field("reason", pa.string(), "why it is no pair: duplicate, or the reason in quarantine"),
+    ]
+)
+"""The rows of the input that are not in the table of pairs."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which preferences, and how their rows are understood."""
+
+    sources: Sequence[Source]
+    columns: Columns = field(default_factory=Columns)
+    chat: bool = False
+    """Whether strings are taken as chat messages."""
+    language_names: Mapping[str, str] = field(default_factory=dict)
+    """The sources' own names of languages to BCP-47 tags."""
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns that every source must have."""
+        return [*self.columns.needed, self.columns.language]
+
+    def check(self) -> None:
+        """What can be seen without reading rows. Raises InputError or SettingsError."""
+        if len(set(source.name for source in self.sources)) < len(self.sources):
+            raise InputError("the same preferences are named twice")
+        for source in self.sources:
+            check_source(source, self.needed)
+
+    def settings(self, called: str | None) -> dict[str, Any]:
+        """What decides the pairs; `called` stands for a source whose path says nothing to a person."""
+        names = [called or source.name for source in self.sources]
+        digests = [source_digest(source) for source in self.sources]
+        only = len(names) == 1
+        more = {
+            "columns": {name: value for name, value in asdict(self.columns).items() if value},
+            "language_names": dict(self.language_names),
+        }
+        default = {"columns": {name: value for name, value in asdict(Columns()).items() if value}}
+        return {
+            "source": names[0] if only else names,
+            "digest": digests[0] if only else digests,
+            "chat": self.chat,
+            **{name: value for name, value in more.items() if value and value != default.get(name)},
+        }
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """What was read: rows = pairs + duplicates + quarantined. The tables lie in a local folder."""
+
+    folder: Path
+    rows: int
+    pairs: int
+    duplicates: int
+    chats: int
+    """Pairs of chat messages; the others are plain text."""
+    prompts_taken: dict[str, int]
+    """Prompts that were not simply in their column: in the responses alone, or there as well."""
+    languages: dict[str, int]
+    quarantined: dict[str, int]
+
+    def __post_init__(self) -> None:
+        if self.rows != self.pairs + self.duplicates + sum(self.quarantined.values()):
+            raise AssertionError(f"rows are lost: {self}")
+        if self.pairs != sum(self.languages.values()):
+            raise AssertionError(f"pairs are without a language: {self}")
+
+    def counters(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "duplicates": self.duplicates,
+            "chats": self.chats,
+            "prompts_taken": self.prompts_taken,
+            "languages": self.languages,
+            "quarantined": self.quarantined,
+        }
+
+    def write_to(self, output: StageFolder) -> None:
+        """Copies the tables to a stage's folder."""
+        folders = {_QUARANTINE: output / "quarantine", _OTHERS: output / "others", _PAIRS: output}
+        for name, folder in folders.items():
+            if (self.folder / name).exists():
+                with (self.folder / name).open("rb") as source, folder.output_stream(name) as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+
+
+def read_preferences(reading: Reading, folder: Path, failed_share: float) -> Preferences:
+    """Reads all rows once and writes their pairs to `folder`; memory grows by a hash of each pair.
+
+    Raises InputError where a source cannot be read, has no usable pair, or more than `failed_share` of its rows,
+    and more than a few, cannot be used.
+    """
+    rows = _Rows(folder)
+    told = time.monotonic()
+    with rows.pairs, rows.others, rows.quarantine:
+        for records in _batches(reading):
+            _sort(reading, records, rows)
+            if time.monotonic() - told > _TOLD_EVERY_S:
+                told = time.monotonic()
+                logger.info(f"{rows.count:,} rows read")
+    found = rows.found(folder)
+    names = ", ".join(brief(without_keys(source.name)) for source in reading.sources)
+    if not found.pairs:
+        raise InputError(f"{names} has no usable pair; rows that cannot be used, by reason:\n{rows.why()}")
+    bad = sum(found.quarantined.values())
+    if bad > max(_FEW, failed_share * found.rows):
+        raise InputError(
+            f"{names}: {bad:,} of {found.rows:,} rows cannot be used, more than --failed-share "
+            f"({failed_share:g}) of them:\n{rows.why()}\nFix the rows, name the columns with --columns, or raise "
+            "--failed-share"
+        )
+    return found
+
+
+_WRITTEN: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+
+
+class _Table:
+    """A Parquet file that is written as rows come, and only where there are some."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path = path
+        self._schema = schema
+        self._rows: list[dict[str, Any]] = []
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._flush()
+        if self._writer:
+            self._writer.close()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        if len(self._rows) >= _AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer = self._writer or pq.ParquetWriter(self._path, self._schema, **_WRITTEN)
+            self._writer.write_table(table_of(self._rows, self._schema), row_group_size=_AT_ONCE)
+            self._rows = []
+
+
+class _Rows:
+    """The tables that all rows go to, each row to one of pairs and others, and their counts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.pairs = _Table(folder / _PAIRS, PREFERENCES)
+        self.others = _Table(folder / _OTHERS, OTHERS)
+        self.quarantine = _Table(folder / _QUARANTINE, QUARANTINE)
+        self.count = self.chats = 0
+        self.languages: Counter[str] = Counter()
+        self.taken: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self._seen: set[bytes] = set()
+        self._first: dict[str, dict[str, Any]] = {}
+
+    def add(self, preference: Preference) -> None:
+        row = stored(preference, self.count)
+        key = bytes.fromhex(row["pair_id"])
+        if key in self._seen:
+            self._other(DUPLICATE)
+            return
+        self._seen.add(key)
+        self.count += 1
+        self.pairs.add(row)
+        self.chats += preference.is_chat
+        self.languages[preference.language] += 1
+        self.taken[preference.prompt_from] += 1
+
+    def add_bad(self, place: str, language: Any, error: BadRow) -> None:
+        known = language if isinstance(language, str) else None
+        row = quarantined(place, known, error.reason, str(error))
+        self._first.setdefault(error.reason, row)
+        self.quarantine.add(row)
+        self._other(error.reason)
+
+    def _other(self, reason: str) -> None:
+        self.others.add({"row": self.count, "reason": reason})
+        self.reasons[reason] += 1
+        self.count += 1
+
+    def found(self, folder: Path) -> Preferences:
+        reasons = dict(sorted(self.reasons.items()))
+        return Preferences(
+            folder=folder,
+            rows=self.count,
+            pairs=len(self._seen),
+            duplicates=reasons.pop(DUPLICATE, 0),
+            chats=self.chats,
+            prompts_taken={name: self.taken[name] for name in ("responses", "both") if self.taken[name]},
+            languages=dict(sorted(self.languages.items())),
+            quarantined=reasons,
+        )
+
+    def why(self) -> str:
+        """How many rows there are in quarantine for each reason, and the first of them."""
+        return "\n".join(
+            f"  {reason}: {self.reasons[reason]}, such as {row['row_id']}: {brief(row['detail'])}"
+            for reason, row in sorted(self._first.items())
+        )
+
+
+def _batches(reading: Reading) -> Iterator[list[Record]]:
+    records: list[Record] = []
+    for source in reading.sources:
+        for record in read_records(source, reading.needed, [*reading.needed, *reading.columns.read]):
+            records.append(record)
+            if len(records) == _AT_ONCE:
+                yield records
+                records = []
+    if records:
+        yield records
+
+
+def _sort(reading: Reading, records: Sequence[Record], rows: _Rows) -> None:
+    """Each row becomes a pair, or goes to quarantine."""
+    for record in records:
+        given = record.values.get(reading.columns.language)
+        try:
+            if not record.problem and reading.columns.language not in record.values:
+                raise BadRow("missing_column", f"no '{reading.columns.language}' in this row")
+            language = "" if record.problem else clean_language(given, dict(reading.language_names))
+            rows.add(preference_in(record, reading.columns, language, reading.chat))
+        except BadRow as error:
+            rows.add_bad(record.place, given, error)
