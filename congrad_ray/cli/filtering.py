@@ -66,6 +66,12 @@ def filter_command(
         list[str] | None,
         typer.Option(metavar="NAME=TAG,...", help="The data's own names of languages: Hinglish=hi."),
     ] = None,
+    keep_scripts: Annotated[
+        bool, typer.Option("--keep-scripts", help="zh-Hant and zh, sr-Latn and sr are languages of their own.")
+    ] = False,
+    identify_languages: Annotated[
+        bool, typer.Option("--identify-languages", help="Identify the language of rows that have none.")
+    ] = False,
     config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub dataset, or of a saved DatasetDict.")] = "train",
     revision: Annotated[str | None, typer.Option(help="Commit or branch of a hub dataset.")] = None,
@@ -131,6 +137,8 @@ def filter_command(
         language_names=validate(
             recipes.Source, {"language_names": _named(language_names, "--language-names")}, "--language-names"
         ).language_names,
+        keep_scripts=keep_scripts,
+        identify_languages=identify_languages,
     )
     filtered = run_filter(reading, out, settings, where, redo, all_rows=all_rows)
     if where.log_format == "text" and not screen.quiet:

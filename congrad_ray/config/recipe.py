@@ -9,21 +9,15 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import langcodes
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from congrad_ray.config.chat_template import CHAT_TEMPLATE_DATE, is_jinja
+from congrad_ray.config.languages import full_tag
 from congrad_ray.config.names import DirectionMethod, LeaveOut
 from congrad_ray.config.settings import Settings, apply_overrides, local_path, read_yaml, validate, why_not_read
 
 BUILTIN_WORLD = "builtin-world"
 Strategy = Literal["congrad", "all", "random", "reward_gap", "own_language", "no_surgery", "length_balanced"]
-
-
-def _language_tag(tag: str) -> str:
-    if not langcodes.tag_is_valid(tag):
-        raise ValueError("not a BCP-47 language tag; examples: en, pt-BR, zh-Hant")
-    return langcodes.standardize_tag(tag)
 
 
 def _template_text(template: str) -> str:
@@ -65,7 +59,7 @@ def _regular_expression(text: str) -> str:
     return text
 
 
-Language = Annotated[str, AfterValidator(_language_tag)]
+Language = Annotated[str, AfterValidator(full_tag)]
 ChatTemplate = Annotated[str, AfterValidator(_template_text)]
 Day = Annotated[str, BeforeValidator(_day), AfterValidator(_iso_day)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -113,7 +107,9 @@ class Source(Settings):
     prompt_column: str = Field("prompt", description="with the prompts: text or chat messages")
     language_column: str = Field("language", description="with the prompts' languages")
     language_names: dict[str, Language] = Field(
-        default_factory=dict, description="the source's own names of languages to BCP-47 tags, {Hindi: hi}"
+        default_factory=dict,
+        description="the source's own names of languages to tags, where it has other than tags, codes and common "
+        "names, {Hinglish: hi}",
     )
 
 
@@ -122,7 +118,11 @@ class Prompts(Settings):
 
     train: Source = Source()
     evaluation: Source = Source()
-    languages: list[Language] = Field(min_length=1, description="trained on")
+    languages: list[Language] = Field(
+        min_length=1,
+        description="trained on; tags or names. zh takes the rows of every script and region; with zh-Hant beside "
+        "it those in traditional script are a group of their own",
+    )
     unseen_languages: list[Language] = Field(default_factory=list, description="only evaluated on")
     train_per_language: Positive = Field(1000, description="prompts drawn of each language to train on")
     evaluation_per_language: Positive = Field(100, description="prompts drawn of each language to evaluate on")
@@ -184,7 +184,7 @@ class Pair(Settings):
         "reject_only", description="what becomes of a response in another language than its prompt"
     )
     language_confidence: float = Field(
-        0.5, ge=0, le=1, description="a response counts as wrong only if the identifier is this sure"
+        0.5, ge=0, le=1, description="a sentence counts only if the identifier is this sure of its language"
     )
     language_min_characters: int = Field(10, ge=0, description="shorter responses are not checked")
 

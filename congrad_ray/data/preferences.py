@@ -25,6 +25,7 @@ ChatMessage: TypeAlias = dict[str, Any]
 
 _TEXTS = ("prompt", "chosen", "rejected")
 _GIVEN = ("tools", "chat_template_kwargs")
+_IDENTIFIED = 300  # characters: enough to be as often right as whole texts, in a tenth of the time
 # ShareGPT's names of roles.
 _ROLES = {
     "human": "user",
@@ -200,8 +201,8 @@ def preference_in(record: Record, columns: Columns, language: str, chat: bool = 
 
 
 def texts_to_identify(preference: Preference) -> str:
-    """What of a pair tells its language best: its prompt's last turn and its chosen response."""
-    return "\n".join(_content(text) for text in (preference.prompt, preference.chosen))
+    """What of a pair tells its language best: the heads of its prompt's last turn and of its chosen response."""
+    return "\n".join(_content(text)[:_IDENTIFIED] for text in (preference.prompt, preference.chosen))
 
 
 def _content(text: str | list[ChatMessage]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import langcodes
-
-from congrad_ray.config.printable import brief, shown
+from congrad_ray.config.languages import language_group, language_tag
+from congrad_ray.config.printable import shown
 from congrad_ray.data.tables import Message
 
 
@@ -73,13 +73,15 @@ def clean_messages(value: Any, what: str, default_role: str) -> list[Message]:
     return messages
 
 
-def clean_language(value: Any, names: dict[str, str]) -> str:
-    """A BCP-47 tag from a tag, or from the source's own name by `names`. Raises BadRow."""
+def clean_language(
+    value: Any, names: Mapping[str, str], groups: Collection[str] = (), keep_scripts: bool = False
+) -> str:
+    """The tag of a row's language, by `language_tag`; with `groups` the one of them that it belongs to.
+
+    `names` are the source's own names of languages and their tags. Raises BadRow.
+    """
     text = clean_text(value, "language")
-    if text in names:
-        return names[text]
-    if not langcodes.tag_is_valid(text):
-        raise BadRow(
-            "unknown_language", f"'{brief(text)}' is no BCP-47 tag; map it under language_names in the recipe"
-        )
-    return langcodes.standardize_tag(text)
+    try:
+        return language_group(text, groups, names) if groups else language_tag(text, names, keep_scripts)
+    except ValueError as error:
+        raise BadRow("unknown_language", f"{error}; map it under language_names in the recipe") from error

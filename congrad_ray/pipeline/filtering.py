@@ -140,6 +140,7 @@ def run_filter(
             return read_preferences(reading, Path(temporary), settings.limits.failed_share)
 
         def write(context: Context) -> Outcome:
+            read().show(settings.select.min_pairs)
             read().write_to(context.output)
             return Outcome(read().pairs, read().counters())
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from congrad_ray.config.printable import brief, without_keys
 from congrad_ray.config.recipe import Source
 from congrad_ray.data.files import source_digest
-from congrad_ray.data.preferences import PREFERENCES, Columns, Preference, preference_in, stored
+from congrad_ray.data.languages import SMALL_GROUP, identify_languages, language_table
+from congrad_ray.data.preferences import PREFERENCES, Columns, Preference, preference_in, stored, texts_to_identify
 from congrad_ray.data.reading import check_source, read_records
 from congrad_ray.data.records import BadRow, InputError, Record, clean_language
 from congrad_ray.data.tables import QUARANTINE, quarantined, table_of
@@ -51,11 +52,15 @@ class Reading:
     """Whether strings are taken as chat messages."""
     language_names: Mapping[str, str] = field(default_factory=dict)
     """The sources' own names of languages to BCP-47 tags."""
+    keep_scripts: bool = False
+    """Whether zh-Hant and zh, and the like, are languages of their own."""
+    identify_languages: bool = False
+    """Whether rows without a language get the one that is identified in their texts."""
 
     @property
     def needed(self) -> list[str]:
         """The columns that every source must have."""
-        return [*self.columns.needed, self.columns.language]
+        return [*self.columns.needed, *([] if self.identify_languages else [self.columns.language])]
 
     def check(self) -> None:
         """What can be seen without reading rows. Raises InputError or SettingsError."""
@@ -72,6 +77,8 @@ class Reading:
         more = {
             "columns": {name: value for name, value in asdict(self.columns).items() if value},
             "language_names": dict(self.language_names),
+            "keep_scripts": self.keep_scripts,
+            "identify_languages": self.identify_languages,
         }
         default = {"columns": {name: value for name, value in asdict(Columns()).items() if value}}
         return {
@@ -95,6 +102,8 @@ class Preferences:
     prompts_taken: dict[str, int]
     """Prompts that were not simply in their column: in the responses alone, or there as well."""
     languages: dict[str, int]
+    written: dict[str, set[str]]
+    """What the sources call the languages, by their tags."""
     quarantined: dict[str, int]
 
     def __post_init__(self) -> None:
@@ -112,6 +121,20 @@ class Preferences:
             "languages": self.languages,
             "quarantined": self.quarantined,
         }
+
+    def show(self, smallest: int) -> None:
+        """Logs what was read: the languages, those with fewer pairs than `smallest` named, and how."""
+        logger.info("pairs by language:")
+        for line in language_table(self.languages, max(smallest, SMALL_GROUP), self.written):
+            logger.info(f"  {line}")
+        taken = {"responses": "in the responses alone", "both": "in their column and in both responses"}
+        for name, count in self.prompts_taken.items():
+            logger.info(f"{count:,} prompts are {taken[name]}; each is taken once")
+        if 0 < self.chats < self.pairs:
+            logger.info(
+                f"{self.chats:,} pairs are chats and {self.pairs - self.chats:,} plain text: each goes by its own "
+                "shape; --chat takes all for chats"
+            )
 
     def write_to(self, output: StageFolder) -> None:
         """Copies the tables to a stage's folder."""
@@ -192,11 +215,12 @@ class _Rows:
         self.count = self.chats = 0
         self.languages: Counter[str] = Counter()
         self.taken: Counter[str] = Counter()
+        self.written: dict[str, set[str]] = defaultdict(set)
         self.reasons: Counter[str] = Counter()
         self._seen: set[bytes] = set()
         self._first: dict[str, dict[str, Any]] = {}
 
-    def add(self, preference: Preference) -> None:
+    def add(self, preference: Preference, called: str) -> None:
         row = stored(preference, self.count)
         key = bytes.fromhex(row["pair_id"])
         if key in self._seen:
@@ -207,6 +231,7 @@ class _Rows:
         self.pairs.add(row)
         self.chats += preference.is_chat
         self.languages[preference.language] += 1
+        self.written[preference.language].add(called)
         self.taken[preference.prompt_from] += 1
 
     def add_bad(self, place: str, language: Any, error: BadRow) -> None:
@@ -231,6 +256,7 @@ class _Rows:
             chats=self.chats,
             prompts_taken={name: self.taken[name] for name in ("responses", "both") if self.taken[name]},
             languages=dict(sorted(self.languages.items())),
+            written=self.written,
             quarantined=reasons,
         )
 
@@ -255,13 +281,40 @@ def _batches(reading: Reading) -> Iterator[list[Record]]:
 
 
 def _sort(reading: Reading, records: Sequence[Record], rows: _Rows) -> None:
-    """Each row becomes a pair, or goes to quarantine."""
-    for record in records:
-        given = record.values.get(reading.columns.language)
-        try:
-            if not record.problem and reading.columns.language not in record.values:
-                raise BadRow("missing_column", f"no '{reading.columns.language}' in this row")
-            language = "" if record.problem else clean_language(given, dict(reading.language_names))
-            rows.add(preference_in(record, reading.columns, language, reading.chat))
-        except BadRow as error:
-            rows.add_bad(record.place, given, error)
+    """Each row becomes a pair, or goes to quarantine, in the order of the rows."""
+    read = [_understood(reading, record) for record in records]
+    if reading.identify_languages:
+        _identify(read)
+    for record, found in zip(records, read, strict=True):
+        if isinstance(found, Preference):
+            rows.add(found, brief(record.values.get(reading.columns.language) or found.language))
+        else:
+            rows.add_bad(record.place, record.values.get(reading.columns.language), found)
+
+
+def _identify(read: list[Preference | BadRow]) -> None:
+    """Gives the pairs that have no language theirs; where none is sure they become bad rows."""
+    unknown = {i: found for i, found in enumerate(read) if isinstance(found, Preference) and not found.language}
+    languages = identify_languages([texts_to_identify(found) for found in unknown.values()])
+    why = "no language is sure for its prompt and chosen; give it in the column of languages"
+    for (i, found), language in zip(unknown.items(), languages, strict=True):
+        bad = BadRow("language_not_identified", why)
+        read[i] = replace(found, language=language) if language else bad
+
+
+def _understood(reading: Reading, record: Record) -> Preference | BadRow:
+    """The pair in a row; without a language where that is to be identified."""
+    columns = reading.columns
+    given = record.values.get(columns.language)
+    try:
+        if record.problem:
+            raise BadRow(*record.problem)
+        if reading.identify_languages and not given:
+            language = ""
+        elif columns.language not in record.values:
+            raise BadRow("missing_column", f"no '{columns.language}' in this row")
+        else:
+            language = clean_language(given, reading.language_names, keep_scripts=reading.keep_scripts)
+        return preference_in(record, columns, language, reading.chat)
+    except BadRow as error:
+        return error

@@ -39,6 +39,8 @@ def filter_preferences(
     chat: bool = False,
     columns: Mapping[str, str] | None = None,
     language_names: Mapping[str, str] | None = None,
+    keep_scripts: bool = False,
+    identify_languages: bool = False,
     failed_share: float | None = None,
     profile: str | os.PathLike[str] | Profile = "local",
     redo: bool = False,
@@ -62,6 +64,8 @@ def filter_preferences(
         chat: takes strings as chat messages.
         columns: columns of other names, as in `{"prompt": "instruction"}`; see `congrad filter --help`.
         language_names: the data's own names of languages and their tags, as in `{"Hinglish": "hi"}`.
+        keep_scripts: zh-Hant and zh, sr-Latn and sr are languages of their own.
+        identify_languages: rows without a language get the one that is identified in their texts.
         failed_share: the share of rows that may be unusable, by default 0.2; more raise an error.
         profile: where to compute: a profile's name, YAML file, or `Profile`.
         redo: replaces what is in `out` and was made from other rows or with other settings.
@@ -96,7 +100,7 @@ def filter_preferences(
     def reading(name: str) -> Reading:
         names = {"name": name, "language_names": dict(language_names or {})}
         source = validate(Source, names, "dataset")
-        return Reading([source], named_columns, chat, source.language_names)
+        return Reading([source], named_columns, chat, source.language_names, keep_scripts, identify_languages)
 
     with tempfile.TemporaryDirectory(prefix="congrad-filter-") as folder:
         place = f"{folder}/out" if out is None else str(out)

@@ -41,12 +41,13 @@ def run(context: Context) -> Outcome:
     waiting = Counter(responses.read_table(["prompt_id"])["prompt_id"].to_pylist())
     prompts = len(waiting)
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    wrong: Counter[str] = Counter()
+    said: dict[str, Counter[str]] = {"wrong": Counter(), "unknown": Counter()}
     dropped: Counter[str] = Counter()
     pairs, found = [], []
     for row in _judged(context, responses):
         identifier = row["prompt_id"]
-        wrong[row["language"]] += row["wrong_language"]
+        if row["verdict"] in said:
+            said[row["verdict"]][row["language"]] += 1
         groups[identifier].append(row)
         waiting[identifier] -= 1
         if waiting[identifier]:
@@ -74,13 +75,14 @@ def run(context: Context) -> Outcome:
         {
             "pairs": {row["values"]: row["counts"] for row in sorted(counts, key=lambda row: row["values"])},
             "no_pair": dict(sorted(dropped.items())),
-            "wrong_language": {language: count for language, count in sorted(wrong.items()) if count},
+            "wrong_language": dict(sorted(said["wrong"].items())),
+            "unknown_language": dict(sorted(said["unknown"].items())),
         },
     )
 
 
 def _judged(context: Context, responses: StageFolder) -> Iterator[dict[str, Any]]:
-    """Every response with its score and whether it is in the wrong language, a part at a time."""
+    """Every response with its score and what the language check says of it, a part at a time."""
     settings = context.recipe.pair
     score_of = _scores(context)
     check = None
@@ -93,10 +95,10 @@ def _judged(context: Context, responses: StageFolder) -> Iterator[dict[str, Any]
     for path in responses.files(".parquet"):
         part = responses.read_parquet(path, _READ)
         texts, languages = part["response"].to_pylist(), part["language"].to_pylist()
-        wrong = check.wrong(texts, languages) if check else [False] * len(part)
+        verdicts = check.verdicts(texts, languages) if check else [None] * len(part)
         scores = score_of(part["response_id"])
-        for row, score, is_wrong in zip(part.to_pylist(), scores, wrong, strict=True):
-            yield {**row, "score": score, "wrong_language": is_wrong}
+        for row, score, verdict in zip(part.to_pylist(), scores, verdicts, strict=True):
+            yield {**row, "score": score, "verdict": verdict}
 
 
 def _scores(context: Context) -> Callable[[pa.ChunkedArray], list[float | None]]:
@@ -138,7 +140,7 @@ def _best_and_worst(group: Sequence[dict[str, Any]], settings: Pair) -> BestAndW
                 text=row["response"],
                 score=row["score"],
                 truncated=row["truncated"],
-                wrong_language=row["wrong_language"],
+                wrong_language=row["verdict"] == "wrong",
             )
             for row in group
         ],

@@ -9,8 +9,9 @@ from typing import Any
 import pyarrow.compute as pc
 
 from congrad_ray.config.printable import brief
-from congrad_ray.config.recipe import BUILTIN_WORLD, Recipe, Source
+from congrad_ray.config.recipe import BUILTIN_WORLD, Prompts, Recipe, Source
 from congrad_ray.data.files import source_digest
+from congrad_ray.data.languages import SMALL_GROUP, language_table
 from congrad_ray.data.reading import read_records
 from congrad_ray.data.records import BadRow, InputError, clean_language, clean_messages
 from congrad_ray.data.tables import prompt_id, quarantined, row_id, table_of
@@ -26,6 +27,7 @@ from congrad_ray.stages.view import Step
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+_MOST_NAMED = 10  # languages in one line
 
 
 def run(context: Context) -> Outcome:
@@ -34,12 +36,14 @@ def run(context: Context) -> Outcome:
     wanted = recipe.prompts
     seen, unseen = set(wanted.languages), set(wanted.unseen_languages)
     bad: list[Row] = []
-    evaluation, skipped = _collect(wanted.evaluation, recipe, "evaluation", seen | unseen, bad)
+    written: dict[str, set[str]] = defaultdict(set)
+    evaluation, skipped = _collect(wanted.evaluation, recipe, "evaluation", seen | unseen, bad, written)
     if wanted.train == wanted.evaluation and wanted.train.name != BUILTIN_WORLD:
         train = evaluation
     else:
-        train, skipped_train = _collect(wanted.train, recipe, "train", seen, bad)
+        train, skipped_train = _collect(wanted.train, recipe, "train", seen, bad, written)
         skipped += skipped_train
+    _show_others(skipped, wanted)
     context.output.write_quarantine(bad, "quarantine.parquet")
     rows: list[Row] = []
     taken: set[str] = set()
@@ -55,11 +59,12 @@ def run(context: Context) -> Outcome:
         )
     for language in wanted.languages:
         rows += _draw(train[language], "train", wanted.train_per_language, language, wanted, taken, context)
+    _show_languages(rows, written, recipe)
     context.output.write_table("prompts.parquet", table_of(rows, PROMPTS))
     return Outcome(
         len(rows),
         {
-            "other_languages": skipped,
+            "other_languages": skipped.total(),
             "train": _by_language(rows, "train"),
             "evaluation": _by_language(rows, "evaluation"),
             "quarantined": context.output.quarantine_counts(),
@@ -67,29 +72,58 @@ def run(context: Context) -> Outcome:
     )
 
 
+def _show_others(skipped: Counter[str], wanted: Prompts) -> None:
+    """Logs which languages the sources have beside those of the run."""
+    named = {*wanted.languages, *wanted.unseen_languages}
+    others = [f"{tag} {count:,}" for tag, count in skipped.most_common() if tag not in named]
+    if others:
+        more = f" and {len(others) - _MOST_NAMED} more languages" if len(others) > _MOST_NAMED else ""
+        logger.info(f"rows in languages that the recipe does not name: {', '.join(others[:_MOST_NAMED])}{more}")
+
+
+def _show_languages(rows: list[Row], written: dict[str, set[str]], recipe: Recipe) -> None:
+    """Logs the languages that are trained on, with how many prompts were drawn and what the sources call them."""
+    counts = dict.fromkeys(recipe.prompts.languages, 0) | _by_language(rows, "train")
+    logger.info("prompts to train on, by language:")
+    for line in language_table(counts, max(recipe.select.min_pairs, SMALL_GROUP), written):
+        logger.info(f"  {line}")
+
+
 def _by_language(rows: list[Row], split: str) -> dict[str, int]:
     return dict(sorted(Counter(row["language"] for row in rows if row["split"] == split).items()))
 
 
 def _collect(
-    source: Source, recipe: Recipe, split: str, languages: set[str], bad: list[Row]
-) -> tuple[dict[str, dict[str, Row]], int]:
-    """The usable prompts of a source by language and id, and how many were in languages nobody asked for."""
+    source: Source,
+    recipe: Recipe,
+    split: str,
+    languages: set[str],
+    bad: list[Row],
+    written: dict[str, set[str]],
+) -> tuple[dict[str, dict[str, Row]], Counter[str]]:
+    """The usable prompts of a source by language and id, and how many were in each language nobody asked for.
+
+    How the languages are called in the source is added to `written`, by their tags.
+    """
     found: dict[str, dict[str, Row]] = defaultdict(dict)
     if source.name == BUILTIN_WORLD:
         for row in _world_rows(source, recipe, split, languages):
             found[row["language"]][row["prompt_id"]] = row
-        return found, 0
-    skipped = 0
+        return found, Counter()
+    skipped: Counter[str] = Counter()
+    # The same for both splits, so that a text's group does not depend on which it is drawn for.
+    groups = (*recipe.prompts.languages, *recipe.prompts.unseen_languages)
     for record in read_records(source, (source.prompt_column, source.language_column)):
         language = None
         try:
             if record.problem:
                 raise BadRow(*record.problem)
-            language = clean_language(record.values.get(source.language_column), source.language_names)
+            name = record.values.get(source.language_column)
+            language = clean_language(name, source.language_names, groups)
             if language not in languages:
-                skipped += 1
+                skipped[language] += 1
                 continue
+            written[language].add(brief(name))
             messages = clean_messages(record.values.get(source.prompt_column), "prompt", "user")
         except BadRow as error:
             bad.append(quarantined(record.place, language, error.reason, str(error)))

@@ -50,14 +50,20 @@ def _language(prompt: int) -> str:
     return ("en", "de")[prompt % 2]
 
 
-def paired(folder: Path, responses: list[dict[str, Any]], judgements: list[dict[str, Any]], parts: int) -> Context:
+def paired(
+    folder: Path,
+    responses: list[dict[str, Any]],
+    judgements: list[dict[str, Any]],
+    parts: int,
+    check: bool = False,
+) -> Context:
     run = RunDirectory.open(folder)
     for name, table, schema in (("responses", responses, RESPONSES), ("judgements", judgements, JUDGEMENTS)):
         size = -(-len(table) // parts)
         for part in range(parts):
             some = table[part * size : (part + 1) * size]
             run.stage(name, 0).write_table(f"part-{part}.parquet", table_of(some, schema))
-    values = {"name": "t", "prompts": {"languages": ["en", "de"]}, "pair": {"language_check": False}}
+    values = {"name": "t", "prompts": {"languages": ["en", "de"]}, "pair": {"language_check": check}}
     return Context(validate(Recipe, values, "t"), Profile(name="t"), run, 0, run.stage("pairs", 0))
 
 
@@ -105,3 +111,19 @@ def test_not_one_pair_is_an_error_that_says_why(tmp_path: Path) -> None:
     context = paired(tmp_path, *rows({}), 2)
     with pytest.raises(RunDirectoryError, match=r"not one pair from 40 prompts .*too_few_judged en.*: 20"):
         pair.STAGE.run(context)
+
+
+def test_wrong_and_unknown_languages_are_counted_apart_and_only_wrong_ones_never_chosen(tmp_path: Path) -> None:
+    english = "The weather will be fine tomorrow in the whole country."
+    german = "Das Wetter wird morgen im ganzen Land schön sein."
+    responses, judgements = rows({(p, s): float(5 - s) for p in range(PROMPTS) for s in range(SAMPLES)})
+    for number, response in enumerate(responses):
+        right = {"en": english, "de": german}[response["language"]]
+        # The best answer of a prompt is English, the second says nothing of its language.
+        response["response"] = (english, "`x = 1`", right)[number % SAMPLES]
+    context = paired(tmp_path, responses, judgements, 3, check=True)
+    counters = pair.STAGE.run(context).counters
+    assert counters["wrong_language"] == {"de": PROMPTS // 2}
+    assert counters["unknown_language"] == {"de": PROMPTS // 2, "en": PROMPTS // 2}
+    chosen = {row["language"]: row["chosen"][0]["content"] for row in context.output.read_table().to_pylist()}
+    assert chosen == {"en": english, "de": "`x = 1`"}

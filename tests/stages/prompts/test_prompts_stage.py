@@ -1,6 +1,7 @@
 """The prompts stage: cleaning, de-duplication, seen and unseen, quarantine."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -143,3 +144,58 @@ def test_an_input_that_cannot_be_used_is_named(
     with pytest.raises(InputError, match=message) as error:
         perform(recipe_for(path), tmp_path / "run")
     assert name in str(error.value)
+
+
+def test_rows_of_one_language_are_one_group_whatever_it_is_called(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = {
+        "ar": ["ar", "arb", "Arabic", "ar_EG"],
+        "zh": ["zh-CN", "cmn", "zho_Hans", "zh_TW"],
+        "ms": ["zsm", "ms", "Malay"],
+        "en": ["english", "eng_Latn", "en-US"],
+    }
+    given = [(tag, name) for tag, of_tag in names.items() for name in of_tag]
+    path = write(tmp_path / "p.jsonl", [{"prompt": f"{n}", "language": name} for n, (_, name) in enumerate(given)])
+    settings = {"languages": ["arb", "Chinese"], "unseen_languages": ["ms"], "train_per_language": 10}
+    with caplog.at_level("INFO"):
+        table, reasons = perform(recipe_for(path, **settings), tmp_path / "run")
+    found = Counter(row["language"] for row in table.to_pylist())
+    assert found == {"ar": 4, "zh": 4, "ms": 1} and not reasons
+    text = caplog.text
+    assert "from Arabic, ar, ar_EG, arb" in text
+    assert "too few for a direction of their own, fewer than 10: ar (3), zh (3)" in text
+    assert "languages that the recipe does not name: en 3" in text
+    assert text.index("by language") < text.index("done")
+
+
+@pytest.mark.parametrize(
+    ("languages", "expected"),
+    [
+        (["zh"], {"zh": 8}),
+        (["zh", "zh-Hant"], {"zh": 4, "zh-Hant": 4}),
+        (["zh-Hans", "zh-Hant"], {"zh-Hans": 4, "zh-Hant": 4}),
+        (["zh-Hant"], {"zh-Hant": 4}),
+    ],
+)
+def test_scripts_are_groups_where_the_recipe_names_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, languages: list[str], expected: dict[str, int]
+) -> None:
+    tags = ["zh", "cmn", "zho_Hans", "zh-CN", "zh-TW", "zho_Hant", "zh-HK", "zh-Hant"]
+    path = write(tmp_path / "p.jsonl", [{"prompt": f"{n}", "language": tag} for n, tag in enumerate(tags)])
+    with caplog.at_level("INFO"):
+        table, _ = perform(recipe_for(path, languages=languages, train_per_language=10), tmp_path / "run")
+    assert Counter(table["language"].to_pylist()) == expected
+    assert ("kept apart" in caplog.text) == (len(languages) > 1)
+
+
+def test_a_text_is_in_the_same_group_for_training_and_evaluation(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{tag} {n}", "language": tag} for tag in ("zh-CN", "zh-TW") for n in range(4)]
+    train, evaluation = write(tmp_path / "t.jsonl", rows), write(tmp_path / "e.jsonl", rows)
+    source = {"name": str(evaluation)}
+    recipe = recipe_for(train, evaluation=source, languages=["zh"], unseen_languages=["zh-Hant"])
+    table, _ = perform(recipe, tmp_path / "run")
+    assert {(row["language"], row["prompt"][0]["content"][:5]) for row in table.to_pylist()} == {
+        ("zh", "zh-CN"),
+        ("zh-Hant", "zh-TW"),
+    }
