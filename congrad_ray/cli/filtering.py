@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 import yaml
 
 from congrad_ray.cli.options import TOOLS, ProfileName, Redo, examples, profile_for, screen
 from congrad_ray.config import recipe as recipes
+from congrad_ray.config.names import ExportFormat
 from congrad_ray.config.printable import brief, without_keys
 from congrad_ray.config.settings import SettingsError, apply_overrides, parse_yaml, validate
+
+if TYPE_CHECKING:
+    from congrad_ray.data.exports.write import Exported
+    from congrad_ray.pipeline.exporting import Export
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +84,21 @@ def filter_command(
         float, typer.Option(help="Share of the rows that may go to quarantine; more stop the filter.")
     ] = recipes.Limits().failed_share,
     all_rows: Annotated[
-        bool, typer.Option("--all-rows", help="Also write rows.parquet: every row, and what became of it.")
+        bool,
+        typer.Option("--all-rows", help="Also write every row, and what became of it: rows.parquet, and in --to."),
     ] = False,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FORMAT",
+            help=f"Also write what is kept for {', '.join(get_args(ExportFormat))}; repeat for more.",
+        ),
+    ] = None,
+    push_to: Annotated[
+        str | None,
+        typer.Option("--push", metavar="USER/DATASET", help="Upload what --to wrote to the hub, private."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: for all to see.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Take strings as chat messages.")] = False,
     chat_template: Annotated[
         str | None, typer.Option(help="A Jinja file, or the name of one of the model's.")
@@ -98,10 +116,13 @@ def filter_command(
     taken byte for byte; the prompt may be in the responses alone. Every row is kept, dropped or quarantined.
     """
     from congrad_ray.data.preferences import Columns
+    from congrad_ray.pipeline.exporting import Export, export_filtered
     from congrad_ray.pipeline.filtering import FilterSettings, run_filter
     from congrad_ray.pipeline.preferences import Reading
 
     where = profile_for(profile, without_keys(out))
+    export = Export(_formats(to or []), all_rows, push_to, public)
+    _check_export(export)
     settings = FilterSettings(
         model=validate(
             recipes.Model,
@@ -147,7 +168,46 @@ def filter_command(
 
         for figures in selection(filtered.summary):
             show_figures(figures)
-    logger.info(f"kept pairs: {without_keys(out).rstrip('/')}/selected.parquet")
+    place = without_keys(out).rstrip("/")
+    logger.info(f"kept pairs: {place}/selected.parquet")
+    for name, (exported, address) in export_filtered(export, reading, out, settings, filtered).items():
+        _show_export(name, exported, f"{place}/export/{name}", address)
+
+
+def _formats(names: list[str]) -> list[ExportFormat]:
+    """Raises SettingsError for a format that there is not."""
+    known: dict[str, ExportFormat] = {name: name for name in get_args(ExportFormat)}
+    for name in names:
+        if name not in known:
+            raise SettingsError(f"--to {brief(name)}: there is no such format; there are {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def _check_export(export: Export) -> None:
+    """Raises SettingsError or PushError for what could not be done in the end."""
+    from congrad_ray.data.exports.push import check_push
+
+    if export.push is None:
+        if export.public:
+            raise SettingsError("--public is of --push USER/DATASET: give both, or neither")
+        return
+    if len(export.to) != 1:
+        raise SettingsError(f"--push uploads what one --to wrote, and there are {len(export.to)}: give one --to")
+    check_push(export.push)
+
+
+def _show_export(to: str, exported: Exported, place: str, address: str | None) -> None:
+    """What was written and left out, on the log; what to tell the trainer, on the screen."""
+    left_out = ", ".join(f"{reason} {count:,}" for reason, count in sorted(exported.not_written.items()))
+    dropped = f" and {exported.dropped:,} dropped" if exported.dropped else ""
+    logger.info(
+        f"--to {to}: {exported.rows:,} kept{dropped} rows in {place}"
+        + (f"; {sum(exported.not_written.values()):,} that it cannot read: {left_out}" if left_out else "")
+    )
+    if address:
+        logger.info(f"pushed to {address}")
+    if not screen.quiet:
+        typer.echo(exported.snippet)
 
 
 def _named(given: list[str] | None, option: str) -> dict[str, str]:

@@ -6,3 +6,6 @@ DirectionMethod = Literal[
     "pcgrad", "mean", "sum", "gradvac", "cagrad", "mgda", "nash_mtl", "equal_norm_mean", "consensus"
 ]
 LeaveOut = Literal["nothing", "pair", "language"]
+
+Trainer = Literal["trl", "llama-factory", "axolotl", "openrlhf"]
+ExportFormat = Literal["trl", "llama-factory", "axolotl", "openrlhf", "parquet", "jsonl", "dataset"]

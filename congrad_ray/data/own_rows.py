@@ -41,6 +41,17 @@ def write_own_rows(
             writer.write_table(pa.Table.from_arrays([*columns, *more], schema=schema))
 
 
+def own_rows(
+    sources: Sequence[Source], numbers: NDArray[np.int64], added: Mapping[str, pa.Array]
+) -> Iterator[dict[str, Any]]:
+    """The same rows one by one, as Python values; a key that a row has not is not there."""
+    for first, last, chunk in _chunks(sources, numbers):
+        rows = python_rows(chunk) if isinstance(chunk, pa.RecordBatch) else chunk
+        more = pa.table({name: column.slice(first, last - first) for name, column in added.items()}).to_pylist()
+        for row, columns in zip(rows, more, strict=True):
+            yield {**{name: value for name, value in row.items() if name not in columns}, **columns}
+
+
 Chunk: TypeAlias = pa.RecordBatch | list[dict[str, Any]]
 
 

@@ -150,6 +150,11 @@ def tokenize_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
     return arguments | {name: json.loads(row[name]) for name in _GIVEN if row.get(name)}
 
 
+def preference_of(row: Mapping[str, Any]) -> Preference:
+    """The pair in a row of PREFERENCES."""
+    return Preference(**tokenize_arguments(row), language=row["language"])
+
+
 def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from congrad_ray.config.printable import without_keys
 from congrad_ray.config.profile import Profile
@@ -33,6 +31,7 @@ from congrad_ray.config.settings import validate
 from congrad_ray.data.own_rows import write_own_rows
 from congrad_ray.modeling.source import check_models, named_model
 from congrad_ray.modeling.tokenization import chat_prompt_ids
+from congrad_ray.pipeline.outcomes import every_row, kept_rows
 from congrad_ray.pipeline.preferences import Preferences, Reading, read_preferences
 from congrad_ray.pipeline.runner import by_name, run_stage
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError, fingerprint
@@ -181,54 +180,20 @@ def _has_chats(work: RunDirectory, identity: str, read: Callable[[], Preferences
 def _write(reading: Reading, work: RunDirectory, target: RunDirectory, all_rows: bool) -> Filtered:
     """Writes what the filter is for, and counts what became of all rows."""
     folder = work.stage(select.STAGE.folder, 0)
-    selected = folder.read_table(["pair_id", "congrad_score"], name="selected.parquet").combine_chunks()
-    pairs = work.stage(PAIR.folder, 0).read_table(["pair_id", "row"]).combine_chunks()
-    place = pc.index_in(selected["pair_id"], value_set=pairs["pair_id"])
-    numbers = pairs["row"].take(place).to_numpy()
-    order = np.argsort(numbers)
-    kept, scores = numbers[order], selected["congrad_score"].take(order).combine_chunks()
+    kept, scores = kept_rows(work)
     with target.output_stream("selected.parquet") as sink:
         write_own_rows(reading.sources, kept, {"congrad_score": scores}, sink)
     if all_rows:
-        added = _every_row(work)
+        added = every_row(work)
         with target.output_stream("rows.parquet") as sink:
             write_own_rows(reading.sources, np.arange(len(added["congrad_status"])), added, sink)
     target.write_bytes("scores.parquet", folder.read_bytes("scores.parquet"))
     filtered = _filtered(work, folder.read_json("summary.json"), kept.tolist(), scores.to_pylist())
+    if target.exists("export") and target.read_json("summary.json") != filtered.summary:
+        logger.info("the exports of another selection are deleted; give --to again for those of this one")
+        (target / "export").delete()
     target.write_json("summary.json", filtered.summary)
     return filtered
-
-
-def _every_row(work: RunDirectory) -> dict[str, pa.Array]:
-    """What became of every row of the input, in its order: the columns that rows.parquet has beside the user's."""
-    of_pairs = work.stage(PAIR.folder, 0)
-    pairs = of_pairs.read_table(["row", "pair_id", "language"]).combine_chunks()
-    scores = work.stage(select.STAGE.folder, 0).read_table(["pair_id", "score", "kept"], "scores.parquet")
-    scores = scores.combine_chunks()
-    place = pc.index_in(pairs["pair_id"], value_set=scores["pair_id"])
-    kept = scores["kept"].take(place)
-    status = pc.if_else(pc.fill_null(kept, False), "kept", "dropped")
-    failed = work.stage(sketch.STAGE.folder, 0) / "quarantine"
-    if failed.files(".parquet"):
-        why = failed.read_table(["row_id", "reason"]).combine_chunks()
-        reason = why["reason"].take(pc.index_in(pairs["pair_id"], value_set=why["row_id"]))
-        status = pc.coalesce(reason, status)
-    table = pa.table(
-        {
-            "row": pairs["row"],
-            "congrad_score": scores["score"].take(place),
-            "congrad_language": pairs["language"],
-            "congrad_kept": pc.fill_null(kept, False),
-            "congrad_status": status,
-        }
-    )
-    others = of_pairs / "others"
-    if others.files(".parquet"):
-        rest = others.read_table(["row", "reason"]).rename_columns(["row", "congrad_status"])
-        rest = rest.append_column("congrad_kept", pa.array([False] * len(rest)))
-        table = pa.concat_tables([table, rest], promote_options="default")
-    table = table.sort_by("row").combine_chunks()
-    return {name: table[name].combine_chunks() for name in table.column_names if name != "row"}
 
 
 def _fingerprints(recipe: Recipe, stages: Sequence[Stage]) -> list[str]:

@@ -140,7 +140,7 @@ def test_settings_named_in_the_text_exist(page: Path) -> None:
     sections = {*Recipe.model_fields, *Profile.model_fields}
     for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:: [^`]+)?`", prose(page)):
         path = name.split(".")
-        if path[0] in sections and path[-1] not in ("json", "md", "parquet", "safetensors", "yaml"):
+        if path[0] in sections and path[-1] not in ("json", "jsonl", "md", "parquet", "safetensors", "yaml"):
             assert is_setting(path, Recipe) or is_setting(path, Profile), name
 
 
