@@ -148,7 +148,10 @@ def _remote(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _paths(filesystem: pafs.FileSystem, path: str, split: str) -> list[str]:
-    """The files of a path: itself, those in a folder, or those that match a pattern; sorted."""
+    """The files of a path: itself, those in a folder, or those that match a pattern; sorted.
+
+    Of several, those that are of no kind that is read, or hidden, or say something of the others, are left out.
+    """
     kind = filesystem.get_file_info(path).type
     if kind == pafs.FileType.File:
         return [path]
@@ -171,9 +174,9 @@ def _paths(filesystem: pafs.FileSystem, path: str, split: str) -> list[str]:
     folder = fixed.rpartition("/")[0] or "/"
     infos = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True, recursive=True))
     found = [info.path for info in infos if info.type == pafs.FileType.File]
-    if pattern != path:  # a folder's own files, not those that say something of it
-        found = [each for each in found if _is_data(each[len(path) + 1 :])]
-    return sorted(each for each in found if _matches(each, pattern))
+    matching = [each for each in found if _matches(each, pattern)]
+    data = [each for each in matching if _is_data(each[len(folder) + 1 :])]
+    return sorted(data if pattern != path else data or matching)
 
 
 def _is_data(path: str) -> bool:

@@ -47,9 +47,10 @@ def own_rows(
     """The same rows one by one, as Python values; a key that a row has not is not there."""
     for first, last, chunk in _chunks(sources, numbers):
         rows = python_rows(chunk) if isinstance(chunk, pa.RecordBatch) else chunk
-        more = pa.table({name: column.slice(first, last - first) for name, column in added.items()}).to_pylist()
-        for row, columns in zip(rows, more, strict=True):
-            yield {**{name: value for name, value in row.items() if name not in columns}, **columns}
+        more = {name: column.slice(first, last - first).to_pylist() for name, column in added.items()}
+        for place, row in enumerate(rows):
+            own = {name: value for name, value in row.items() if name not in added}
+            yield own | {name: values[place] for name, values in more.items()}
 
 
 Chunk: TypeAlias = pa.RecordBatch | list[dict[str, Any]]
@@ -66,10 +67,17 @@ def _chunks(sources: Sequence[Source], numbers: NDArray[np.int64]) -> Iterator[t
             if not len(wanted):
                 continue
             if rows.batch is not None:
-                yield first, last, rows.batch.take(pa.array(wanted))
+                yield first, last, _taken(rows.batch, wanted)
             else:
                 records = rows.parsed or []
                 yield first, last, [records[place].values for place in wanted]
+
+
+def _taken(batch: pa.RecordBatch, places: NDArray[np.int64]) -> pa.RecordBatch:
+    try:
+        return batch.take(pa.array(places))
+    except pa.ArrowNotImplementedError:  # of views of strings
+        return pa.concat_batches([batch.slice(place, 1) for place in places.tolist()])
 
 
 def _types(chunk: Chunk) -> dict[str, pa.DataType]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 1000  # rows
 _CHARACTERS = 1 << 20
+_PEEKED = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ def _place(file: DataFile) -> str:
 
 def _json_rows(file: DataFile) -> Iterator[Rows]:
     with file.open() as stream:
-        buffered = io.BufferedReader(stream, _CHARACTERS)
-        if _is_array(buffered.peek(_CHARACTERS)):
+        buffered = io.BufferedReader(stream, _PEEKED)
+        if _is_array(buffered.peek(_PEEKED)):
             yield from _many(file.name, _array(file, buffered))
         else:
             yield from _many(file.name, _lines(file, buffered))
@@ -304,7 +305,7 @@ def _parquet_rows(file: DataFile, columns: Collection[str] | None) -> Iterator[R
 def _arrow_rows(file: DataFile, columns: Collection[str] | None) -> Iterator[Rows]:
     """Of an Arrow file in either of its two formats; `datasets` writes the one, Feather is the other."""
     with file.open() as stream:
-        buffered = io.BufferedReader(stream, _CHARACTERS)
+        buffered = io.BufferedReader(stream, _PEEKED)
         if buffered.peek(6)[:6] == b"ARROW1":
             with file.filesystem.open_input_file(file.path) as seekable:
                 opened = pa.ipc.open_file(seekable)

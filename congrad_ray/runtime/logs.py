@@ -127,6 +127,7 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore", FutureWarning)
     # A Ray of one's own, which ends with the command, has a token that nobody needs to know of.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
