@@ -84,4 +84,4 @@ def clean_language(
     try:
         return language_group(text, groups, names) if groups else language_tag(text, names, keep_scripts)
     except ValueError as error:
-        raise BadRow("unknown_language", f"{error}; map it under language_names in the recipe") from error
+        raise BadRow("unknown_language", f"{error}; map it to a tag with language_names") from error

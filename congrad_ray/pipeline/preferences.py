@@ -27,6 +27,7 @@ from congrad_ray.rundir.directory import StageFolder
 
 logger = logging.getLogger(__name__)
 
+_FORMAT = 2  # of the table of pairs; another number makes other results
 _AT_ONCE = 1024  # rows
 _FEW = 10  # so many bad rows never stop the reading, however few rows there are
 _TOLD_EVERY_S = 10
@@ -85,6 +86,7 @@ class Reading:
             "source": names[0] if only else names,
             "digest": digests[0] if only else digests,
             "chat": self.chat,
+            "format": _FORMAT,
             **{name: value for name, value in more.items() if value and value != default.get(name)},
         }
 

@@ -258,3 +258,174 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_selection(
     assert parts <= set(sketches.glob("*.parquet")), "rows that were there are not computed again"
     first, second = kept_rows(expected), kept_rows(tmp_path / "out")
     assert [row["source"] for row in first] == [row["source"] for row in second]
+
+
+MIXED: list[dict[str, Any]] = [
+    *(
+        {
+            "conversation": [{"role": "user", "content": f"Count to {n} "}],
+            "chosen": [{"role": "assistant", "content": f" {n}\n"}],
+            "rejected": "The fox",
+            "lang": ("eng_Latn", "Deutsch", "deu")[n % 3],
+        }
+        for n in range(24)
+    ),
+    {"conversation": "Count to", "chosen": " 1 2", "rejected": " fox", "lang": "german"},
+    {"conversation": "Count to", "chosen": " 1 2", "rejected": " fox", "lang": "de"},
+    {"conversation": "Count to", "chosen": "1 2", "rejected": "1 2", "lang": "de"},
+    {"conversation": "Count to", "chosen": "1 2", "rejected": "3 4", "lang": "Germann"},
+    {"conversation": "Count to" * 200, "chosen": "1 2", "rejected": "3 4", "lang": "de"},
+]
+
+
+def test_every_row_is_kept_dropped_or_quarantined_and_said_to_be(
+    tmp_path: Path, tiny_model: Path, congrad: Any, filter_command: Any
+) -> None:
+    connect_shared()
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(MIXED, indent=1))
+    command = [word for word in filter_command(path, tiny_model, tmp_path / "out") if word != "--chat"]
+    named = ("--columns", "prompt=conversation,language=lang", "--all-rows", "--to", "jsonl")
+    done = congrad(*command[command.index("filter") :], *named)
+    assert done.code == 0, done.err
+    assert "29 rows = 12 kept + 14 dropped (of which 1 are there twice) + 3 quarantined" in done.out
+    assert "quarantined: identical_responses 1, pair_too_long 1, unknown_language 1; see" in done.out
+    assert "en               8  from eng_Latn" in done.out
+    assert "too few for a direction of their own, fewer than 10: en (8)" in done.out
+    assert "24 pairs are chats and 2 plain text: each goes by its own shape" in done.out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+    assert (summary["rows"], summary["kept"], summary["dropped"], summary["duplicates"]) == (29, 12, 14, 1)
+    rows = [json.loads(line) for line in (tmp_path / "out/export/jsonl/train.jsonl").read_text().splitlines()]
+    assert [{key: row[key] for key in MIXED[0]} for row in rows] == MIXED
+    statuses = [row["congrad_status"] for row in rows]
+    assert set(statuses[:25]) == {"kept", "dropped"} and statuses.count("kept") == 12
+    assert statuses[25:] == ["duplicate", "identical_responses", "unknown_language", "pair_too_long"]
+    assert [row["congrad_kept"] for row in rows] == [status == "kept" for status in statuses]
+    table = pq.read_table(tmp_path / "out" / "rows.parquet")
+    assert table["congrad_status"].to_pylist() == statuses
+    assert all(
+        (row["congrad_score"] is not None) == (row["congrad_status"] in ("kept", "dropped")) for row in rows
+    )
+
+    few = congrad(*command[command.index("filter") :], *named, "--failed-share", "0.01", "--redo")
+    assert few.code == 0, "ten bad rows never stop a filter"
+
+
+def test_more_bad_rows_than_the_share_stop_the_filter_before_work(
+    tmp_path: Path, tiny_model: Path, congrad: Any, filter_command: Any
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    bad = {"prompt": "x", "chosen": "", "rejected": "y", "language": "en"}
+    path.write_text("\n".join(json.dumps(row) for row in [GOOD] * 20 + [bad] * 11))
+    command = filter_command(path, tiny_model, tmp_path / "out")
+    refused = congrad(*command[command.index("filter") :])
+    assert refused.code == 2 and not (tmp_path / "out").exists()
+    assert "11 of 31 rows cannot be used, more than --failed-share (0.2)" in refused.err
+    assert "chosen_empty: 11, such as rows.jsonl:21: chosen is empty" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (("--columns", "promt=x"), "there is no 'promt'; there are prompt"),
+        (("--columns", "prompt"), "--columns prompt: give it as name=value"),
+        (("--language-names", "a=1,a=2"), "a is there twice"),
+        (("--language-names", "a=klingonish"), "klingonish"),
+        (("--chat-template-kwargs", "[1]"), "--chat-template-kwargs [1] is no mapping"),
+        (("--to", "trll"), "--to trll: there is no such format; there are trl, llama-factory"),
+        (("--public",), "--public is of --push"),
+        (("--push", "me/pairs"), "--push uploads what one --to wrote, and there are 0"),
+        (("--failed-share", "2"), "--failed-share"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_work(
+    tmp_path: Path, tiny_model: Path, congrad: Any, filter_command: Any, more: tuple[str, ...], text: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD))
+    command = filter_command(tmp_path / "rows.jsonl", tiny_model, tmp_path / "out")
+    refused = congrad(*command[command.index("filter") :], *more)
+    assert refused.code == 2 and text in refused.err and not (tmp_path / "out").exists()
+
+
+def test_a_dropped_prompt_end_is_said_on_the_screen(
+    tmp_path: Path, tiny_model: Path, preference_rows: Any, filter_command: Any
+) -> None:
+    """By a replica, in another process; and the template gets what the command line gives it."""
+    template = (
+        "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% if not thinking %}<s>{% endif %}{% endif %}"
+    )
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, preference_rows(6, LANGUAGES))))
+    (tmp_path / "template.jinja").write_text(template)
+    command = filter_command(tmp_path / "rows.jsonl", tiny_model, tmp_path / "out")
+    command += ["--chat-template", str(tmp_path / "template.jinja")]
+    warning = "the prompt's tokens are not a prefix of prompt + completion"
+    said = [
+        subprocess.run([*command, *more], check=True, capture_output=True, text=True, timeout=300).stdout
+        for more in ([], ["--chat-template-kwargs", '{"thinking": true}', "--redo"])
+    ]
+    assert [warning in text for text in said] == [True, False]
+
+
+def test_rows_without_a_language_are_identified(
+    tmp_path: Path, tiny_model: Path, congrad: Any, filter_command: Any
+) -> None:
+    connect_shared()
+    sentences = {
+        "en": ("What is the capital of the country?", "The capital is a large and beautiful city."),
+        "de": ("Was ist die Hauptstadt des Landes?", "Die Hauptstadt ist eine große und schöne Stadt."),
+    }
+    rows = [
+        {"prompt": prompt, "chosen": f"{chosen} {n}", "rejected": f"{n}"}
+        for n in range(6)
+        for prompt, chosen in sentences.values()
+    ]
+    rows.append({"prompt": "x = 3", "chosen": "y = 4", "rejected": "5"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = filter_command(tmp_path / "rows.jsonl", tiny_model, tmp_path / "out")
+    done = congrad(*command[command.index("filter") :], "--identify-languages")
+    assert done.code == 0, done.err
+    assert "13 rows = 6 kept + 6 dropped + 1 quarantined" in done.out
+    assert "quarantined: language_not_identified 1" in done.out
+    scores = pq.read_table(tmp_path / "out" / "scores.parquet")
+    assert sorted(scores["language"].to_pylist()) == ["de"] * 6 + ["en"] * 6
+
+
+SYSTEM = {"role": "system", "content": "Be brief. "}
+
+
+@pytest.mark.slow
+def test_every_export_filtered_again_gives_the_same_selection(
+    tmp_path: Path, tiny_model: Path, filter_here: Any, preference_rows: Any
+) -> None:
+    rows = [
+        {
+            **row,
+            "prompt": [
+                {"role": "system", "content": "Be brief. "},
+                {"role": "user", "content": f" {row['prompt']}"},
+            ],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in preference_rows(60, LANGUAGES)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    formats = ("trl", "llama-factory", "openrlhf", "parquet", "jsonl", "dataset", "axolotl")
+    to = [word for name in formats for word in ("--to", name)]
+    filter_here(path, tiny_model, tmp_path / "out", "--keep", "1", *to)
+    filter_here(path, tiny_model, tmp_path / "half")
+    columns = {
+        "llama-factory": ("--columns", "prompt=conversations,system=system"),
+        "axolotl": ("--columns", "prompt=messages"),
+    }
+    expected = scores_of(tmp_path / "half")
+    for name in formats:
+        filter_here(tmp_path / "out/export" / name, tiny_model, tmp_path / name, *columns.get(name, ()))
+        assert scores_of(tmp_path / name) == expected, name
+
+
+def scores_of(out: Path) -> list[tuple[object, ...]]:
+    rows = pq.read_table(out / "scores.parquet").to_pylist()
+    return sorted((row["pair_id"], row["language"], row["cosine"], row["kept"]) for row in rows)
