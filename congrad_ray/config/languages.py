@@ -113,6 +113,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_]+", " ", name).strip().casefold()
 
 
+@lru_cache(maxsize=4096)  # a file has the same name on many rows
 def _hint(text: str) -> str:
     """What `text` may have meant: the language of a country's code (jp), or the most similar name."""
     if re.fullmatch(r"[A-Za-z]{2}", text):

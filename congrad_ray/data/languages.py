@@ -49,16 +49,18 @@ def _kept_apart(tags: Collection[str]) -> list[list[str]]:
 # Taken out of a text before its language is looked for: the order matters, fences before what is inside lines.
 _NOT_PROSE = [
     re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)", re.DOTALL),  # a fence that a truncated answer left open, too
-    re.compile(r"\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\\begin\{(\w+\*?)\}.*?\\end\{\1\}", re.DOTALL),
+    re.compile(r"\$\$.*?\$\$|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\)", re.DOTALL),
+    re.compile(r"\\begin\{(\w{1,20}\*?)\}.{0,4000}?\\end\{\1\}", re.DOTALL),
     re.compile(r"`[^`\n]*`"),
     re.compile(r"\$[^$\n]{1,200}\$"),
     re.compile(r"</?[A-Za-z][^<>\n]*>"),
-    re.compile(r"(?:https?://|www\.)\S+|\S+@\S+\.\w+|[#@]\w+"),
+    re.compile(r"(?:https?://|www\.)\S+|(?<![^\s@])[^\s@]{1,64}@\S+|[#@]\w+"),
     # Names and words that are spoken of; longer quotations are text.
     re.compile(
         r"\"[^\"\n]{1,40}\"|“[^”\n]{1,40}”|„[^“”\n]{1,40}[“”]|«[^»\n]{1,40}»|「[^」\n]{1,20}」|『[^』\n]{1,20}』"
     ),
-    re.compile(r"[\w.]*(?:\w[_/\\]\w|\d)[\w./\\]*"),  # numbers with their units, paths, identifiers
+    # Numbers with their units, paths, identifiers; \w is ASCII, or a clause without spaces would go too.
+    re.compile(r"(?<![\w.])[\w.]*(?:\w[_/\\]\w|\d)[\w./\\]*", re.ASCII),
 ]
 _SENTENCE_END = regex.compile(r"(?<=[.!?…؟।])\s+|(?<=[。！？])|\n+|\s\|\s")
 _UNSPACED = regex.compile(

@@ -83,6 +83,14 @@ def test_a_sentence_is_found_beside_what_is_none(sentence: str, other: str) -> N
         assert len(prose(text).sentences) == 1
 
 
+@pytest.mark.parametrize(
+    "piece",
+    ["a", "好", "$$", "\\[", "`", "<a ", "a_", "1", '"', "```", "(", "a.", "@a", "\\(", "~~~", "\\begin{a}"],
+)
+def test_the_longest_answers_are_read(piece: str) -> None:
+    assert prose(piece * 20_000).share in (0, 1)
+
+
 def test_of_a_long_text_some_sentences_from_all_over_it_are_looked_at() -> None:
     text = " ".join(f"This sentence ends with the letters {'a' * n}." for n in range(1, 201))
     found = prose(text)
