@@ -288,17 +288,17 @@ def test_every_row_is_kept_dropped_or_quarantined_and_said_to_be(
     named = ("--columns", "prompt=conversation,language=lang", "--all-rows", "--to", "jsonl")
     done = congrad(*command[command.index("filter") :], *named)
     assert done.code == 0, done.err
-    assert "29 rows = 12 kept + 14 dropped (of which 1 are there twice) + 3 quarantined" in done.out
+    assert "29 rows = 13 kept + 13 dropped (of which 1 are there twice) + 3 quarantined" in done.out
     assert "quarantined: identical_responses 1, pair_too_long 1, unknown_language 1; see" in done.out
     assert "en               8  from eng_Latn" in done.out
     assert "too few for a direction of their own, fewer than 10: en (8)" in done.out
     assert "24 pairs are chats and 2 plain text: each goes by its own shape" in done.out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
-    assert (summary["rows"], summary["kept"], summary["dropped"], summary["duplicates"]) == (29, 12, 14, 1)
+    assert (summary["rows"], summary["kept"], summary["dropped"], summary["duplicates"]) == (29, 13, 13, 1)
     rows = [json.loads(line) for line in (tmp_path / "out/export/jsonl/train.jsonl").read_text().splitlines()]
     assert [{key: row[key] for key in MIXED[0]} for row in rows] == MIXED
     statuses = [row["congrad_status"] for row in rows]
-    assert set(statuses[:25]) == {"kept", "dropped"} and statuses.count("kept") == 12
+    assert set(statuses[:25]) == {"kept", "dropped"} and statuses.count("kept") == 13
     assert statuses[25:] == ["duplicate", "identical_responses", "unknown_language", "pair_too_long"]
     assert [row["congrad_kept"] for row in rows] == [status == "kept" for status in statuses]
     table = pq.read_table(tmp_path / "out" / "rows.parquet")
