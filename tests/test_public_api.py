@@ -68,6 +68,7 @@ def test_the_examples_of_the_page_run(place: Path) -> None:
     kept = [prompts.index(prompt) for prompt in names["kept"]["prompt"]]
     assert kept == sorted(kept), "the rows keep their order"
     assert names["selected"].kept.sum() == 6 and len(names["selected"].scores) == 24
+    assert names["trainer"].state.global_step == 1
     assert names["result"].sketches.shape == (2, 65536) and -1 < names["cosine"] < 1
 
 
