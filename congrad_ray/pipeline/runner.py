@@ -21,6 +21,7 @@ from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.interrupts import StageStopped
 from congrad_ray.runtime.lock import only_writer
 from congrad_ray.runtime.logs import about, stage_label
+from congrad_ray.runtime.merging import merge_parts
 from congrad_ray.runtime.metrics import Meter
 from congrad_ray.runtime.progress import duration
 from congrad_ray.runtime.resources import DoesNotFit, check_fits
@@ -193,7 +194,10 @@ def _work(stage: Stage, context: Context, label: str) -> Outcome:
             return stage.run(context)
         grows = context.profile.cluster is not None
         with watched(label, timeout, context.output, grows) as watchdog:
-            return stage.run(replace(context, progressed=watchdog.progressed))
+            outcome = stage.run(replace(context, progressed=watchdog.progressed))
+            for name in stage.parts:
+                merge_parts(context.output / name if name else context.output, watchdog.progressed)
+            return outcome
     except Exception as error:
         # Out of a Ray task it comes as an error of Ray with the text in it.
         if os.strerror(errno.ENOSPC) not in str(error):

@@ -42,14 +42,10 @@ def number_bytes(schema: pa.Schema) -> float:
 
 def measured_row_bytes(schema: pa.Schema, manifest: Manifest) -> float | None:
     """Bytes of a row, from what a finished stage has written; None where it wrote none."""
-    parts = [
-        size
-        for name, size in manifest.files.items()
-        if name.endswith(".parquet") and not name.startswith("quarantine/")
-    ]
-    if not manifest.rows or not parts:
+    stored = manifest.stored
+    if not manifest.rows or not stored.parts:
         return None
-    return max(0.0, sum(parts) - len(parts) * file_bytes(schema)) / manifest.rows
+    return max(0.0, stored.part_bytes - stored.parts * file_bytes(schema)) / manifest.rows
 
 
 @cache

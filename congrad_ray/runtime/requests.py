@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from congrad_ray.data.tables import table_of
 from congrad_ray.rundir.directory import Folder
+from congrad_ray.rundir.ids import Ids
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -18,7 +19,7 @@ def read_requests(
     folder: Folder,
     expand: Callable[[dict[str, Any]], Iterable[dict[str, Any]]],
     schema: pa.Schema,
-    done: set[str],
+    done: Ids,
 ) -> Dataset:
     """A Ray dataset with the rows that `expand` makes of each row of `folder`, without those in `done`.
 
@@ -31,9 +32,9 @@ def read_requests(
     answered = ray.put(done)
 
     def requests(batch: pa.Table) -> pa.Table:
-        skip = ray.get(answered)
-        rows = [made for row in batch.to_pylist() for made in expand(row) if made[id_column] not in skip]
-        return table_of(rows, schema)
+        made = [request for row in batch.to_pylist() for request in expand(row)]
+        skip = ray.get(answered).contains([request[id_column] for request in made])
+        return table_of([request for request, skipped in zip(made, skip, strict=True) if not skipped], schema)
 
     dataset = ray.data.read_parquet(folder.files(".parquet"), filesystem=folder.filesystem)
     return dataset.map_batches(requests, batch_format="pyarrow", batch_size=1024)

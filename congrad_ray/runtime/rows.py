@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from congrad_ray.data.tables import FAILURE, quarantined, row_id, table_of
 from congrad_ray.rundir.directory import Folder, RunDirectoryError, StageFolder, each
+from congrad_ray.rundir.ids import Ids, Keys, keys_of, repeated
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.metrics import COUNTERS, Meter
 from congrad_ray.runtime.notices import heard
@@ -33,8 +36,10 @@ class MissingRows:
     """Of the missing rows; one block is one batch."""
     count: int
     batches: int
-    table: pa.Table
-    """The id column and `columns` of all rows."""
+    ids: Ids
+    """Of all rows."""
+    languages: list[str]
+    """Of all rows, each once, sorted."""
     schema: pa.Schema
     text_bytes: int
     """Of all rows, before compression."""
@@ -46,7 +51,6 @@ def read_missing_batches(
     id_column: str,
     batch_size: int,
     batch_bytes: int,
-    columns: Sequence[str] = (),
 ) -> MissingRows:
     """The rows of the Parquet files in `folder` that are not in `output` yet, in batches.
 
@@ -63,16 +67,8 @@ def read_missing_batches(
     paths = folder.files(".parquet")
     if not paths:
         raise RunDirectoryError(f"no Parquet file in {folder.path}")
-    parts = each(lambda path: _read_part(folder, path, [id_column, *columns]), paths)
-    batches, missing = [], 0
-    for path, (table, _, text_bytes) in zip(paths, parts, strict=True):
-        ids = table[id_column].to_pylist()
-        size = max(1, min(batch_size, batch_bytes * len(ids) // max(1, text_bytes)))
-        for start in range(0, len(ids), size):
-            new = sum(identifier not in done for identifier in ids[start : start + size])
-            missing += new
-            if new:
-                batches.append({"path": path, "start": start, "stop": start + size})
+    parts = each(lambda path: _look_at_part(folder, path, id_column, done, batch_size, batch_bytes), paths)
+    batches = [batch for part in parts for batch in part.batches]
 
     def read(batch: dict[str, Any]) -> pa.Table:
         return read_slice(folder, str(batch["path"][0]), int(batch["start"][0]), int(batch["stop"][0]))
@@ -80,19 +76,42 @@ def read_missing_batches(
     dataset = ray.data.from_items(batches, override_num_blocks=max(1, len(batches)))
     return MissingRows(
         dataset.map_batches(read, batch_format="numpy", batch_size=None),
-        missing,
+        sum(part.missing for part in parts),
         len(batches),
-        pa.concat_tables(table for table, _, _ in parts),
-        parts[0][1],
-        sum(text_bytes for _, _, text_bytes in parts),
+        Ids.from_keys(part.keys for part in parts),
+        sorted({language for part in parts for language in part.languages}),
+        parts[0].schema,
+        sum(part.text_bytes for part in parts),
     )
 
 
-def _read_part(folder: Folder, path: str, columns: Sequence[str]) -> tuple[pa.Table, pa.Schema, int]:
-    """Some columns of a Parquet file, its schema, and its rows' bytes before compression, from its footer."""
+@dataclass(frozen=True)
+class _Part:
+    """What a look at a Parquet file tells: its ids, and the batches of which not all rows are done."""
+
+    keys: Keys
+    languages: list[str]
+    schema: pa.Schema
+    text_bytes: int
+    batches: list[dict[str, Any]]
+    missing: int
+
+
+def _look_at_part(
+    folder: Folder, path: str, id_column: str, done: Ids, batch_size: int, batch_bytes: int
+) -> _Part:
     with folder.open_parquet(path) as file:
         groups = (file.metadata.row_group(group) for group in range(file.num_row_groups))
-        return file.read(list(columns)), file.schema_arrow, sum(group.total_byte_size for group in groups)
+        text_bytes = sum(group.total_byte_size for group in groups)  # before compression, from the footer
+        schema = file.schema_arrow
+        table = file.read([name for name in (id_column, "language") if name in schema.names], use_threads=False)
+    keys = keys_of(table[id_column])
+    languages = pc.unique(table["language"]).to_pylist() if "language" in table.column_names else []
+    size = max(1, min(batch_size, batch_bytes * len(keys) // max(1, text_bytes)))
+    starts = np.arange(0, len(keys), size)
+    new = np.add.reduceat(~done.contains_keys(keys), starts, dtype=np.int64) if len(keys) else starts
+    batches = [{"path": path, "start": int(start), "stop": int(start) + size} for start in starts[new > 0]]
+    return _Part(keys, languages, schema, text_bytes, batches, int(new.sum()))
 
 
 def read_slice(folder: Folder, path: str, start: int, stop: int) -> pa.Table:
@@ -240,11 +259,9 @@ def outcome_of(
     Rows that a retried task wrote twice are removed, and those in quarantine that another try brought through.
     Raises RunDirectoryError where not all of the `expected` rows are there or in quarantine.
     """
-    seen: set[str] = set()
-    _remove_seen(output, output.parts(), id_column, seen)
+    seen = _remove_seen(output, output.keys_by_part(id_column), Ids.from_keys([]))
+    _remove_seen(output.quarantine, output.quarantine.keys_by_part("row_id"), seen)
     rows = len(seen)
-    quarantine = output / "quarantine"
-    _remove_seen(quarantine, quarantine.files(".parquet"), "row_id", seen)
     quarantined_rows = output.quarantine_counts()
     failed = sum(quarantined_rows.values())
     if expected is not None and rows + failed != expected:
@@ -255,14 +272,20 @@ def outcome_of(
     return Outcome(rows, {**(counters or {}), "quarantined": quarantined_rows})
 
 
-def _remove_seen(folder: Folder, paths: Sequence[str], id_column: str, seen: set[str]) -> None:
-    """Removes the rows of Parquet files whose id is in `seen`, and adds the other ids to it."""
-    for path, ids in zip(paths, folder.ids_by_part(paths, id_column), strict=True):
-        fresh = []
-        for identifier in ids:
-            fresh.append(identifier not in seen)
-            seen.add(identifier)
-        if not any(fresh):
+def _remove_seen(folder: Folder, keys_by_part: Mapping[str, Keys], seen: Ids) -> Ids:
+    """Removes the rows of Parquet files whose id is in `seen` or in a row before; returns the ids of the rest."""
+    keys = np.concatenate([np.empty(0, seen.keys.dtype), *keys_by_part.values()])
+    keys.sort()
+    again = Ids(repeated(keys))
+    met: set[bytes] = set()  # of those in `again`: few, since only a task that was tried twice writes a row twice
+    for path, of_part in keys_by_part.items():
+        fresh = ~seen.contains_keys(of_part)
+        for place in np.flatnonzero(again.contains_keys(of_part)):
+            key = bytes(of_part[place])
+            fresh[place] &= key not in met
+            met.add(key)
+        if not fresh.any():
             folder.filesystem.delete_file(path)
-        elif not all(fresh):
+        elif not fresh.all():
             folder.write_table(path.rsplit("/", 1)[1], folder.read_parquet(path).filter(pa.array(fresh)))
+    return Ids.from_keys([keys[~seen.contains_keys(keys)]])

@@ -24,7 +24,8 @@ class Stage:
     What it does: `inputs(iteration)` names the folders read, as (folder, iteration or None); `settings(recipe,
     iteration)` is the part of the recipe that decides the output; `run(context)` does the work. A stage that
     `uses_ray` is called on a connected Ray. One that is to run `always` is cheap and done again each time. One
-    that `chats` asks models by chat messages whatever its rows are.
+    that `chats` asks models by chat messages whatever its rows are. In the folders `parts` of its own ("": itself)
+    one on Ray leaves a part for every batch: these are merged before it is committed.
 
     What is said of it: `demand(recipe, profile)` is what it asks of a cluster; `schema(recipe)` is of its table;
     `estimate` is for the plan, where it has one; `figures(folder)` are tables for the screen, and `step` is a
@@ -42,6 +43,7 @@ class Stage:
     uses_ray: bool = True
     always: bool = False
     chats: bool = False
+    parts: Sequence[str] = ()
     schema: Callable[[Recipe], pa.Schema] | None = None
     estimate: Estimate | None = None
     figures: Callable[[StageFolder], Sequence[Figures]] = lambda folder: ()

@@ -158,7 +158,8 @@ def write_responses(run: RunDirectory, prompts: int) -> None:
         common = [
             {
                 "response_id": f"{number:032x}",
-                "prompt_id": f"{number // _RESPONSES_PER_PROMPT * 2654435761 % 2**64:032x}",
+                # Spread like the hashes that prompts have.
+                "prompt_id": f"{number // _RESPONSES_PER_PROMPT * 11400714819323198485 % 2**64:016x}" * 2,
                 "language": LANGUAGES[number // _RESPONSES_PER_PROMPT % len(LANGUAGES)],
             }
             for number in numbers

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from congrad_ray.config.profile import Profile, load_profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
 from congrad_ray.data.records import InputError
-from congrad_ray.data.tables import quarantined
+from congrad_ray.data.tables import quarantined, row_id
 from congrad_ray.modeling.source import ModelError
 from congrad_ray.pipeline.loop import run_all
 from congrad_ray.pipeline.order import STAGES
@@ -146,3 +148,23 @@ def test_a_stage_on_ray_claims_nothing_when_its_model_is_missing(
     with pytest.raises(ModelError, match="no model my-modle"):
         run_stage(STAGES["generate"], recipe_of(model={"name": "my-modle"}), load_profile("local"), run)
     assert not run.stage("responses", 0).exists()
+
+
+@pytest.mark.parametrize("parts", [(), ("", "samples")])
+def test_small_parts_are_merged_before_a_stage_is_committed(
+    run: RunDirectory, parts: tuple[str, ...], shared_ray: None
+) -> None:
+    def write(context: Context) -> Outcome:
+        for number in range(70):
+            for folder in (context.output, context.output / "samples"):
+                folder.write_table(f"part-{row_id(number)}.parquet", pa.table({"id": [row_id(number)]}))
+        return Outcome(70)
+
+    stage = replace(stage_of(write), uses_ray=True, settings=lambda recipe, iteration: {"size": 1}, parts=parts)
+    run_stage(stage, recipe_of(model={"name": "none"}), PROFILE, run)
+    folder = run.stage("work", None)
+    ids = sorted(row_id(number) for number in range(70))
+    for where in (folder, folder / "samples"):
+        assert len(where.files(".parquet")) == (1 if parts else 70)
+        assert sorted(where.read_table()["id"].to_pylist()) == ids
+    assert run_stage(stage, recipe_of(model={"name": "none"}), PROFILE, run).rows == 70  # its files are whole

@@ -25,7 +25,7 @@ from congrad_ray.planning.plan import Plan
 from congrad_ray.planning.shapes import Shapes
 from congrad_ray.planning.storage import file_bytes, measured_row_bytes
 from congrad_ray.planning.volume import Lengths, Volume, assumed_lengths
-from congrad_ray.rundir.directory import Manifest
+from congrad_ray.rundir.directory import Manifest, Stored
 from congrad_ray.runtime.resources import cluster_machine
 from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select.schema import SCORES
@@ -146,8 +146,8 @@ def test_bytes_of_a_row_that_a_run_has_are_taken(recipe: Recipe, llama: ModelSha
     }
     of_scores = {"scores.parquet": 50 + file_bytes(SCORES), "direction.safetensors": 999}
     finished = {
-        "pairs": Manifest("pair", 0, "", 10, 1.0, {}, files=files),
-        "selection": Manifest("select", 0, "", 10, 1.0, {}, files=of_scores),
+        "pairs": Manifest("pair", 0, "", 10, 1.0, {}, stored=Stored.of(files)),
+        "selection": Manifest("select", 0, "", 10, 1.0, {}, stored=Stored.of(of_scores)),
     }
     assert measured_row_bytes(PAIRS, finished["pairs"]) == 100.0
     lengths = with_measured(assumed_lengths(recipe, ASSUMED), ITERATED, recipe, finished)

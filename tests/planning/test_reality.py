@@ -63,10 +63,10 @@ def measured_bytes(run: RunDirectory) -> dict[str, int]:
     """Bytes of the files that a stage's result is made of."""
     found = {}
     for stage in ITERATED:
-        manifest = run.stage(stage.folder, 0).manifest()
-        assert manifest is not None
+        committed = run.stage(stage.folder, 0).committed_files()
+        assert committed is not None
         names = ("model.safetensors",) if stage.name == "train" else (".parquet", "direction.safetensors")
-        files = {name: size for name, size in manifest.files.items() if not name.startswith("quarantine/")}
+        files = {name: size for name, size in committed.items() if not name.startswith("quarantine/")}
         found[stage.name] = sum(size for name, size in files.items() if name.endswith(names))
     return found
 

@@ -26,6 +26,7 @@ from congrad_ray.data.tables import response_id, table_of
 from congrad_ray.deploy.doctor import examine
 from congrad_ray.modeling.source import policy
 from congrad_ray.rundir.directory import MANIFEST, STARTED, Folder, RunDirectory, RunDirectoryError, StageFolder
+from congrad_ray.rundir.ids import Ids
 from congrad_ray.stages.generate.schema import RESPONSES
 from congrad_ray.stages.judge.schema import JUDGEMENTS
 from congrad_ray.stages.select.schema import SCORES
@@ -57,7 +58,7 @@ def test_what_is_written_is_there_and_what_is_missing_is_missing(stage: StageFol
     assert not stage.exists() and not stage.exists("a.json")
     assert stage.files() == stage.files(".parquet", recursive=True) == []
     assert stage.read_json("a.json") is None and stage.manifest() is None
-    assert (stage.rows_so_far(), stage.ids("pair_id"), stage.quarantine_counts()) == (0, set(), {})
+    assert (stage.rows_so_far(), len(stage.ids("pair_id")), stage.quarantine_counts()) == (0, 0, {})
     stage.delete()
     stage.write_json("a.json", {"ü": [1, None]})
     (stage / "deep" / "er").write_bytes("b.bin", b"")
@@ -77,7 +78,7 @@ def test_a_stage_goes_from_new_to_begun_to_done_and_is_redone(stage: StageFolder
     assert [stage.begin("f1", redo=False, what="select") for _ in range(2)] == ["new", "continue"]
     stage.write_table("part-0.parquet", table_of(ROWS[:3], SCORES))
     stage.write_quarantine([{"row_id": "p9", "language": None, "reason": "too_long", "detail": "x"}])
-    assert stage.rows_so_far() == 3 and stage.ids("pair_id") == {"p0", "p1", "p2", "p9"}
+    assert stage.rows_so_far() == 3 and stage.ids("pair_id") == Ids.from_parts([["p0", "p1", "p2", "p9"]])
     assert stage.quarantine_counts() == {"too_long": 1}
     stage.commit("select", 0, "f1", {"keep": 0.5}, {}, 3, 1.0, {"kept": 2})
     assert stage.begin("f1", redo=False, what="select") == "done"
@@ -111,7 +112,7 @@ def test_a_redo_cut_short_while_it_deletes_leaves_no_part_to_the_other_settings(
         stage.begin("f2", redo=False, what="select")
     assert stage.begin("f1", redo=False, what="select") == "continue"
     assert stage.begin("f2", redo=True, what="select") == "new"
-    assert stage.ids("pair_id") == set()
+    assert len(stage.ids("pair_id")) == 0
 
 
 def test_a_damaged_part_is_dropped_and_its_rows_come_again(stage: StageFolder) -> None:
@@ -122,7 +123,7 @@ def test_a_damaged_part_is_dropped_and_its_rows_come_again(stage: StageFolder) -
     stage.write_bytes("part-2.parquet", b"")
     stage.write_bytes("part-3.parquet", whole[:-12] + b"\xff" * 4 + whole[-8:])
     assert stage.rows_so_far() == 1
-    assert stage.ids("pair_id") == {"p0"}
+    assert stage.ids("pair_id") == Ids.from_parts([["p0"]])
     assert stage.files(".parquet") == [f"{stage.path}/part-0.parquet"]
 
 
@@ -139,12 +140,16 @@ def test_a_store_that_does_not_answer_costs_no_part(stage: StageFolder, monkeypa
     read_metadata = pq.read_metadata
 
     def too_busy(where: Any, *arguments: Any, **options: Any) -> Any:
-        if isinstance(where, str):
-            raise OSError("AWS Error SLOW_DOWN during GetObject operation")
-        return read_metadata(where, *arguments, **options)
+        if isinstance(where, pa.BufferReader):
+            return read_metadata(where, *arguments, **options)
+        raise OSError("AWS Error SLOW_DOWN during GetObject operation")
 
     monkeypatch.setattr("congrad_ray.rundir.directory.pq.read_metadata", too_busy)
-    assert stage.ids("pair_id") == {"p0", "p1", "p2", "p3"}
+    assert stage.ids("pair_id") == Ids.from_parts([["p0", "p1", "p2", "p3"]])
+    assert len(stage.parts()) == 1
+    monkeypatch.setattr("congrad_ray.rundir.directory.pq.ParquetFile", too_busy)
+    with pytest.raises(RunDirectoryError, match="SLOW_DOWN"):
+        stage.ids("pair_id")
     assert stage.files(".parquet")
 
 

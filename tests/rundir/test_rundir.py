@@ -7,7 +7,16 @@ import pyarrow as pa
 import pytest
 
 from congrad_ray.data.tables import prompt_id, row_id, table_of
-from congrad_ray.rundir.directory import MANIFEST, RunDirectory, RunDirectoryError, fingerprint
+from congrad_ray.rundir.directory import (
+    FILES,
+    MANIFEST,
+    STARTED,
+    RunDirectory,
+    RunDirectoryError,
+    StageFolder,
+    fingerprint,
+)
+from congrad_ray.rundir.ids import Ids
 from congrad_ray.stages.select.schema import SCORES
 
 ROWS = [
@@ -31,7 +40,7 @@ def test_a_stage_goes_from_new_to_begun_to_done(run: RunDirectory) -> None:
     assert stage.begin("f1", redo=False, what="select") == "new"
     assert stage.begin("f1", redo=False, what="select") == "continue"
     stage.write_table("part-0.parquet", table_of(ROWS, SCORES))
-    assert stage.rows_so_far() == 4 and stage.ids("pair_id") == {"p0", "p1", "p2", "p3"}
+    assert stage.rows_so_far() == 4 and stage.ids("pair_id") == Ids.from_parts([["p0", "p1", "p2", "p3"]])
     stage.commit("select", 0, "f1", {"keep": 0.5}, {}, 4, 1.0, {"kept": 2})
     assert stage.begin("f1", redo=False, what="select") == "done"
     manifest = stage.manifest()
@@ -59,7 +68,7 @@ def test_a_damaged_part_is_dropped_and_its_rows_come_again(run: RunDirectory) ->
     whole = Path(f"{stage.path}/part-1.parquet").read_bytes()
     Path(f"{stage.path}/part-1.parquet").write_bytes(whole[: len(whole) // 2])
     assert stage.rows_so_far() == 2
-    assert stage.ids("pair_id") == {"p0", "p1"}
+    assert stage.ids("pair_id") == Ids.from_parts([["p0", "p1"]])
     assert [Path(p).name for p in stage.files(".parquet")] == ["part-0.parquet"]
 
 
@@ -79,7 +88,7 @@ def test_rows_in_quarantine_count_as_done(run: RunDirectory) -> None:
             {"row_id": "p8", "language": "en", "reason": "too_long", "detail": ""},
         ]
     )
-    assert stage.ids("pair_id") == {"p8", "p9"}
+    assert stage.ids("pair_id") == Ids.from_parts([["p8", "p9"]])
     assert stage.quarantine_counts() == {"too_long": 2}
 
 
@@ -146,7 +155,7 @@ def test_damaged_files_of_a_finished_stage_are_deleted_and_it_goes_on(
     assert caplog.messages == [
         "2 files are missing or damaged (part-1.parquet, part-2.parquet): what was in them is done again"
     ]
-    assert folder.ids("pair_id") == {"p0"}
+    assert folder.ids("pair_id") == Ids.from_parts([["p0"]])
     assert folder.begin("one", False, "pair") == "continue"
 
 
@@ -168,3 +177,68 @@ def test_files_of_unknown_settings_are_refused(run: RunDirectory) -> None:
         folder.begin("one", False, "pair")
     assert folder.begin("one", True, "pair") == "new"
     assert not folder.files(".parquet")
+
+
+def committed(run: RunDirectory, parts: int) -> StageFolder:
+    folder = run.stage("pairs", 0)
+    folder.begin("one", False, "pair")
+    for number in range(parts):
+        (folder / "deep").write_table(f"part-{number}.parquet", table_of(ROWS[:1], SCORES))
+    folder.commit("pair", 0, "one", None, {}, parts, 0.0, {})
+    return folder
+
+
+def test_a_manifest_does_not_grow_with_the_files_that_it_is_of(run: RunDirectory) -> None:
+    manifests = []
+    for parts in (1, 100):
+        folder = committed(run, parts)
+        assert [len(folder.committed_files() or {}), folder.begin("one", False, "pair")] == [parts, "done"]
+        manifests.append(folder.read_bytes(MANIFEST))
+        folder.delete()
+    assert abs(len(manifests[1]) - len(manifests[0])) < 20
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "of another commit"])
+def test_a_stage_whose_list_of_files_is_damaged_goes_on(run: RunDirectory, how: str) -> None:
+    folder = committed(run, 2)
+    files = folder.read_bytes(FILES)
+    folder.filesystem.delete_file(f"{folder.path}/{FILES}")
+    if how == "cut":
+        folder.write_bytes(FILES, files[:-20])
+    if how == "of another commit":
+        folder.delete()
+        committed(run, 1)
+        folder.write_bytes(FILES, files)
+    assert folder.begin("one", False, "pair") == "continue"
+    assert len((folder / "deep").files(".parquet")) > 0 and folder.manifest() is None
+    folder.commit("pair", 0, "one", None, {}, 2, 0.0, {})
+    assert folder.begin("one", False, "pair") == "done"
+
+
+def test_a_kill_between_the_list_of_files_and_the_manifest_leaves_a_stage_that_goes_on(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: StageFolder, name: str, value: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(StageFolder, "write_json", killed)
+        run.stage("pairs", 0).commit("pair", 0, "one", None, {}, 0, 0.0, {})
+    folder = run.stage("pairs", 0)
+    assert folder.exists(FILES) and folder.manifest() is None
+    folder.write_json(STARTED, {"fingerprint": "one"})
+    assert folder.begin("one", False, "pair") == "continue"
+    assert committed(run, 1).begin("one", False, "pair") == "done"
+
+
+def test_files_that_an_older_manifest_lists_are_still_checked(run: RunDirectory) -> None:
+    folder = committed(run, 2)
+    manifest = folder.read_json(MANIFEST)
+    del manifest["stored"]
+    folder.write_json(MANIFEST, {**manifest, "files": folder.committed_files()})
+    folder.filesystem.delete_file(f"{folder.path}/{FILES}")
+    assert folder.begin("one", False, "pair") == "done"
+    found = folder.manifest()
+    assert found is not None and (found.stored.files, found.stored.parts) == (2, 2)
+    folder.filesystem.delete_file(f"{folder.path}/deep/part-1.parquet")
+    assert folder.begin("one", False, "pair") == "continue"

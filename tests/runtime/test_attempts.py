@@ -13,6 +13,7 @@ import pytest
 
 from congrad_ray.data.tables import FAILURE, FAILURE_FIELD
 from congrad_ray.rundir.directory import RunDirectory
+from congrad_ray.rundir.ids import Ids
 from congrad_ray.runtime.attempts import Attempts, attempt, attempts, killed_worker
 from congrad_ray.runtime.rows import outcome_of, read_missing_batches, write_rows
 
@@ -114,7 +115,8 @@ def test_batches_do_not_depend_on_what_is_done(tmp_path: Path, shared_ray: None)
         missing = read_missing_batches(source, output, "id", 64, 2**30)
         blocks = [ray.get(ref)["id"].to_pylist() for ref in missing.dataset.to_arrow_refs()]
         assert missing.count <= sum(map(len, blocks))
-        assert missing.table["id"].to_pylist() == ids, "of all rows, whether they are done or not"
+        assert missing.ids == Ids.from_parts([ids]), "of all rows, whether they are done or not"
+        assert missing.languages == ["en"]
         return sorted(block for block in blocks if block)
 
     assert found() == batches

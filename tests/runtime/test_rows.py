@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -13,7 +14,9 @@ from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
 from congrad_ray.data.tables import FAILURE, FAILURE_FIELD, failure, quarantined
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
+from congrad_ray.rundir.ids import Ids
 from congrad_ray.runtime.context import Context
+from congrad_ray.runtime.requests import read_requests
 from congrad_ray.runtime.rows import outcome_of, write_rows
 
 SCHEMA = pa.schema([("id", pa.string()), ("language", pa.string())])
@@ -61,6 +64,17 @@ def test_rows_that_come_twice_are_kept_once_and_good_ones_leave_quarantine(tmp_p
     assert outcome.rows == 3 and outcome.counters["quarantined"] == {"odd": 1}
     assert sorted(output.read_table(["id"])["id"].to_pylist()) == ["1", "2", "3"]
     assert (output / "quarantine").read_table(["row_id"])["row_id"].to_pylist() == ["4"]
+
+
+def test_requests_that_are_answered_are_not_made_again(tmp_path: Path, shared_ray: None) -> None:
+    source = context_in(tmp_path, 1.0).output
+    source.write_table("rows.parquet", pa.table({"id": ["1", "2"], "language": ["en"] * 2}, schema=SCHEMA))
+
+    def twice(row: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"id": f"{row['id']}-{number}", "language": row["language"]} for number in range(2)]
+
+    done = Ids.from_parts([["1-0", "1-1", "2-1", "another"]])
+    assert read_requests(source, twice, SCHEMA, done).take_all() == [{"id": "2-0", "language": "en"}]
 
 
 def test_a_stage_whose_rows_are_not_all_there_is_not_done(tmp_path: Path) -> None:

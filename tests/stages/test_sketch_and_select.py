@@ -1,6 +1,7 @@
 """Sketch and select on a tiny real model, against autograd and a NumPy re-derivation."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe, Select, Sketch
 from congrad_ray.config.settings import validate
-from congrad_ray.data.tables import FAILURE, table_of
+from congrad_ray.data.tables import FAILURE, row_id, table_of
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory, StageFolder
+from congrad_ray.rundir.ids import Ids
 from congrad_ray.runtime.rows import MissingRows
 from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.select import stage as select
@@ -85,7 +87,7 @@ def test_a_replica_writes_the_sketch_of_autograds_gradient(tiny_model: Path, dty
 
     recipe = recipe_for(tiny_model, sketch={"width": WIDTH, "dtype": dtype, "max_tokens_per_batch": 256})
     source = ModelSource(str(tiny_model), recipe.model)
-    replica = SketchReplica(ReplicaSpec(source, recipe), audited=frozenset(["pair-0"]))
+    replica = SketchReplica(ReplicaSpec(source, recipe), audited=Ids.from_parts([["pair-0"]]))
     table = replica(table_of(ROWS, PAIRS))
     found = table.to_pylist()
     assert [row["pair_id"] for row in found] == [row["pair_id"] for row in ROWS]
@@ -443,10 +445,19 @@ def test_the_order_of_parts_makes_no_difference(tmp_path: Path) -> None:
 def test_audits_stay_within_their_share_of_the_micro_batches(tiny_model: Path, pairs: int, drawn: int) -> None:
     recipe = recipe_for(tiny_model, sketch={"width": WIDTH, "audit_pairs": 32, "max_tokens_per_batch": 1000})
     ids = [f"pair-{number:03}" for number in range(pairs)]
-    table = pa.table({"pair_id": ids})
+    all_of_them = Ids.from_parts([ids])
     # 150 tokens of four bytes each
-    found = _drawn_for_audit(recipe, MissingRows(None, pairs, 1, table, table.schema, 600 * pairs), "cpu")
-    assert len(found) == drawn and found <= set(ids)
+    missing = MissingRows(None, pairs, 1, all_of_them, ["en"], pa.schema([]), 600 * pairs)
+    found = _drawn_for_audit(recipe, missing, "cpu")
+    assert len(found) == drawn == found.contains(ids).sum()
+
+
+def test_the_audited_pairs_are_those_drawn_from_the_sorted_ids(tiny_model: Path) -> None:
+    recipe = recipe_for(tiny_model, sketch={"width": WIDTH, "audit_pairs": 32, "max_tokens_per_batch": 1000})
+    ids = [row_id("pair", number) for number in range(400)]
+    missing = MissingRows(None, 400, 1, Ids.from_parts([ids]), ["en"], pa.schema([]), 600 * 400)
+    by_hand = random.Random(recipe.sketch.seed).sample(sorted(ids), 4)
+    assert _drawn_for_audit(recipe, missing, "cpu") == Ids.from_parts([by_hand])
 
 
 def test_the_memory_probe_is_left_out_where_memory_is_plenty(

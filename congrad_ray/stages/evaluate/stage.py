@@ -168,20 +168,21 @@ def _answer(context: Context, source: ModelSource, model: str) -> int:
         }
 
     fields = [ANSWERS.field(name) for name in ("answer_id", *columns, "model", "decoding")]
-    done = output.ids("answer_id") & expected
-    if len(done) < len(expected):
+    done = output.ids("answer_id")  # of both models
+    missing = len(expected) - int(done.contains(expected).sum())
+    if missing:
         logger.info(f"answers of {model}")
         requests = read_requests(context.prompts, questions_of, pa.schema([*fields, PROMPTS.field("task")]), done)
         answers = complete(
             requests,
-            len(expected) - len(done),
+            missing,
             source,
             context.profile,
             Task(request, answer, ANSWERS, how.max_tokens),
             context.notify(),
         )
         with engine_failures():
-            write_rows(answers, context, ANSWERS, "answer_id", len(expected) - len(done), _counted)
+            write_rows(answers, context, ANSWERS, "answer_id", missing, _counted)
     return len(expected)
 
 
@@ -189,10 +190,10 @@ def _counted(row: Row) -> dict[str, int]:
     return {"congrad_tokens": row["response_tokens"]}
 
 
-def _answer_ids(prompts: StageFolder, model: str, decodings: tuple[str, ...]) -> set[str]:
+def _answer_ids(prompts: StageFolder, model: str, decodings: tuple[str, ...]) -> list[str]:
     table = prompts.read_table(["prompt_id", "split"])
     ids = table.filter(pc.equal(table["split"], "evaluation"))["prompt_id"].to_pylist()
-    return {row_id("answer", identifier, model, decoding, 0) for identifier in ids for decoding in decodings}
+    return [row_id("answer", identifier, model, decoding, 0) for identifier in ids for decoding in decodings]
 
 
 def _compare(context: Context, source: ModelSource, answers: list[Row], model: str) -> list[Row]:
@@ -221,7 +222,8 @@ def _compare(context: Context, source: ModelSource, answers: list[Row], model: s
                     "baseline_response": baseline["response"],
                 }
             )
-    missing = [row for row in wanted if row["comparison_id"] not in done]
+    there = done.contains([row["comparison_id"] for row in wanted])
+    missing = [row for row, is_there in zip(wanted, there, strict=True) if not is_there]
     template = pairwise_template()
 
     def request(row: Row) -> Request:
@@ -256,8 +258,8 @@ def _compare(context: Context, source: ModelSource, answers: list[Row], model: s
         ).map_batches(lambda batch: keep_failed(batch, COMPARISONS), batch_format="pyarrow", batch_size=None)
         with engine_failures():
             write_rows(compared, within, COMPARISONS, "comparison_id", len(missing))
-    found = output.read_table().to_pylist() if output.parts() else []
-    return list({row["comparison_id"]: row for row in found}.values())  # a retried task may write one twice
+    outcome_of(output, "comparison_id")  # a retried task may write one twice
+    return output.read_table().to_pylist() if output.parts() else []
 
 
 def _warnings(recipe: Recipe, comparisons: list[Row], rates: list[WinRate]) -> list[str]:
@@ -334,4 +336,5 @@ STAGE = Stage(
     estimate=ESTIMATE,
     figures=figures,
     chats=True,
+    parts=("", "comparisons"),
 )

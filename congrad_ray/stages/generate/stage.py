@@ -135,4 +135,5 @@ STAGE = Stage(
         lambda recipe: recipe.generate.num_generations,
     ),
     chats=True,
+    parts=("",),
 )

@@ -7,14 +7,12 @@ JUDGEMENTS has one row per response, the mean of its readable judgements.
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.data.tables import row_id, table_of
@@ -22,6 +20,7 @@ from congrad_ray.modeling.source import policy, policy_input
 from congrad_ray.modeling.tokenization import chat_prompt_ids
 from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import RunDirectoryError, StageFolder
+from congrad_ray.rundir.ids import Ids
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.engines import (
     Completion,
@@ -70,19 +69,20 @@ def run(context: Context) -> Outcome:
     done = samples.ids("judgement_id")
     asked = context.recipe.judge.samples if context.recipe.judge.method == "sampled" else 1
     tally = Tally({row["values"]: row["counts"] * asked for row in languages})
-    if done:
+    if len(done):
         for language, row in counts_by_language(samples.read_table(["language", "unreadable"])).items():
             tally.add(language, row["asked"], row["asked"] - row["readable"])
         _stop_if_unreadable(context, samples, tally)
     if len(done) < number * asked:
         _ask(replace(context, output=samples), responses, asked, done, number * asked - len(done), tally)
+    outcome_of(samples, "judgement_id")  # none is there twice: a response is complete once
     _combine(samples, output, asked)
     outcome = outcome_of(output, "response_id", _counters(samples, output), number)
     _warn(context, outcome.counters["judgements"])
     return outcome
 
 
-def _ask(context: Context, responses: StageFolder, asked: int, done: set[str], missing: int, tally: Tally) -> None:
+def _ask(context: Context, responses: StageFolder, asked: int, done: Ids, missing: int, tally: Tally) -> None:
     """Asks the judge what is missing and writes JUDGEMENT_SAMPLES."""
     recipe, judge = context.recipe, context.recipe.judge
     by_policy = judge.model == "policy"
@@ -248,19 +248,18 @@ def _combine(samples: StageFolder, output: StageFolder, asked: int) -> None:
     complete_rows: list[Row] = []
 
     def write() -> None:
-        output.write_table(f"part-{uuid.uuid4().hex}.parquet", table_of(complete_rows, JUDGEMENTS))
+        name = f"part-{row_id(*(row['response_id'] for row in complete_rows))}.parquet"
+        output.write_table(name, table_of(complete_rows, JUDGEMENTS))
         complete_rows.clear()
 
     infos = samples.filesystem.get_file_info(samples.parts())
     for info in sorted(infos, key=lambda info: (info.mtime_ns or 0, info.path)):
-        for row in pq.read_table(info.path, filesystem=samples.filesystem).to_pylist():
-            if row["response_id"] in done:
-                continue
+        part = samples.read_parquet(info.path)
+        for row in part.filter(pa.array(~done.contains(part["response_id"]))).to_pylist():
             judgements = pending.setdefault(row["response_id"], {})
             judgements[row["judgement_id"]] = row
             if len(judgements) == asked:
                 complete_rows.append(_judgement(list(pending.pop(row["response_id"]).values()), asked))
-                done.add(row["response_id"])
                 if len(complete_rows) == ROWS_PER_PART:
                     write()
     if complete_rows:
@@ -336,4 +335,5 @@ STAGE = Stage(
     figures=figures,
     step=STEP,
     chats=True,
+    parts=("", "samples"),
 )

@@ -6,6 +6,8 @@ import pyarrow as pa
 
 from congrad_ray.data.tables import LANGUAGE, PROMPT, PROMPT_ID, field
 
+ROWS_PER_PART = 65_536
+
 PROMPTS = pa.schema(
     [
         PROMPT_ID,

@@ -21,6 +21,7 @@ from congrad_ray.modeling.tokenization import (
     tokenize_pair,
 )
 from congrad_ray.rundir.directory import Folder
+from congrad_ray.rundir.ids import Ids
 from congrad_ray.runtime.attempts import attempt, killed_worker
 from congrad_ray.runtime.notices import Notify
 from congrad_ray.stages.sketch.schema import sketch_bytes, sketches_schema
@@ -166,7 +167,7 @@ class SketchReplica(Replica):
         self,
         spec: ReplicaSpec,
         *,
-        audited: frozenset[str] = frozenset(),
+        audited: Ids | None = None,
         exact: Folder | None = None,
         attempts: Any = None,
         write: Callable[[pa.Table], pa.Table] = lambda rows: rows,
@@ -212,7 +213,8 @@ class SketchReplica(Replica):
         """Enters what is found for a micro-batch, in halves where the device has not the memory for the whole."""
         from congrad_ray.stages.sketch.memory import is_out_of_memory
 
-        audited = not self._audited.isdisjoint(rows[row]["pair_id"] for row in members.rows)
+        ids = [rows[row]["pair_id"] for row in members.rows]
+        audited = self._audited is not None and bool(self._audited.contains(ids).any())
         try:
             found = self._project(members.tokens) if self._exact else self._sketched(members.tokens, audited)
         except RuntimeError as error:

@@ -16,6 +16,7 @@ from congrad_ray.modeling.source import policy, policy_input
 from congrad_ray.modeling.tokenization import chat_prompt_ids
 from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import Folder, RunDirectoryError
+from congrad_ray.rundir.ids import Ids
 from congrad_ray.runtime.attempts import attempts
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.notices import heard
@@ -50,13 +51,13 @@ def run(context: Context) -> Outcome:
     tokenizer = source.load_tokenizer()
     device, threads = context.profile.device, context.profile.threads_of(pool)
     missing = read_missing_batches(
-        context.input("pairs"), context.output, "pair_id", PAIRS_PER_PART, PART_BYTES[device], ["language"]
+        context.input("pairs"), context.output, "pair_id", PAIRS_PER_PART, PART_BYTES[device]
     )
     if missing.schema.field("prompt").type == MESSAGES:
         chat_prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
     if missing.count:
         spec = ReplicaSpec(source, recipe, device, max(1, int(pool.gpus)), threads)
-        languages = sorted(set(missing.table["language"].to_pylist()))
+        languages = missing.languages
         exact = recipe.sketch.method == "exact"
         if exact and not context.output.exists(LANGUAGE_GRADIENTS):
             _sum_languages(context, missing, languages, spec)
@@ -67,7 +68,7 @@ def run(context: Context) -> Outcome:
             SketchReplica,
             fn_constructor_args=(spec,),
             fn_constructor_kwargs={
-                "audited": frozenset() if exact else _drawn_for_audit(recipe, missing, device),
+                "audited": None if exact else _drawn_for_audit(recipe, missing, device),
                 "exact": context.output if exact else None,
                 "attempts": attempts(),
                 # By the replica itself: a batch is safe once it is computed and goes through no other process.
@@ -94,7 +95,7 @@ def run(context: Context) -> Outcome:
             "audit: cosines of {pairs} pairs differ from exact ones by {error:.4f} (root mean square), rank "
             "correlation {rank_correlation:.4f}".format(**summary["audit"])
         )
-    return outcome_of(context.output, "pair_id", summary, len(missing.table))
+    return outcome_of(context.output, "pair_id", summary, len(missing.ids))
 
 
 def _counted(row: dict[str, Any]) -> dict[str, int]:
@@ -106,13 +107,13 @@ def _counted(row: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def _drawn_for_audit(recipe: Recipe, pairs: MissingRows, device: str) -> frozenset[str]:
+def _drawn_for_audit(recipe: Recipe, pairs: MissingRows, device: str) -> Ids:
     """Pairs whose micro-batches are audited: as many as asked for, within a tenth of the stage's time."""
-    ids = pairs.table["pair_id"].to_pylist()
     tokens = pairs.text_bytes / _BYTES_PER_TOKEN
     batches = int(_AUDITED_SHARE * tokens / recipe.sketch.batch_tokens(device))
-    count = min(len(ids), batches, math.ceil(recipe.sketch.audit_pairs / _PAIRS_PER_AUDIT))
-    return frozenset(random.Random(recipe.sketch.seed).sample(sorted(ids), count))
+    count = min(len(pairs.ids), batches, math.ceil(recipe.sketch.audit_pairs / _PAIRS_PER_AUDIT))
+    drawn = random.Random(recipe.sketch.seed).sample(range(len(pairs.ids)), count)
+    return Ids.from_keys([pairs.ids.keys[drawn]])
 
 
 def _summary(output: Folder) -> dict[str, Any]:
@@ -198,4 +199,5 @@ STAGE = Stage(
     schema=schema_of,
     estimate=ESTIMATE,
     step=Step("sketched", "sketched", "of pairs", rows_by_language, "pairs"),
+    parts=("",),
 )

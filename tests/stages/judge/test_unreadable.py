@@ -167,6 +167,20 @@ def test_with_a_higher_limit_it_goes_on_and_its_counters_add_up(
     assert judge.settings(recipe, 0) == judge.settings(_recipe("none"), 0)  # a limit changes no result
 
 
+def test_judgements_that_were_written_twice_count_once(tmp_path: Path) -> None:
+    context = _context(tmp_path, _recipe("none"))
+    _write_samples(context, lambda number: None)
+    samples = context.output / "samples"
+    again = samples.read_table().slice(5, 10)
+    samples.write_table("part-1.parquet", again)
+    outcome = judge.run(context)
+    assert outcome.rows == 40
+    assert [row["asked"] for row in outcome.counters["judgements"].values()] == [20, 20]
+    for folder in (samples, context.output):
+        ids = folder.read_table()["response_id"].to_pylist()
+        assert len(ids) == len(set(ids)) == 40
+
+
 class Asked(Exception):
     """Ends a stage where it would ask its judge."""
 

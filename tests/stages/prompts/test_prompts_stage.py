@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,8 +13,9 @@ from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
 from congrad_ray.data.records import InputError
+from congrad_ray.data.tables import prompt_id, row_id
 from congrad_ray.pipeline.runner import run_stage
-from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
+from congrad_ray.rundir.directory import MANIFEST, RunDirectory, RunDirectoryError
 from congrad_ray.stages.prompts import stage as prompts
 from congrad_ray.stages.prompts.schema import PROMPTS
 
@@ -87,6 +89,51 @@ def test_training_and_evaluation_prompts_are_disjoint_and_drawn_the_same_every_t
     rows = {(row["prompt_id"], row["split"]) for row in first.to_pylist()}
     assert rows == {(row["prompt_id"], row["split"]) for row in second.to_pylist()}
     assert len({identifier for identifier, _ in rows}) == len(rows) == 2 * (3 + 1)
+
+
+@pytest.mark.parametrize("one_source", [True, False])
+def test_the_table_is_that_of_all_prompts_sorted(
+    tmp_path: Path, one_source: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "ROWS_PER_PART", 16)
+    tags = ["en", "de", "fr", "it", None]
+    rows = [{"prompt": f"Say {n % 140}", "language": tags[n % 7 % 5]} for n in range(400)]
+    other = rows if one_source else [{"prompt": f"Say {n}", "language": tags[n % 3]} for n in range(100, 190)]
+    train, evaluation = write(tmp_path / "train.jsonl", rows), write(tmp_path / "evaluation.jsonl", other)
+    source = {"name": str(train if one_source else evaluation)}
+    settings = {"evaluation": source, "unseen_languages": ["fr"]}
+    recipe = recipe_for(train, **settings, train_per_language=20, evaluation_per_language=5)
+    run = RunDirectory.open(tmp_path / "run")
+    manifest = run_stage(prompts.STAGE, recipe, Profile(name="test"), run)
+
+    def by_hand(rows: list[dict[str, Any]], language: str, count: int, taken: set[str]) -> list[str]:
+        texts = {row["prompt"] for row in rows if row["language"] == language}
+        ids = {prompt_id(language, [{"role": "user", "content": text}]) for text in texts} - taken
+        chosen = sorted(ids, key=lambda identifier: row_id("draw", recipe.seed, identifier))[:count]
+        taken.update(chosen)
+        return chosen
+
+    taken: set[str] = set()
+    expected = [i for language in ("en", "de", "fr") for i in by_hand(other, language, 5, taken)]
+    expected += [i for language in ("en", "de") for i in by_hand(rows, language, 20, taken)]
+    folder = run.stage("prompts", None)
+    assert folder.read_table()["prompt_id"].to_pylist() == expected
+    assert len(folder.files(".parquet")) == -(-len(expected) // 16)
+    counts = manifest.counters
+    assert counts["rows_read"] == len(rows) + (0 if one_source else len(other))
+    rest = [counts[name] for name in ("not_drawn", "duplicates", "other_languages")]
+    assert counts["rows_read"] == manifest.rows + sum(rest) + sum(counts.get("quarantined", {}).values())
+    assert all(rest) and folder.quarantine_counts() == {
+        "language_not_text": sum(row["language"] is None for row in rows)
+    }
+    assert len(folder.quarantine.files(".parquet")) > 1
+
+    # What a try before has left, under whatever name, is not read with what is written now.
+    before = folder.read_table()
+    folder.filesystem.delete_file(f"{folder.path}/{MANIFEST}")
+    folder.write_table("prompts.parquet", before)
+    run_stage(prompts.STAGE, recipe, Profile(name="test"), run)
+    assert folder.read_table().equals(before)
 
 
 def test_a_file_that_changed_is_noticed(tmp_path: Path) -> None:
