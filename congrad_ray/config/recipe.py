@@ -124,6 +124,11 @@ class Prompts(Settings):
         "it those in traditional script are a group of their own",
     )
     unseen_languages: list[Language] = Field(default_factory=list, description="only evaluated on")
+    clean: bool = Field(
+        True,
+        exclude_if=bool,
+        description="bring texts into NFC without white space at their ends; false: byte for byte",
+    )
     train_per_language: Positive = Field(1000, description="prompts drawn of each language to train on")
     evaluation_per_language: Positive = Field(100, description="prompts drawn of each language to evaluate on")
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from congrad_ray.config.printable import brief, shown
 from congrad_ray.config.settings import SettingsError
-from congrad_ray.data.records import BadRow, Record
+from congrad_ray.data.records import BadRow, Record, check_unicode, joined_parts
 from congrad_ray.data.tables import LANGUAGE, PAIR_ID, field, row_id
 
 ChatMessage: TypeAlias = dict[str, Any]
@@ -260,7 +260,7 @@ def _text_or_messages(value: Any, what: str) -> Any:
     if value is None and what == "prompt":
         return None
     if isinstance(value, str):
-        _check_unicode(value, what)
+        check_unicode(value, what)
         return value
     if isinstance(value, dict):  # a response of one turn, as LLaMA-Factory has it
         value = [value]
@@ -287,7 +287,7 @@ def _message(value: Any, what: str) -> ChatMessage | None:
     message = {key: found for key, found in value.items() if found is not None}
     content = message.get("content")
     if isinstance(content, list):
-        message["content"] = _joined(content, what)
+        message["content"] = joined_parts(content, what)
     elif content is None:
         if value["role"] == "system":
             return None
@@ -297,19 +297,8 @@ def _message(value: Any, what: str) -> ChatMessage | None:
             message["content"] = None  # templates look whether it is there
     elif not isinstance(content, str):
         raise BadRow(f"{what}_not_text", f"content of {what} is {type(content).__name__}: {shown(content)}")
-    _check_unicode(message, what)
+    check_unicode(json.dumps(message, ensure_ascii=False, default=str), what)
     return message
-
-
-def _joined(parts: list[Any], what: str) -> str:
-    """The text of parts as in [{"type": "text", "text": "..."}]. Raises BadRow for what is no text."""
-    texts = []
-    for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
-        if not isinstance(text, str):
-            raise BadRow(f"{what}_not_text", f"a part of {what} is no text: {shown(part)}")
-        texts.append(text)
-    return "".join(texts)
 
 
 def _from_sharegpt(value: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -327,15 +316,6 @@ def _from_sharegpt(value: Mapping[str, Any], what: str) -> dict[str, Any]:
         raise BadRow(f"{what}_bad_function_call", f"{what}: {shown(value.get('value'))}: {error}") from error
     calls = [{"type": "function", "function": function} for function in functions]
     return {"role": "assistant", "content": "", "tool_calls": calls, **rest}
-
-
-def _check_unicode(value: Any, what: str) -> None:
-    """Raises BadRow for lone surrogates, which no tokenizer and no file can hold."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{what}_not_unicode", f"{what}: {error}") from error
 
 
 def _chat(

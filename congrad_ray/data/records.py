@@ -33,36 +33,62 @@ class BadRow(ValueError):
         self.reason = reason
 
 
-def clean_text(value: Any, what: str) -> str:
-    """A text in NFC without surrounding white space. Raises BadRow when it is none, or empty, or not Unicode."""
+_FEW = 10
+
+
+def too_many_bad(bad: int, rows: int, failed_share: float) -> bool:
+    """Whether so many bad rows are more than a share of all, and more than a few, which never stop anything."""
+    return bad > max(_FEW, failed_share * rows)
+
+
+def clean_text(value: Any, what: str, clean: bool = True) -> str:
+    """A text in NFC without surrounding white space; as it is unless `clean`.
+
+    Raises BadRow when it is none, or blank, or not Unicode, or to be cleaned and with a NUL character.
+    """
     if not isinstance(value, str):
         raise BadRow(f"{what}_not_text", f"{what} is {type(value).__name__}: {shown(value)}")
-    _check_unicode(value, what)
-    text = unicodedata.normalize("NFC", value).strip()
-    if not text:
+    check_unicode(value, what)
+    if not value.strip():
         raise BadRow(f"{what}_empty", f"{what} is empty")
-    if "\x00" in text:
+    if not clean:
+        return value
+    if "\x00" in value:
         raise BadRow(f"{what}_control_characters", f"{what} holds a NUL character")
-    return text
+    return unicodedata.normalize("NFC", value).strip()
 
 
-def _check_unicode(text: str, what: str) -> None:
+def joined_parts(parts: list[Any], what: str) -> str:
+    """The text of parts as in [{"type": "text", "text": "..."}]. Raises BadRow for what is no text."""
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            raise BadRow(f"{what}_not_text", f"a part of {what} is no text: {shown(part)}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Raises BadRow for lone surrogates, which no tokenizer and no file can hold."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRow(f"{what}_not_unicode", f"{what}: {error}") from error
 
 
-def clean_messages(value: Any, what: str, default_role: str) -> list[Message]:
+def clean_messages(value: Any, what: str, default_role: str, clean: bool = True) -> list[Message]:
     """Chat messages from a text (one message of `default_role`) or a list of messages. Raises BadRow."""
     if not isinstance(value, list):
-        return [{"role": default_role, "content": clean_text(value, what)}]
+        return [{"role": default_role, "content": clean_text(value, what, clean)}]
     messages = []
     for item in value:
         if not isinstance(item, dict) or not isinstance(item.get("role"), str):
             raise BadRow(f"{what}_not_messages", f"{what} should hold role and content, found {shown(item)}")
-        _check_unicode(item["role"], what)
-        messages.append({"role": item["role"], "content": clean_text(item.get("content"), what)})
+        check_unicode(item["role"], what)
+        content = item.get("content")
+        content = joined_parts(content, what) if isinstance(content, list) else content
+        messages.append({"role": item["role"], "content": clean_text(content, what, clean)})
     if not messages:
         raise BadRow(f"{what}_empty", f"{what} has no messages")
     if messages[-1]["role"] != default_role:

@@ -20,7 +20,7 @@ from congrad_ray.data.files import source_digest
 from congrad_ray.data.languages import SMALL_GROUP, identify_languages, language_table
 from congrad_ray.data.preferences import PREFERENCES, Columns, Preference, preference_in, stored, texts_to_identify
 from congrad_ray.data.reading import check_source, read_records
-from congrad_ray.data.records import BadRow, InputError, Record, clean_language
+from congrad_ray.data.records import BadRow, InputError, Record, clean_language, too_many_bad
 from congrad_ray.data.tables import QUARANTINE, quarantined, table_of
 from congrad_ray.data.tables import field as table_field
 from congrad_ray.rundir.directory import StageFolder
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 2  # of the table of pairs; another number makes other results
 _AT_ONCE = 1024  # rows
-_FEW = 10  # so many bad rows never stop the reading, however few rows there are
 _TOLD_EVERY_S = 10
 _SURE = 0.25  # of a sentence among 75 languages; of 834 real pairs 725 are right then, 92 unknown; at 0.5 700, 123
 
@@ -167,7 +166,7 @@ def read_preferences(reading: Reading, folder: Path, failed_share: float) -> Pre
     if not found.pairs:
         raise InputError(f"{names} has no usable pair; rows that cannot be used, by reason:\n{rows.why()}")
     bad = sum(found.quarantined.values())
-    if bad > max(_FEW, failed_share * found.rows):
+    if too_many_bad(bad, found.rows, failed_share):
         raise InputError(
             f"{names}: {bad:,} of {found.rows:,} rows cannot be used, more than --failed-share "
             f"({failed_share:g}) of them:\n{rows.why()}\nFix the rows, name the columns with --columns, or raise "

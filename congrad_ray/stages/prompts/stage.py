@@ -17,7 +17,7 @@ from congrad_ray.config.recipe import BUILTIN_WORLD, Prompts, Recipe, Source
 from congrad_ray.data.files import source_digest
 from congrad_ray.data.languages import SMALL_GROUP, language_table
 from congrad_ray.data.reading import read_records
-from congrad_ray.data.records import BadRow, InputError, clean_language, clean_messages
+from congrad_ray.data.records import BadRow, InputError, clean_language, clean_messages, too_many_bad
 from congrad_ray.data.tables import quarantined, table_of
 from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import Folder, RunDirectoryError, StageFolder
@@ -155,12 +155,20 @@ def _collect(context: Context, source: Source, split: str, languages: set[str]) 
                     found.others[language] += 1
                     continue
                 found.written[language].add(brief(name))
-                messages = clean_messages(record.values.get(source.prompt_column), "prompt", "user")
+                prompt = record.values.get(source.prompt_column)
+                messages = clean_messages(prompt, "prompt", "user", wanted.clean)
             except BadRow as error:
                 found.bad += 1
                 bad(quarantined(record.place, language, error.reason, str(error)))
                 continue
             found.add(language, messages)
+    share = context.recipe.limits.failed_share
+    if too_many_bad(found.bad, found.read, share):
+        raise InputError(
+            f"{brief(source.name)}: {found.bad:,} of {found.read:,} rows cannot be used, more than "
+            f"limits.failed_share ({share:g}) of them: {context.output.quarantine_counts()}, see "
+            f"{context.output.quarantine.path}. Fix the rows, or raise limits.failed_share"
+        )
     return found
 
 

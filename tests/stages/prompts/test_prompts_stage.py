@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from congrad_ray.config.profile import Profile
-from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.recipe import Limits, Recipe
 from congrad_ray.config.settings import validate
 from congrad_ray.data.records import InputError
 from congrad_ray.data.tables import prompt_id, row_id
@@ -65,7 +65,11 @@ def test_bad_rows_are_set_apart_with_their_reason_and_no_good_row_is_lost(tmp_pa
         {"prompt": "Bonjour", "language": "fr"},
     ]
     path = write(tmp_path / "prompts.jsonl", [*bad, *GOOD, *GOOD])
-    table, reasons = perform(recipe_for(path, train_per_language=10), tmp_path / "run")
+    recipe = recipe_for(path, train_per_language=10)
+    with pytest.raises(InputError, match=r"11 of 32 rows cannot be used, more than limits\.failed_share \(0\.2\)"):
+        perform(recipe, tmp_path / "run")
+    recipe = recipe.model_copy(update={"limits": Limits(failed_share=0.5)})
+    table, reasons = perform(recipe, tmp_path / "run")
     assert table.num_rows == len(GOOD)
     assert table.schema.equals(PROMPTS)
     assert reasons == {
@@ -246,3 +250,14 @@ def test_a_text_is_in_the_same_group_for_training_and_evaluation(tmp_path: Path)
         ("zh", "zh-CN"),
         ("zh-Hant", "zh-TW"),
     }
+
+
+def test_prompts_are_cleaned_unless_the_recipe_says_not(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": " Cafe\u0301"}, {"type": "text", "text": "? "}]
+    rows = [{"prompt": " Cafe\u0301? ", "language": "en"}, {"prompt": [{"role": "user", "content": parts}]}]
+    rows[1]["language"] = "en"
+    path = write(tmp_path / "prompts.jsonl", [*rows, {"prompt": "Why?", "language": "en"}])
+    for clean, text in ((True, "Caf\u00e9?"), (False, " Cafe\u0301? ")):
+        recipe = recipe_for(path, languages=["en"], clean=clean)
+        table, _ = perform(recipe, tmp_path / f"run-{clean}")
+        assert sorted(row[0]["content"] for row in table["prompt"].to_pylist()) == sorted([text, "Why?"])
