@@ -38,8 +38,6 @@ from congrad_ray.pipeline.preferences import Reading, read_preferences
 LANGUAGES = ("en", "de", "fr", "es", "ru", "zh", "ar", "sw")
 WORDS = ("river", "Straße", "café", "ciudad", "слово", "城市", "مدينة", "kitabu")
 FACTS = ExportFacts("model", ["rows.jsonl"], "top 50%", "pcgrad", {"en": (2, 1)}, 2048, "benchmark")
-    "model", ["rows.jsonl"], "top 50% of each language", "pcgrad", {"en": (2, 1)}, 2048, "benchmark"
-)
 
 
 def main() -> None:
