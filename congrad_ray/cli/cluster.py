@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,15 +14,13 @@ from congrad_ray.cli.options import (
     WHOLE_RUN,
     Overrides,
     ProfileName,
-    RecipePath,
     Redo,
-    RunUri,
     examples,
 )
-from congrad_ray.config.printable import printable, without_keys
-from congrad_ray.config.profile import load_profile
+from congrad_ray.config.printable import brief, printable, without_keys
+from congrad_ray.config.profile import Profile, load_profile
 from congrad_ray.config.recipe import load_recipe
-from congrad_ray.config.settings import did_you_mean
+from congrad_ray.config.settings import SettingsError, did_you_mean
 from congrad_ray.rundir.directory import RunDirectoryError
 
 logger = logging.getLogger(__name__)
@@ -107,12 +106,22 @@ def render(
     epilog=examples(
         "congrad submit run my.yaml --run s3://bucket/first --profile aws-spot",
         "congrad submit sketch my.yaml --run s3://bucket/first --address http://HEAD:8265",
+        "congrad submit filter s3://bucket/pairs.jsonl --model my/model --out s3://bucket/filtered --keep 0.3",
     ),
+    context_settings={"ignore_unknown_options": True},
 )
 def submit(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage, or run: all of them in order.")],
-    recipe: RecipePath,
-    run: RunUri,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage; run: all of them in order; or filter.")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE", help="A recipe YAML. For filter: PREFERENCES and the options of congrad filter."
+        ),
+    ],
+    run: Annotated[
+        str | None,
+        typer.Option("--run", metavar="DIR", help="The run directory: a URI (s3://, gs://) or a shared path."),
+    ] = None,
     address: Annotated[
         str, typer.Option(metavar="URL", help="The head's dashboard: http://HEAD:8265.")
     ] = "http://127.0.0.1:8265",
@@ -123,24 +132,52 @@ def submit(
     set_: Overrides = None,
     redo: Redo = False,
 ) -> None:
-    """Run a stage as a job on a cluster that is there, and follow its log; the exit code is the job's.
+    """Run a stage, or congrad filter, as a job on a cluster that is there, and follow its log.
+
+    The exit code is the job's.
 
     The repository's folder is sent along, less what .rayignore names, so recipe and profile have to be in it. The
     job itself holds no CPUs and runs on the head. Ctrl-C stops following, not the job.
     """
     from congrad_ray.deploy import submit as submission
 
-    number = _of_iteration(stage, iteration)
-    loaded, where = load_recipe(recipe, set_ or []), load_profile(profile)
-    if number is not None and number >= loaded.iterations:
-        raise RunDirectoryError(f"--iteration {number}: the recipe has iterations 0..{loaded.iterations - 1}")
-    run = where.shared_run_uri(run)
-    command = submission.entrypoint(stage, recipe, run, profile, number, set_ or [], redo)
+    where = load_profile(profile)
+    if stage == "filter":
+        if run is not None or iteration is not None or set_:
+            raise SettingsError("--run, --iteration and --set are of stages; filter has --out and --select")
+        command = _filter_job(arguments, where, profile, redo)
+    else:
+        number = _of_iteration(stage, iteration)
+        if len(arguments) != 1:
+            more = " ".join(arguments[1:])
+            raise SettingsError(f"submit {stage} takes one RECIPE and --run, and no {brief(more)}")
+        if run is None:
+            raise SettingsError(f"submit {stage} needs --run DIR, a run directory that all nodes share")
+        recipe = Path(arguments[0])
+        loaded = load_recipe(recipe, set_ or [])
+        if number is not None and number >= loaded.iterations:
+            raise RunDirectoryError(f"--iteration {number}: the recipe has iterations 0..{loaded.iterations - 1}")
+        run = where.shared_run_uri(run)
+        command = submission.entrypoint(stage, recipe, run, profile, number, set_ or [], redo)
     client = submission.connect(address)
     job = submission.send(client, command)
     try:
-        logger.info(f"job {job} on {address}: {without_keys(command)}")
+        shown = shlex.join(map(without_keys, shlex.split(command)))
+        logger.info(f"job {job} on {address}: {shown}")
         code = submission.follow(client, job, lambda text: typer.echo(printable(text, lines=True), nl=False))
     except KeyboardInterrupt:
         raise submission.StillRunning(f"\nThe job keeps running. {submission.again(client, job)}") from None
     raise typer.Exit(code)
+
+
+def _filter_job(arguments: list[str], where: Profile, profile: str, redo: bool) -> str:
+    """The command line of a filter as a job, after the command's own check of its arguments."""
+    from congrad_ray.cli import filtering
+    from congrad_ray.deploy import submit as submission
+
+    parsed = typer.main.get_command(filtering.app).make_context("congrad submit filter", list(arguments)).params
+    out = parsed["out"]
+    place = next(i for i, word in enumerate(arguments) if word in ("--out", f"--out={out}"))
+    rest = arguments[:place] + arguments[place + (1 if "=" in arguments[place] else 2) :]
+    files = {*parsed["preferences"], parsed["model"]}
+    return submission.filter_entrypoint(rest, files, where.shared_run_uri(out, "--out"), profile, redo)

@@ -255,13 +255,13 @@ class Profile(Settings):
         is_name = "/" not in run and run not in ("", ".", "..")
         return f"{self.storage.rstrip('/')}/{run}" if self.storage and is_name else run
 
-    def shared_run_uri(self, run: str) -> str:
+    def shared_run_uri(self, run: str, option: str = "--run") -> str:
         """`run_uri` where the run is on a cluster. Raises SettingsError for a path that only this machine has."""
         where = self.run_uri(run)
         if "://" not in where and not where.startswith("/"):
             raise SettingsError(
-                f"--run {brief(run)}: a cluster's nodes share no such folder; give a URI (s3://, gs://), a path "
-                "from / on that all of them share, or a name where the profile has `storage`"
+                f"{option} {brief(run)}: a cluster's nodes share no such folder; give a URI (s3://, gs://), a "
+                "path from / on that all of them share, or a name where the profile has `storage`"
             )
         return where
 

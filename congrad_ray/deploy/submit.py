@@ -10,7 +10,7 @@ import asyncio
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,15 +55,34 @@ def entrypoint(
     words = [
         *("python", "-m", "congrad_ray", command),
         _inside(recipe, root),
-        "--run",
-        run,
-        "--profile",
+        *("--run", run, "--profile", _profile(profile, root)),
     ]
-    words.append(_inside(Path(profile), root) if Path(profile).suffix in (".yaml", ".yml") else profile)
     words += [] if iteration is None else ["--iteration", str(iteration)]
     for override in overrides:
         words += ["--set", override]
     return shlex.join([*words, *(["--redo"] if redo else [])])
+
+
+def filter_entrypoint(
+    arguments: Sequence[str], files: Collection[str], out: str, profile: str, redo: bool = False, root: Path = ROOT
+) -> str:
+    """The command line of `congrad filter` as a job; `arguments` are all others of the command.
+
+    Those of them that are `files`, preferences or a model's folder, are found in the folder that is sent, unless
+    their path begins with / and all nodes share it. Raises SubmitError for a file outside of `root`.
+    """
+    words = [_sent(word, root) if word in files else word for word in arguments]
+    of_job = ["--out", out, "--profile", _profile(profile, root), *(["--redo"] if redo else [])]
+    return shlex.join(["python", "-m", "congrad_ray", "filter", *words, *of_job])
+
+
+def _sent(name: str, root: Path) -> str:
+    is_here = "://" not in name and not name.startswith("/") and Path(name).exists()
+    return _inside(Path(name), root) if is_here else name
+
+
+def _profile(name: str, root: Path) -> str:
+    return _inside(Path(name), root) if Path(name).suffix in (".yaml", ".yml") else name
 
 
 def _inside(path: Path, root: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from congrad_ray.deploy.submit import ROOT, SubmitError, entrypoint, follow
+from congrad_ray.deploy.submit import ROOT, SubmitError, entrypoint, filter_entrypoint, follow
 from heads import ray_head
 
 DEMO = ROOT / "jobs" / "recipes" / "demo.yaml"
@@ -112,6 +112,48 @@ def test_the_job_is_the_same_command_in_the_folder_that_is_sent() -> None:
         "python -m congrad_ray sketch jobs/recipes/demo.yaml --run s3://bucket/run --profile aws-spot "
         "--iteration 1 --set train.beta=0.2 --set 'name='\"'\"'a b'\"'\"'' --redo"
     )
+
+
+def test_a_filter_runs_on_the_cluster(
+    dashboard: str, tmp_path: Path, done: Done, tiny_model: Path, environment: dict[str, str]
+) -> None:
+    """As far as the head without CPUs lets it: its input is read, and a bad one ends as it does here."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "chosen": "y", "language": "en"}')
+    command = [sys.executable, "-m", "congrad_ray", "submit", "filter", str(tmp_path / "rows.jsonl")]
+    command += ["--model", str(tiny_model), "--out", str(tmp_path / "out"), "--keep=0.3", "--address", dashboard]
+    job = done(command)
+    assert job.returncode == 2, job.stdout + job.stderr
+    assert "rows.jsonl has no column 'rejected'; columns found: chosen, language, prompt" in job.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["filter", "x.jsonl", "--out", "/o"], "Missing option '--model'"),
+        (["filter", "x.jsonl", "--model", "m", "--out", "/o", "--modle", "m"], "No such option"),
+        (["filter", "x.jsonl", "--model", "m", "--out", "o"], "--out o: a cluster's nodes share no such folder"),
+        (["filter", "x.jsonl", "--model", "m", "--out", "/o", "--set", "a=b"], "--set are of stages"),
+        (["sketch", str(DEMO)], "submit sketch needs --run DIR"),
+        (["sketch", str(DEMO), "--run", "/r", "--rde"], "takes one RECIPE and --run, and no --rde"),
+    ],
+)
+def test_a_submission_that_cannot_be_is_refused_here(congrad: Any, arguments: list[str], text: str) -> None:
+    refused = congrad("submit", *arguments)
+    assert refused.code == 2 and text in refused.err
+
+
+def test_a_filter_as_a_job_is_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "jobs")
+    rest = ["recipes/demo.yaml", "s3://b/x.jsonl", "/shared/y.jsonl", "--model", "my/model", "--columns", "a=b c"]
+    command = filter_entrypoint(rest, {*rest[:3], "my/model"}, "s3://b/out", "aws-spot", True)
+    assert command == (
+        "python -m congrad_ray filter jobs/recipes/demo.yaml s3://b/x.jsonl /shared/y.jsonl --model my/model "
+        "--columns 'a=b c' --out s3://b/out --profile aws-spot --redo"
+    )
+    (tmp_path / "mine.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SubmitError, match=r"mine.jsonl is not in .*copy it there"):
+        filter_entrypoint(["mine.jsonl"], {"mine.jsonl"}, "s3://b/out", "local")
 
 
 class Broken:
