@@ -128,7 +128,7 @@ def test_json_is_all_that_is_on_standard_output(congrad: Command, tmp_path: Path
         (["select", DEMO, "--run", "RUN", "--set", "select.keep_rule=token_budget"], "needs token_budget"),
         (["status", "--run", "RUN"], "holds no run"),
         (["filter", "nowhere.jsonl", "--model", "x", "--out", "RUN"], "no file nowhere.jsonl"),
-        (["filter", ROOT, "--model", "x", "--out", "RUN"], "is a folder"),
+        (["filter", ROOT / "docs" / "how-to", "--model", "x", "--out", "RUN"], "is a folder that has no file"),
         (
             ["filter", "nowhere.jsonl", "--model", "x", "--out", "RUN", "--keep", "1.5"],
             "keep: must be at most 1 (found 1.5)",

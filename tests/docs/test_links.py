@@ -94,7 +94,11 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         if not words[0].startswith("-"):
             assert words[0] in GROUP.commands, f"congrad {words[0]}"
             command = GROUP.commands[words[0]]
-        options = {"--help", "-h"} | {option for parameter in command.params for option in parameter.opts}
+        parameters = [
+            *command.params,
+            *(GROUP.commands["filter"].params if words[:2] == ["submit", "filter"] else []),
+        ]
+        options = {"--help", "-h"} | {option for parameter in parameters for option in parameter.opts}
         unknown = [word for word in words if re.match("--?[a-z]", word) and word.partition("=")[0] not in options]
         assert not unknown, f"congrad {' '.join(words)}"
 
@@ -114,7 +118,7 @@ def test_settings_profiles_and_stages_of_commands_exist(page: Path) -> None:
         stages = [*values_of(words, "--until"), *values_of(words, "--stage")]
         stages += words[1:2] if words[0] == "submit" else []
         for stage in stages:
-            assert stage in (*STAGES, "run", "STAGE"), " ".join(words)
+            assert stage in (*STAGES, "run", "filter", "STAGE"), " ".join(words)
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
