@@ -27,11 +27,15 @@ SELECTED = pa.schema(
         PROMPT,
         field("chosen", MESSAGES, "TRL column"),
         field("rejected", MESSAGES, "TRL column"),
-        field("ref_chosen_logps", pa.float64(), "TRL column: the reference's log-probability of chosen, nats"),
+        field(
+            "ref_chosen_logps",
+            pa.float64(),
+            "the reference's log-probability of chosen, nats; drop it for TRL with precompute_ref_log_probs",
+        ),
         field(
             "ref_rejected_logps",
             pa.float64(),
-            "TRL column: the reference's log-probability of rejected, nats",
+            "the reference's log-probability of rejected, nats; as ref_chosen_logps",
         ),
         field("congrad_score", pa.float64(), "what the keep rule went by; by default the cosine"),
     ]
