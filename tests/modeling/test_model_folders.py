@@ -22,7 +22,7 @@ from congrad_ray.cli.main import main
 from congrad_ray.config.recipe import Model, Recipe, load_recipe
 from congrad_ray.config.settings import SettingsError, parse_yaml, to_yaml, validate
 from congrad_ray.modeling import tokenization
-from congrad_ray.modeling.source import ModelError, ModelSource, check_models, named_model
+from congrad_ray.modeling.source import ModelError, ModelSource, check_models, named_model, settings_of
 from congrad_ray.modeling.tokenization import MissingChatTemplate, chat_prompt_ids, tokenize_pair
 from congrad_ray.planning.shapes import read_shapes
 from congrad_ray.runtime import engines as engine
@@ -119,6 +119,29 @@ def test_generating_sketching_and_training_use_one_of_several_templates(
         shutil.copy(tiny_model / file, tmp_path / "policy")
     trained = ModelSource(str(tmp_path / "policy"), source.settings).load_tokenizer()
     assert chat_prompt_ids(trained, QUESTION) == expected
+
+
+def test_generating_judging_sketching_and_training_give_the_template_its_arguments(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Of a judge of its own, too; and a run without any has the fingerprints that it had before there were any."""
+    template = CHAT_TEMPLATE + "{% if not thinking|default(true) %}<s>{% endif %}"
+    folder = with_templates(tiny_model, tmp_path / "model", {"default": template})
+    recipe = recipe_for(folder, chat_template_kwargs={"thinking": False})
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        QUESTION, add_generation_prompt=True, thinking=False
+    )["input_ids"]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Fine", "The fox")]
+    for settings in (recipe.model, settings_of("judge/of-its-own", recipe)):
+        source = named_model(str(folder), settings)
+        assert chat_prompt_ids(load_chat_tokenizer(source), QUESTION) == expected
+        assert chat_prompt_ids(engine._cached_tokenizer(source), QUESTION) == expected
+        assert tokenize_pair(source.load_tokenizer(), QUESTION, *answers, 64).chosen_ids[-1] == expected[-1]
+    without = recipe_for(folder)
+    bare = engine._cached_tokenizer(named_model(str(folder), without.model))
+    assert chat_prompt_ids(bare, QUESTION) == expected[:-1]
+    assert "chat_template_kwargs" not in without.model.model_dump(mode="json")
+    assert parse_yaml(to_yaml(recipe))["model"]["chat_template_kwargs"] == {"thinking": False}
 
 
 def test_no_default_among_several_templates_is_refused_with_their_names(
