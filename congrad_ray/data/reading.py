@@ -17,7 +17,7 @@ import pyarrow as pa
 from congrad_ray.config.printable import brief, printable
 from congrad_ray.config.recipe import Source
 from congrad_ray.data.files import DataFile, Format, data_files
-from congrad_ray.data.records import InputError, Record
+from congrad_ray.data.records import InputError, MissingColumn, Record
 
 if TYPE_CHECKING:
     import datasets
@@ -118,11 +118,11 @@ def read_rows(source: Source, columns: Collection[str] | None = None) -> Iterato
 
 
 def check_columns(columns: Collection[str], name: str, needed: Collection[str]) -> None:
-    """Raises InputError where one of the needed columns is not there; `name` says of what."""
+    """Raises MissingColumn where one of the needed columns is not there; `name` says of what."""
     for column in needed:
         if column not in columns:
             found = ", ".join(sorted(map(printable, columns))) or "none"
-            raise InputError(f"{name} has no column '{printable(column)}'; columns found: {found}")
+            raise MissingColumn(f"{name} has no column '{printable(column)}'; columns found: {found}")
 
 
 def _many(name: str, records: Iterator[Record]) -> Iterator[Rows]:

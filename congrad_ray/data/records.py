@@ -16,6 +16,10 @@ class InputError(ValueError):
     """An input cannot be read at all; the text names it, what was found, and the way out."""
 
 
+class MissingColumn(InputError):
+    """A file has not a column that is needed."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One row as it was read: `values`, or the `problem` (reason, detail) that kept it from being read."""

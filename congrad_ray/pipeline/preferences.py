@@ -7,6 +7,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +21,7 @@ from congrad_ray.data.files import source_digest
 from congrad_ray.data.languages import SMALL_GROUP, identify_languages, language_table
 from congrad_ray.data.preferences import PREFERENCES, Columns, Preference, preference_in, stored, texts_to_identify
 from congrad_ray.data.reading import check_source, read_records
-from congrad_ray.data.records import BadRow, InputError, Record, clean_language, too_many_bad
+from congrad_ray.data.records import BadRow, InputError, MissingColumn, Record, clean_language, too_many_bad
 from congrad_ray.data.tables import QUARANTINE, quarantined, table_of
 from congrad_ray.data.tables import field as table_field
 from congrad_ray.rundir.directory import StageFolder
@@ -68,7 +69,8 @@ class Reading:
         if len(set(source.name for source in self.sources)) < len(self.sources):
             raise InputError("the same preferences are named twice")
         for source in self.sources:
-            check_source(source, self.needed)
+            with _way_out():
+                check_source(source, self.needed)
 
     def settings(self, called: str | None) -> dict[str, Any]:
         """What decides the pairs; `called` stands for a source whose path says nothing to a person."""
@@ -270,14 +272,26 @@ class _Rows:
         )
 
 
+@contextmanager
+def _way_out() -> Iterator[None]:
+    try:
+        yield
+    except MissingColumn as error:
+        raise InputError(
+            f"{error}. --columns names others, as in --columns chosen=NAME,language=NAME; --identify-languages "
+            "finds languages in the texts"
+        ) from error
+
+
 def _batches(reading: Reading) -> Iterator[list[Record]]:
     records: list[Record] = []
     for source in reading.sources:
-        for record in read_records(source, reading.needed, [*reading.needed, *reading.columns.read]):
-            records.append(record)
-            if len(records) == _AT_ONCE:
-                yield records
-                records = []
+        with _way_out():
+            for record in read_records(source, reading.needed, [*reading.needed, *reading.columns.read]):
+                records.append(record)
+                if len(records) == _AT_ONCE:
+                    yield records
+                    records = []
     if records:
         yield records
 
