@@ -99,7 +99,7 @@ class Model(Settings):
 class Source(Settings):
     """Where prompts are read from."""
 
-    name: str = Field(BUILTIN_WORLD, description="a .jsonl or .parquet path, a hub dataset, or builtin-world")
+    name: str = Field(BUILTIN_WORLD, description="files here or on s3://, gs://; a hub dataset; builtin-world")
     config: str | None = Field(None, description="configuration of the hub dataset")
     split: str = Field("train", description="split of the hub dataset")
     revision: str | None = Field(None, description="commit or branch of the hub dataset")
