@@ -56,6 +56,7 @@ def place(
     (tmp_path / "preferences.jsonl").write_text("\n".join(lines))
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # of a training in this process
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path
 
