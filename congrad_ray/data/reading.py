@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from congrad_ray.config.printable import brief, printable
 from congrad_ray.config.recipe import Source
-from congrad_ray.data.files import DataFile, Format, data_files
+from congrad_ray.data.files import DataFile, data_files
 from congrad_ray.data.records import InputError, MissingColumn, Record
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def read_records(
         check_columns(found, name, needed)
 
     for rows in read_rows(source, needed if columns is None else columns):
-        if rows.name != name:
+        if not rows.start:  # of the next file, which may have the name of the one before in another folder
             check()
             found, name, count, first = set(), rows.name, 0, None
         found.update(rows.columns)
@@ -104,7 +104,6 @@ def read_rows(source: Source, columns: Collection[str] | None = None) -> Iterato
     if files is None:
         yield from _dataset_rows(_hub(source), source.name, columns)
         return
-    readers: dict[Format, Callable[[DataFile], Iterator[Rows]]] = {"json": _json_rows, "csv": _csv_rows}
     for file in files:
         folder = Path(file.path)
         if file.format == "arrow" and folder.is_dir():
@@ -113,8 +112,10 @@ def read_rows(source: Source, columns: Collection[str] | None = None) -> Iterato
             yield from _parquet_rows(file, columns)
         elif file.format == "arrow":
             yield from _arrow_rows(file, columns)
+        elif file.format == "csv":
+            yield from _csv_rows(file)
         else:
-            yield from readers[file.format](file)
+            yield from _json_rows(file)
 
 
 def check_columns(columns: Collection[str], name: str, needed: Collection[str]) -> None:

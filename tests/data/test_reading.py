@@ -214,6 +214,14 @@ def test_a_column_that_one_file_of_several_lacks_is_named(tmp_path: Path) -> Non
         read(tmp_path / "[ab].jsonl")
 
 
+def test_files_of_one_name_in_two_folders_are_two_files(tmp_path: Path) -> None:
+    for folder, text in (("a", LINES), ("b", '{"question": 1}\n')):
+        (tmp_path / folder).mkdir()
+        texts("rows.jsonl", text)(tmp_path / folder)
+    with pytest.raises(InputError, match=r"rows\.jsonl has no column 'prompt'; columns found: question"):
+        read(tmp_path)
+
+
 def test_a_store_is_read_as_a_disk_is(tmp_path: Path, store_uri: str) -> None:
     in_parts(tmp_path)
     filesystem, folder = pafs.FileSystem.from_uri(store_uri)
