@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from congrad_ray.config.names import ExportFormat
@@ -18,7 +19,7 @@ from congrad_ray.data.exports.card import ExportFacts
 from congrad_ray.data.exports.push import push
 from congrad_ray.data.exports.write import Exported, Rows, write_export
 from congrad_ray.pipeline.filtering import Filtered, FilterSettings
-from congrad_ray.pipeline.outcomes import every_row, exported_rows, kept_rows
+from congrad_ray.pipeline.outcomes import every_row, exported_rows
 from congrad_ray.pipeline.preferences import Reading
 from congrad_ray.rundir.directory import RunDirectory
 
@@ -49,8 +50,8 @@ def export_filtered(
         added = every_row(work)
         numbers = np.arange(filtered.rows)
     else:
-        numbers, scores = kept_rows(work)
-        added = {"congrad_score": scores}
+        numbers = np.array(filtered.kept, dtype=np.int64)
+        added = {"congrad_score": pa.array(filtered.scores, pa.float64())}
     rows = Rows(lambda: exported_rows(work), reading.sources, numbers, added)
     facts = _facts(reading, settings, filtered)
     found: dict[ExportFormat, tuple[Exported, str | None]] = {}

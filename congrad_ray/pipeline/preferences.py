@@ -24,12 +24,11 @@ from congrad_ray.data.reading import check_source, read_records
 from congrad_ray.data.records import BadRow, InputError, MissingColumn, Record, clean_language, too_many_bad
 from congrad_ray.data.tables import QUARANTINE, quarantined, table_of
 from congrad_ray.data.tables import field as table_field
-from congrad_ray.rundir.directory import StageFolder
+from congrad_ray.rundir.directory import ROWS_PER_GROUP, StageFolder, parquet_options
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 2  # of the table of pairs; another number makes other results
-_AT_ONCE = 1024  # rows
 _TOLD_EVERY_S = 10
 _SURE = 0.25  # of a sentence among 75 languages; of 834 real pairs 725 are right then, 92 unknown; at 0.5 700, 123
 
@@ -78,18 +77,18 @@ class Reading:
         digests = [source_digest(source) for source in self.sources]
         only = len(names) == 1
         more = {
-            "columns": {name: value for name, value in asdict(self.columns).items() if value},
+            "columns": self.columns != Columns()
+            and {name: value for name, value in asdict(self.columns).items() if value},
             "language_names": dict(self.language_names),
             "keep_scripts": self.keep_scripts,
             "identify_languages": self.identify_languages,
         }
-        default = {"columns": {name: value for name, value in asdict(Columns()).items() if value}}
         return {
             "source": names[0] if only else names,
             "digest": digests[0] if only else digests,
             "chat": self.chat,
             "format": _FORMAT,
-            **{name: value for name, value in more.items() if value and value != default.get(name)},
+            **{name: value for name, value in more.items() if value},
         }
 
 
@@ -177,9 +176,6 @@ def read_preferences(reading: Reading, folder: Path, failed_share: float) -> Pre
     return found
 
 
-_WRITTEN: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
-
-
 class _Table:
     """A Parquet file that is written as rows come, and only where there are some."""
 
@@ -199,13 +195,15 @@ class _Table:
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
-        if len(self._rows) >= _AT_ONCE:
+        if len(self._rows) >= ROWS_PER_GROUP:
             self._flush()
 
     def _flush(self) -> None:
         if self._rows:
-            self._writer = self._writer or pq.ParquetWriter(self._path, self._schema, **_WRITTEN)
-            self._writer.write_table(table_of(self._rows, self._schema), row_group_size=_AT_ONCE)
+            self._writer = self._writer or pq.ParquetWriter(
+                self._path, self._schema, **parquet_options(self._schema)
+            )
+            self._writer.write_table(table_of(self._rows, self._schema), row_group_size=ROWS_PER_GROUP)
             self._rows = []
 
 
@@ -289,7 +287,7 @@ def _batches(reading: Reading) -> Iterator[list[Record]]:
         with _way_out():
             for record in read_records(source, reading.needed, [*reading.needed, *reading.columns.read]):
                 records.append(record)
-                if len(records) == _AT_ONCE:
+                if len(records) == ROWS_PER_GROUP:
                     yield records
                     records = []
     if records:
