@@ -44,16 +44,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from congrad_ray.modeling.batching import token_budget_batches
 from congrad_ray.modeling.packing import PairTokens
+from congrad_ray.modeling.shared_prompts import attention_over, completion_sums
 from congrad_ray.modeling.tokenization import TokenizedPair, load_tokenizer, tokenize_pair
 from congrad_ray.stages.select.keep import keep_top_fraction
 from congrad_ray.stages.select.scores import PairProducts, Surgery, make_direction
 from congrad_ray.stages.select.scores import agreement as agreement_with
 from congrad_ray.stages.sketch.audit import cosines_with_others, rank_correlation
-from congrad_ray.stages.sketch.capture import GradientCapture, completion_sums, pair_segments
+from congrad_ray.stages.sketch.capture import GradientCapture, pair_segments
 from congrad_ray.stages.sketch.countsketch import CountSketch, FoldRule
 from congrad_ray.stages.sketch.exact import LayerVectors, add_weighted_sums_
 from congrad_ray.stages.sketch.layers import target_layers
-from congrad_ray.stages.sketch.shared_prompts import attention_over
 from congrad_ray.stages.sketch.sketcher import sketch_pairs
 from congrad_ray.stages.sketch.storage import to_storage
 

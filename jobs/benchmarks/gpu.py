@@ -43,11 +43,11 @@ from congrad_ray.modeling.batching import collate_pairs, token_budget_batches
 from congrad_ray.modeling.logprobs import completion_logprobs, summed_logprobs
 from congrad_ray.modeling.loss import ChosenRejected, LossSettings, dpo_loss
 from congrad_ray.modeling.packing import PairTokens
+from congrad_ray.modeling.shared_prompts import attention_over, completion_sums
 from congrad_ray.modeling.tokenization import TokenizedPair
 from congrad_ray.stages.sketch.audit import rank_correlation
-from congrad_ray.stages.sketch.capture import GradientCapture, completion_sums
+from congrad_ray.stages.sketch.capture import GradientCapture
 from congrad_ray.stages.sketch.countsketch import CountSketch, FoldRule
-from congrad_ray.stages.sketch.shared_prompts import attention_over
 from congrad_ray.stages.sketch.sketcher import sketch_pairs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "tests" / "planning" / "configs"

@@ -35,12 +35,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from congrad_ray.modeling.batching import collate_pairs, token_budget_batches
 from congrad_ray.modeling.packing import PairTokens
+from congrad_ray.modeling.shared_prompts import attention_over, completion_sums
 from congrad_ray.modeling.tokenization import TokenizedPair
-from congrad_ray.stages.sketch.capture import GradientCapture, completion_sums
+from congrad_ray.stages.sketch.capture import GradientCapture
 from congrad_ray.stages.sketch.countsketch import CountSketch, FoldRule
 from congrad_ray.stages.sketch.exact import pair_gradient
 from congrad_ray.stages.sketch.memory import PeakResidentMemory
-from congrad_ray.stages.sketch.shared_prompts import attention_over
 from congrad_ray.stages.sketch.sketcher import sketch_pairs
 
 HERE = Path(__file__).resolve().parent

@@ -15,11 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from congrad_ray.modeling.logprobs import summed_logprobs
 from congrad_ray.modeling.packing import PairTokens, shared_prompt_tokens, two_sequence_tokens
+from congrad_ray.modeling.shared_prompts import attention_over, completion_sums, why_not_shared
 from congrad_ray.modeling.tokenization import TokenizedPair
 from congrad_ray.stages.sketch.layers import UnsupportedLayers, base_causal_model, target_layers
-from congrad_ray.stages.sketch.shared_prompts import attention_over, hidden_states, why_not_shared
 
 # The attributes by which transformers checkpoints a layer. Its switch for the whole model does so in train mode
 # only.
@@ -205,15 +204,6 @@ class GradientCapture:
             )
         self._visited.add(name)
         self._visitor.visit(name, kept, gradients.flatten(0, 1), self._batch.starts)
-
-
-def completion_sums(model: PreTrainedModel, batch: PairTokens, arguments: dict[str, Any]) -> Tensor:
-    """Summed log-probabilities of the completions, (2B,) float32, chosen first; within `attention_over`."""
-    states = hidden_states(model, batch, arguments)
-    where, targets, completions = (
-        tensor.to(states.device) for tensor in (batch.states, batch.targets, batch.completions)
-    )
-    return summed_logprobs(model, states[where], targets, completions, 2 * batch.pairs)
 
 
 class _Tap(torch.autograd.Function):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from congrad_ray.modeling.logprobs import summed_logprobs
 from congrad_ray.modeling.packing import (
     AttentionRows,
     PairTokens,
@@ -70,6 +71,15 @@ def hidden_states(model: PreTrainedModel, batch: PairTokens, arguments: dict[str
         )
     states: Tensor = output.last_hidden_state
     return states.flatten(0, 1)
+
+
+def completion_sums(model: PreTrainedModel, batch: PairTokens, arguments: dict[str, Any]) -> Tensor:
+    """Summed log-probabilities of the completions, (2B,) float32, chosen first; within `attention_over`."""
+    states = hidden_states(model, batch, arguments)
+    where, targets, completions = (
+        tensor.to(states.device) for tensor in (batch.states, batch.targets, batch.completions)
+    )
+    return summed_logprobs(model, states[where], targets, completions, 2 * batch.pairs)
 
 
 def why_not_shared(model: PreTrainedModel) -> str | None:
