@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from congrad_ray.config.loss import LossSettings as LossSettings
     from congrad_ray.config.recipe import Model as Model
     from congrad_ray.config.recipe import Select as Select
     from congrad_ray.config.recipe import load_recipe as load_recipe
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "CountSketch": "stages.sketch.countsketch",
     "GradientCapture": "stages.sketch.capture",
+    "LossSettings": "config.loss",
     "Model": "config.recipe",
     "Select": "config.recipe",
     "filter_preferences": "pipeline.public",
@@ -40,6 +42,7 @@ _MODULES = {
 __all__ = [
     "CountSketch",
     "GradientCapture",
+    "LossSettings",
     "Model",
     "Select",
     "__version__",

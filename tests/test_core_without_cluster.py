@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from congrad_ray.stages.sketch import audit, capture, countsketch, exact, layers, memory, shared_prompts, sketcher
+from congrad_ray.stages.sketch import audit, capture, countsketch, exact, layers, memory, sketcher
 from congrad_ray.stages.sketch import storage
-from congrad_ray.modeling import batching, logprobs, loss, packing, tokenization
+from congrad_ray.modeling import batching, logprobs, loss, packing, shared_prompts, tokenization
 from congrad_ray.stages.select import directions, keep, scores
 
 config = LlamaConfig(

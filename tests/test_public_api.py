@@ -23,7 +23,7 @@ generate: {num_generations: 3, temperature: 1.0, max_tokens: 24}
 judge: {rubric: builtin-world, method: expected_score}
 pair: {truncated: keep}
 sketch: {width: 1024}
-train: {batch_size: 4, micro_batch_size: 2}
+train: {batch_size: 4, max_tokens_per_batch: 150}
 evaluate: {max_tokens: 24}
 """
 

@@ -48,8 +48,14 @@ def filter_command(
         list[str] | None,
         typer.Option(metavar="a=b", help="How to select: direction=mean, score=dot, leave_out=language, ..."),
     ] = None,
-    beta: Annotated[float, typer.Option(help="DPO's beta of the training to come.")] = 0.1,
+    beta: Annotated[float, typer.Option(help="The loss's beta in the training to come.")] = 0.1,
     length_penalty: Annotated[float, typer.Option(help="Alpha of R-DPO, per token.")] = 0.0,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="a=b", help="Another loss than DPO's: loss_type=simpo, simpo_gamma=1, sft_weight=0.1, ..."
+        ),
+    ] = None,
     width: Annotated[int, typer.Option(help="Numbers per sketch.")] = recipes.Sketch().width,
     exact: Annotated[
         bool, typer.Option("--exact", help="Exact gradients: two passes, memory for a gradient per language.")
@@ -137,7 +143,9 @@ def filter_command(
         ),
         select=validate(recipes.Select, apply_overrides({"keep": keep}, select or []), "--keep, --select"),
         train=validate(
-            recipes.Train, {"beta": beta, "length_penalty": length_penalty}, "--beta, --length-penalty"
+            recipes.Train,
+            apply_overrides({"beta": beta, "length_penalty": length_penalty}, loss or []),
+            "--beta, --length-penalty, --loss",
         ),
         sketch=validate(
             recipes.Sketch,

@@ -23,8 +23,8 @@ from congrad_ray.cli.options import (
 )
 from congrad_ray.config.printable import without_keys
 from congrad_ray.config.profile import load_profile
-from congrad_ray.config.recipe import Recipe, load_recipe
-from congrad_ray.config.settings import did_you_mean, settings_in, validate
+from congrad_ray.config.recipe import Recipe, load_recipe, recipe_of_run
+from congrad_ray.config.settings import did_you_mean
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def status(run: RunUri, profile: ProfileName = "local", as_json: AsJson = False)
     if not directory.exists("recipe.yaml"):
         raise RunDirectoryError(f"{without_keys(run)} holds no run: there is no recipe.yaml in it")
     where = f"{without_keys(run)}/recipe.yaml"
-    stored = validate(Recipe, settings_in(directory.read_bytes("recipe.yaml"), where), where)
+    stored = recipe_of_run(directory.read_bytes("recipe.yaml"), where)
     if as_json:
         print_json(_status_values(directory, stored))
         return

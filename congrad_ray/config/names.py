@@ -1,4 +1,4 @@
-"""Names of choices that settings and algorithms share; without pydantic, which the algorithms do not need."""
+"""Names that settings, tables and algorithms share; without pydantic, which the algorithms do not need."""
 
 from typing import Literal
 
@@ -9,3 +9,6 @@ LeaveOut = Literal["nothing", "pair", "language"]
 
 Trainer = Literal["trl", "llama-factory", "axolotl", "openrlhf"]
 ExportFormat = Literal["trl", "llama-factory", "axolotl", "openrlhf", "parquet", "jsonl", "dataset"]
+
+# The columns of the judge's scores in the table of pairs.
+JUDGED = ("chosen_score", "rejected_score")

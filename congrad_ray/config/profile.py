@@ -101,7 +101,17 @@ class Workers(Placement):
     num_workers: Positive = Field(1, description="training workers of DeepSpeed")
     cpus: float = Field(1.0, gt=0, description="logical CPUs of one worker")
     gpus: float = Field(0.0, ge=0, description="GPUs of one worker: 0 or 1")
+    min_workers: Positive | None = Field(
+        None,
+        description="training goes on with as few where nodes are lost and do not come back; null: num_workers",
+    )
     max_failures: int = Field(2, ge=0, description="restarts from the last checkpoint before giving up")
+
+    @model_validator(mode="after")
+    def _at_most_all(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers ({self.min_workers}) exceeds num_workers ({self.num_workers})")
+        return self
 
 
 class NodeType(Settings):

@@ -7,14 +7,24 @@ import re
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from congrad_ray.config.chat_template import CHAT_TEMPLATE_DATE, is_jinja
 from congrad_ray.config.languages import full_tag
+from congrad_ray.config.loss import SIMPO_GAMMA, LossType, loss_settings
 from congrad_ray.config.names import DirectionMethod, LeaveOut
-from congrad_ray.config.settings import Settings, apply_overrides, local_path, read_yaml, validate, why_not_read
+from congrad_ray.config.settings import (
+    Settings,
+    apply_overrides,
+    local_path,
+    read_yaml,
+    settings_in,
+    validate,
+    why_not_read,
+    without_gone,
+)
 
 BUILTIN_WORLD = "builtin-world"
 Strategy = Literal["congrad", "all", "random", "reward_gap", "own_language", "no_surgery", "length_balanced"]
@@ -59,6 +69,10 @@ def _regular_expression(text: str) -> str:
     return text
 
 
+def _is_null(value: object) -> bool:
+    return value is None
+
+
 Language = Annotated[str, AfterValidator(full_tag)]
 ChatTemplate = Annotated[str, AfterValidator(_template_text)]
 Day = Annotated[str, BeforeValidator(_day), AfterValidator(_iso_day)]
@@ -68,12 +82,23 @@ _INSTRUCTION = 512  # tokens, more than any tokenizer makes of the comparison's 
 TensorType = Literal["float32", "bfloat16"]
 
 
+def _batch_tokens(chosen: int | None, device: str) -> int:
+    """Tokens of a micro-batch on a device: on a CPU smaller ones cost nothing and show progress."""
+    return chosen or (4096 if device == "cpu" else 8192)
+
+
 class Model(Settings):
     """The model to align."""
 
     name: str = Field(BUILTIN_WORLD, description="a folder, a Hugging Face hub name, or builtin-world")
     revision: str | None = Field(None, description="commit or branch on the hub")
     dtype: TensorType = Field("bfloat16", description="of the weights")
+    attn_implementation: str | None = Field(
+        None,
+        exclude_if=operator.not_,
+        description="attention in sketching and training, by transformers' name: sdpa, flash_attention_2, eager; "
+        "null: sdpa, and eager for the few models that have no other",
+    )
     chat_template: ChatTemplate | None = Field(
         None,
         description="a Jinja file (or its text) that replaces the tokenizer's template, or the name of one of its "
@@ -197,6 +222,8 @@ class Pair(Settings):
 class Sketch(Settings):
     """What is kept of every pair's gradient; docs/results/engine.md has the measurements behind the defaults."""
 
+    gone: ClassVar = {"average_log_prob": "leave it out: train.loss_type decides whether means are taken"}
+
     method: Literal["count_sketch", "exact"] = Field(
         "count_sketch",
         description="'exact' goes over the pairs twice and holds a copy of the gradient per language",
@@ -212,10 +239,13 @@ class Sketch(Settings):
     layers: Annotated[str, AfterValidator(_regular_expression)] | None = Field(
         None, description="regular expression on module names; null: every linear layer"
     )
-    compute_dtype: TensorType | None = Field(None, description="of the products; null: the model's")
-    average_log_prob: bool = Field(
-        False, description="mean log-probabilities, for losses that use them (SimPO, IPO, ORPO); DPO does not"
+    parameters: Literal["trained", "linear"] | None = Field(
+        None,
+        exclude_if=_is_null,
+        description="whose gradients: 'trained' are those of the adapter of train.lora, 'linear' those of the "
+        "linear layers themselves; null: trained with train.lora, else linear",
     )
+    compute_dtype: TensorType | None = Field(None, description="of the products; null: the model's")
     gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
     max_tokens_per_batch: Positive | None = Field(
         None, description="padded tokens of both responses in a micro-batch; null: 8192, on a CPU 4096"
@@ -228,8 +258,8 @@ class Sketch(Settings):
     )
 
     def batch_tokens(self, device: str) -> int:
-        """`max_tokens_per_batch` on a device: on a CPU smaller micro-batches cost nothing and show progress."""
-        return self.max_tokens_per_batch or (4096 if device == "cpu" else 8192)
+        """`max_tokens_per_batch` on a device."""
+        return _batch_tokens(self.max_tokens_per_batch, device)
 
     @property
     def stored_dtype(self) -> str:
@@ -289,29 +319,167 @@ class Select(Settings):
         return self
 
 
-class Train(Settings):
-    """Length-penalised DPO with DeepSpeed; names as in TRL's DPOConfig where it has them."""
+class Lora(Settings):
+    """Training by a low-rank adapter on frozen weights; names as in peft's LoraConfig where it has them."""
 
-    beta: float = Field(0.1, gt=0, description="of DPO: how strongly the policy is kept near the reference")
-    length_penalty: float = Field(0.0, ge=0, description="alpha of R-DPO (2403.19159), per token")
+    r: Positive = Field(16, description="rank of the adapter's matrices")
+    lora_alpha: Positive = Field(32, description="what the adapter adds is scaled by lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's inputs in training")
+    target_modules: Annotated[list[str], Field(min_length=1)] | str = Field(
+        "all-linear",
+        description="ends of the names of the layers with an adapter, [q_proj, v_proj], or a regular expression "
+        "for whole names; all-linear: every linear layer but the output embedding",
+    )
+    use_dora: bool = Field(False, description="DoRA: the lengths of the weights' rows are trained apart")
+    quantization: Literal["nf4"] | None = Field(
+        None,
+        description="QLoRA: the frozen weights in 4 bits while sketching and training; on GPUs, by bitsandbytes",
+    )
+    merge: bool = Field(
+        True,
+        description="the policy is written with the adapter merged into the weights; false: as the adapter alone, "
+        "which the next iteration trains on",
+    )
+
+
+class Train(Settings):
+    """Preference training with DeepSpeed; names as in TRL's DPOConfig and CPOConfig where they have them.
+
+    The losses: docs/explanation/losses.md.
+    """
+
+    gone: ClassVar = {
+        "micro_batch_size": "leave it out, or give max_tokens_per_batch, which counts tokens instead of pairs",
+    }
+    loss_type: LossType = Field(
+        "sigmoid",
+        exclude_if=lambda name: name == "sigmoid",
+        description="the preference loss: sigmoid is DPO; docs/explanation/losses.md has them all",
+    )
+    beta: float = Field(
+        0.1,
+        gt=0,
+        description="of the loss. DPO: how strongly the policy is kept near the reference. Losses over means want "
+        "larger ones: sigmoid_norm about 5, simpo 2 to 10",
+    )
+    length_penalty: float = Field(
+        0.0, ge=0, description="alpha of R-DPO (2403.19159), per token; sigmoid, hinge, robust"
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        exclude_if=operator.not_,
+        description="robust only: the share of pairs whose chosen is taken for the worse",
+    )
+    simpo_gamma: float = Field(
+        SIMPO_GAMMA,
+        ge=0,
+        exclude_if=lambda gamma: gamma == SIMPO_GAMMA,
+        description="simpo only: the margin aimed at",
+    )
+    sft_weight: float = Field(
+        0.0,
+        ge=0,
+        exclude_if=operator.not_,
+        description="of -log p(chosen) per token, added to the loss (2404.19733); orpo has such a term of its own",
+    )
+    margin_weighting: bool = Field(
+        False,
+        exclude_if=operator.not_,
+        description="weight a pair's loss by tanh(margin / 2) of the judge's scores; needs judged pairs",
+    )
     learning_rate: float = Field(5e-7, gt=0, description="the peak, after warmup")
     num_train_epochs: Positive = Field(1, description="passes over the kept pairs")
     max_steps: Positive | None = Field(None, description="optimiser steps; overrides num_train_epochs")
     batch_size: Positive = Field(32, description="pairs per optimiser step over all workers")
-    micro_batch_size: Positive = Field(2, description="max pairs per worker in one forward pass")
+    max_tokens_per_batch: Positive | None = Field(
+        None,
+        description="max tokens per worker in one forward pass, of prompts (each once) and both responses; null: "
+        "8192, on a CPU 4096; a larger pair gets a pass of its own",
+    )
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps in which the learning rate rises")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         "cosine", description="how the learning rate falls after warmup"
     )
+    min_lr_rate: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        exclude_if=operator.not_,  # what was trained before there was this setting is still known as done
+        description="linear and cosine: share of the learning rate that it falls to at the end",
+    )
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    optim: str = Field(
+        "adamw_torch",
+        exclude_if=lambda value: value == "adamw_torch",
+        description="optimiser, by its name in transformers' TrainingArguments: adamw_torch_fused, adamw_8bit, "
+        "paged_adamw_8bit (the last two need bitsandbytes and a GPU)",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2, description="DeepSpeed's ZeRO stage: what is spread over the workers"
     )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        exclude_if=operator.not_,
+        description="more of DeepSpeed's configuration, over what this recipe makes of it: "
+        "{zero_optimization: {offload_optimizer: {device: cpu}}}",
+    )
     gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
+    use_liger_kernel: bool = Field(
+        False, exclude_if=operator.not_, description="Liger's kernels for GPUs, where liger-kernel is installed"
+    )
+    eval_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        exclude_if=operator.not_,
+        description="share of each language's prompts whose pairs are held out: their loss, margin and accuracy "
+        "are logged by language",
+    )
+    eval_steps: Positive = Field(
+        50, exclude_if=lambda value: value == 50, description="optimiser steps between looks at held-out pairs"
+    )
+    load_best_model_at_end: bool = Field(
+        True,
+        exclude_if=bool,
+        description="with eval_share: the policy is that of the lowest held-out loss, not the last",
+    )
+    early_stopping_patience: Positive | None = Field(
+        None,
+        exclude_if=operator.not_,
+        description="with eval_share: training ends after this many looks without a lower held-out loss",
+    )
     save_steps: Positive = Field(50, description="optimiser steps between checkpoints")
     logging_steps: Positive = Field(1, description="optimiser steps between rows of metrics.jsonl")
-    seed: int = Field(0, ge=0, description="of the order of pairs")
+    report_to: list[str] = Field(
+        ["tensorboard"],
+        description="trackers beside metrics.jsonl: tensorboard, wandb, mlflow, trackio and others of "
+        "transformers; their packages and keys must be on the workers",
+    )
+    seed: int = Field(0, ge=0, description="of the order of pairs, and of a new adapter's numbers")
+    lora: Lora | None = Field(
+        None, exclude_if=_is_null, description="train an adapter of low rank; null: all weights are trained"
+    )
+
+    def batch_tokens(self, device: str) -> int:
+        """`max_tokens_per_batch` on a device."""
+        return _batch_tokens(self.max_tokens_per_batch, device)
+
+    @model_validator(mode="after")
+    def _loss(self) -> Self:
+        loss_settings(self)  # which refuses what does not go together
+        return self
+
+    @model_validator(mode="after")
+    def _whole_quantized_weights(self) -> Self:
+        if self.lora and self.lora.quantization and self.zero_stage == 3:
+            raise ValueError(
+                f"lora.quantization {self.lora.quantization} does not go with zero_stage 3, which would cut the "
+                "packed weights: set zero_stage to 2 or less"
+            )
+        return self
 
 
 class Evaluate(Settings):
@@ -369,6 +537,11 @@ class Recipe(Settings):
     limits: Limits = Limits()
 
     @property
+    def sketched_adapter(self) -> Lora | None:
+        """The adapter whose gradients are sketched; None: those of the linear layers themselves are."""
+        return None if self.sketch.parameters == "linear" else self.train.lora
+
+    @property
     def judgement_length(self) -> int:
         """Tokens of a judgement: rubric, prompt, response, and what the judge writes."""
         return self.judge.max_length or self.model.max_length
@@ -406,6 +579,11 @@ class Recipe(Settings):
                 f"evaluate.judge_max_tokens ({self.evaluate.judge_max_tokens}) leave no room for the prompt in "
                 f"evaluate.judge_max_length ({self.comparison_length}): raise it, or set it to null"
             )
+        if self.sketch.parameters == "trained" and self.train.lora is None:
+            raise ValueError(
+                "sketch.parameters 'trained' means the adapter of train.lora, which is null: set train.lora, or "
+                "sketch.parameters to 'linear'"
+            )
         if self.select.per_block and self.sketch.groups == 1:
             raise ValueError("select.per_block needs sketch.groups above 1: one part of a sketch for each block")
         return self
@@ -414,3 +592,8 @@ class Recipe(Settings):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file with `--set` overrides applied. Raises SettingsError."""
     return validate(Recipe, apply_overrides(read_yaml(Path(path), "recipe"), overrides), f"recipe {path}")
+
+
+def recipe_of_run(data: bytes, source: str) -> Recipe:
+    """The recipe that a run keeps, without settings that are gone since it was written. Raises SettingsError."""
+    return validate(Recipe, without_gone(Recipe, settings_in(data, source)), source)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -68,8 +68,12 @@ def parse_yaml(text: str) -> Any:
 
 
 class Settings(BaseModel):
-    """Base of every settings model: unknown keys are errors, values are not coerced, numbers are finite."""
+    """Base of every settings model: unknown keys are errors, values are not coerced, numbers are finite.
 
+    `gone` names settings that there were in older versions, and what to do without each.
+    """
+
+    gone: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
     )
@@ -199,20 +203,23 @@ _SENTENCES = {
 }
 
 
-def _explain(model: type[BaseModel], problem: Any) -> tuple[str, str, str]:
+def _explain(model: type[Settings], problem: Any) -> tuple[str, str, str]:
     """Which key is wrong, what it must be, and what was found."""
     # Not keys, but the branches of a union and the validators that pydantic went through.
     location = [part for part in problem["loc"] if not (isinstance(part, str) and _NO_KEY.match(part))]
     path = brief(".".join(str(part) for part in location)) or "(the whole file)"
     kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
     if kind == "extra_forbidden":
-        allowed = _allowed(model, location[:-1])
+        section = _section(model, location[:-1])
+        if str(location[-1]) in section.gone:
+            return path, f"no longer a setting: {section.gone[str(location[-1])]}", ""
+        allowed = list(section.model_fields)
         hint = did_you_mean(str(location[-1]), allowed) or _elsewhere(model, str(location[-1]))
         return path, f"no such setting{hint}; allowed here: {', '.join(allowed)}", ""
     if kind == "missing":
         return path, "missing", ""
     if kind in ("model_type", "model_attributes_type"):
-        names = ", ".join(_allowed(model, location))
+        names = ", ".join(_section(model, location).model_fields)
         return path, f"must be a section with the settings {names}", f" (found {shown(value)})"
     hint = ""
     if kind == "literal_error" and isinstance(value, str):
@@ -226,25 +233,37 @@ def _explain(model: type[BaseModel], problem: Any) -> tuple[str, str, str]:
 _NO_KEY = re.compile(r"function-|constrained-|literal\[|(int|float|str|bool)$")
 
 
-def _allowed(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    current: Any = model
+def _section(model: type[Settings], location: Sequence[Any]) -> type[Settings]:
+    """The settings model at a place in `model`, or the last one on the way there."""
+    current = model
     for part in location:
         field = current.model_fields.get(part) if isinstance(part, str) else None
         nested = _model_in(getattr(field, "annotation", None)) if field else current
         if nested is None:
             break
         current = nested
-    return list(current.model_fields)
+    return current
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def without_gone(model: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` that an older version wrote, without the settings that are gone from its sections since."""
+    found = {}
+    for name, value in values.items():
+        field = model.model_fields.get(name)
+        section = _model_in(field.annotation) if field else None
+        if name not in model.gone:
+            found[name] = without_gone(section, value) if section and isinstance(value, dict) else value
+    return found
+
+
+def _model_in(annotation: Any) -> type[Settings] | None:
     """The settings model in a field's type: `Model`, `Model | None`, `list[Model]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
         return annotation
     return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
 
 
-def _elsewhere(model: type[BaseModel], name: str) -> str:
+def _elsewhere(model: type[Settings], name: str) -> str:
     """` (it is in section x)` where a setting of this name is in another section, and in one only."""
     sections = {key: _model_in(field.annotation) for key, field in model.model_fields.items()}
     places = [key for key, nested in sections.items() if nested and name in nested.model_fields]

@@ -82,11 +82,14 @@ def completion_sums(model: PreTrainedModel, batch: PairTokens, arguments: dict[s
     return summed_logprobs(model, states[where], targets, completions, 2 * batch.pairs)
 
 
-def why_not_shared(model: PreTrainedModel) -> str | None:
+def why_not_shared(
+    model: PreTrainedModel, states: Callable[[PairTokens, dict[str, Any]], Tensor] | None = None
+) -> str | None:
     """Why this model cannot compute a prompt once for two completions, or None if it can.
 
     Looks at the configuration and compares both forms on a few tokens; costs one small forward of each. The
-    model must be in eval mode.
+    model must be in eval mode. `states` gives its hidden states, as `hidden_states` does, where it has to be
+    called through something that wraps it.
     """
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     others = kinds - {"full_attention", "sliding_attention"}
@@ -100,7 +103,8 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     try:
         for batch in (shared_prompt_tokens(pairs, device), two_sequence_tokens(pairs, 0, device)):
             with torch.no_grad(), attention_over(model, batch) as arguments:
-                found.append(hidden_states(model, batch, arguments)[batch.states].float())
+                of_all = hidden_states(model, batch, arguments) if states is None else states(batch, arguments)
+                found.append(of_all[batch.states].float())
     except Exception as error:  # whatever a model's code does with arguments that it does not know
         return f"{type(error).__name__}: {str(error)[:200]}"
     difference = float((found[0] - found[1]).norm() / found[1].norm())

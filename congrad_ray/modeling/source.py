@@ -7,9 +7,9 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import pyarrow.fs as pafs
 from filelock import FileLock
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 # The input embedding in checkpoints of the families that transformers has.
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|embeddings)\.weight$")
 
@@ -39,23 +39,61 @@ def cache_directory() -> Path:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A checkpoint: a local path or hub name (`name`), or a folder of the run directory (`folder`)."""
+    """A checkpoint: a local path or hub name (`name`), or a folder of the run directory (`folder`).
+
+    With a `base` the folder holds an adapter for it.
+    """
 
     name: str
     settings: Model
     folder: Folder | None = None
     fingerprint: str = ""
+    base: ModelSource | None = None
+
+    @property
+    def is_made_here(self) -> bool:
+        """Whether each node makes its own `local_path`: a copy of remote files, or an adapter merged."""
+        return self.base is not None or (self.folder is not None and not self.folder.is_local)
+
+    @property
+    def whole(self) -> ModelSource:
+        """Where configuration and shapes are read: the model itself, or the one that an adapter is for."""
+        return self.base or self
 
     def local_path(self) -> str:
-        """A path (or hub name) that transformers and vLLM can load on this node; fetched once per node."""
+        """A path (or hub name) that transformers and vLLM can load on this node, fetched once per node.
+
+        An adapter is merged into its base, once per node: every engine takes that, DoRA too, and all of them
+        compute what evaluation of a merged policy would.
+        """
+        if self.base is None:
+            return self.files()
+        target = self._cached("merged")
+        with FileLock(f"{target}.lock"):
+            if not (target / "config.json").exists():
+                partial = target.with_suffix(".partial")
+                partial.mkdir(exist_ok=True)
+                self.load_model("cpu").save_pretrained(partial)
+                self.load_tokenizer().save_pretrained(partial)
+                partial.rename(target)
+        return str(target)
+
+    def _cached(self, kind: str) -> Path:
+        """This checkpoint's place in the node's cache; makes the folder above it."""
+        assert self.folder is not None
+        target = cache_directory() / kind / (self.fingerprint or self.folder.path.replace("/", "_"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def files(self) -> str:
+        """The checkpoint's own files on this node (or the hub name): of an adapter they are the adapter alone."""
         if self.folder is None:
             return self.name
         if self.folder.is_local:
             return self.folder.path
-        target = cache_directory() / "checkpoints" / (self.fingerprint or self.folder.path.replace("/", "_"))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = self._cached("checkpoints")
         with FileLock(f"{target}.lock"):
-            if not (target / "config.json").exists():
+            if not any((target / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
                 partial = target.with_suffix(".partial")
                 partial.mkdir(exist_ok=True)
                 pafs.copy_files(
@@ -78,7 +116,10 @@ class ModelSource:
         """Raises ModelError for a model whose folder has no configuration or weights that could be loaded."""
         from transformers import AutoConfig
 
-        path = self.local_path()
+        if self.base is not None:
+            self.base.check_files()
+            return
+        path = self.files()
         try:
             AutoConfig.from_pretrained(path, **self.pretrained_arguments())
             if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
@@ -96,7 +137,7 @@ class ModelSource:
 
         from congrad_ray.modeling.tokenization import MissingChatTemplate, load_tokenizer
 
-        path, settings, arguments = self.local_path(), self.settings, self.pretrained_arguments()
+        path, settings, arguments = self.files(), self.settings, self.pretrained_arguments()
         try:
             tokenizer = load_tokenizer(
                 path,
@@ -110,34 +151,62 @@ class ModelSource:
             raise
         except Exception as error:  # broken files end in whatever the library's many readers raise
             raise _cannot_load("tokenizer", path, error) from error
-        if adapter:
+        if adapter and self.base is None:
             _refuse_adapter(path, Path(adapter))
-        _check_rows(path, tokenizer, _embedding_rows(path, arguments))
+        whole = self.whole
+        _check_rows(path, tokenizer, _embedding_rows(whole.files(), whole.pretrained_arguments()))
         return tokenizer
 
-    def load_model(self, device: str, devices: int = 1) -> PreTrainedModel:
+    def load_model(
+        self, device: str, devices: int = 1, quantization: Literal["nf4"] | None = None
+    ) -> PreTrainedModel:
         """The causal language model in the recipe's dtype on `device`, in evaluation mode.
 
-        With several `devices` its layers are spread over those of this process. Raises ModelError, also where
-        weights are missing, which would be random numbers without more than a warning. Pickled weights are never
-        loaded: a pickle runs code.
+        An adapter is merged into its base; `adapters.model_to_train` leaves it in place. With several `devices`
+        the layers are spread over those of this process. With `quantization` the linear layers' weights are
+        bitsandbytes' 4-bit ones, whose products are in the recipe's dtype (GPUs only). Raises ModelError, also
+        where weights are missing, which would be random numbers without more than a warning. Pickled weights are
+        never loaded: a pickle runs code.
         """
         import torch
         from transformers import AutoModelForCausalLM
 
-        path = self.local_path()
+        if self.base is not None:
+            from congrad_ray.modeling.adapters import load_adapter, merge_into
+
+            return merge_into(load_adapter(self.base.load_model(device, devices), self.files())).eval()
+        path, dtype = self.files(), getattr(torch, self.settings.dtype)
+        placed: Any = "balanced" if devices > 1 else None
+        arguments = self.pretrained_arguments()
+        if quantization is not None:
+            from transformers import BitsAndBytesConfig
+
+            arguments["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quantization,
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+            placed = placed or {"": device}  # weights are quantized where they are loaded to
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
-                dtype=getattr(torch, self.settings.dtype),
+                dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
-                device_map="balanced" if devices > 1 else None,
-                **self.pretrained_arguments(),
+                device_map=placed,
+                attn_implementation=self.settings.attn_implementation,
+                **arguments,
             )
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # as for the tokenizer
+            attention = self.settings.attn_implementation
+            if attention is not None and "attention" in str(error).lower():
+                raise ModelError(
+                    f"model.attn_implementation: {attention} cannot be used with {brief(path)}: "
+                    f"{printable(' '.join(str(error).split()))}; leave it out for transformers' own choice"
+                ) from error
             raise _cannot_load("model", path, error) from error
         model: PreTrainedModel = loaded[0]
         if missing := sorted(loaded[1]["missing_keys"]):
@@ -145,7 +214,7 @@ class ModelSource:
                 f"cannot load the model of {brief(path)}: {len(missing)} of its weights are in no file, the first "
                 f"is {printable(missing[0])}; copy all its files again, and check that config.json belongs to them"
             )
-        if devices == 1:
+        if placed is None:
             model = model.to(device)  # type: ignore[arg-type]
         return model.eval()
 
@@ -251,8 +320,8 @@ def named_model(name: str, settings: Model, seed: int = 0) -> ModelSource:
     except SettingsError as error:
         raise ModelError(f"model {error}") from error
     if path.is_dir():
-        if (path / _ADAPTER).is_file():
-            _refuse_adapter(name, path / _ADAPTER)
+        if (path / ADAPTER_CONFIG).is_file():
+            _refuse_adapter(name, path / ADAPTER_CONFIG)
         return ModelSource(str(path.resolve()), settings)
     if name.startswith((".", "/", "~")):
         raise ModelError(f"model {brief(name)} looks like a path, but there is no such folder")
@@ -328,15 +397,20 @@ def _check_folder(name: str, settings: Model, chats: bool) -> None:
 
 
 def policy(recipe: Recipe, run: RunDirectory, iteration: int) -> ModelSource:
-    """M_iteration: the recipe's model for 0, else the checkpoint that the iteration before trained."""
+    """M_iteration: the recipe's model for 0, else the checkpoint that the iteration before trained.
+
+    That may be an adapter (`train.lora.merge: false`), always one for the recipe's own model.
+    """
+    start = partial(named_model, recipe.model.name, recipe.model, recipe.seed)
     if iteration == 0:
-        return named_model(recipe.model.name, recipe.model, recipe.seed)
+        return start()
     folder = run.stage("policy", iteration - 1)
     manifest = folder.manifest()
     # Its settings' fingerprint alone is that of another run's policy as well, and of this one before a --redo.
     made = f"{folder.path} {manifest.fingerprint} {manifest.finished_at}" if manifest else ""
     identity = hashlib.sha256(made.encode()).hexdigest()[:16] if made else ""
-    return ModelSource(folder.path, recipe.model, folder, identity)
+    base = start() if folder.exists(ADAPTER_CONFIG) else None
+    return ModelSource(folder.path, recipe.model, folder, identity, base)
 
 
 def policy_input(iteration: int) -> list[tuple[str, int | None]]:

@@ -89,6 +89,7 @@ def _facts(reading: Reading, settings: FilterSettings, filtered: Filtered) -> Ex
             "sketch": f"{settings.sketch.method}, width {settings.sketch.width}",
             "beta": f"{train.beta:g}",
             "length_penalty": f"{train.length_penalty:g}",
+            **({} if train.loss_type == "sigmoid" else {"loss_type": train.loss_type}),
         },
     )
 

@@ -29,6 +29,7 @@ from congrad_ray.config.recipe import (
 )
 from congrad_ray.config.settings import validate
 from congrad_ray.data.own_rows import write_own_rows
+from congrad_ray.data.preferences import PREFERENCES
 from congrad_ray.modeling.source import check_models, named_model
 from congrad_ray.modeling.tokenization import chat_prompt_ids
 from congrad_ray.pipeline.outcomes import every_row, kept_rows
@@ -54,7 +55,7 @@ class FilterSettings:
     select: Select = field(default_factory=Select)
     sketch: Sketch = field(default_factory=Sketch)
     train: Train = field(default_factory=Train)
-    """Of these, beta and length_penalty matter to the selection."""
+    """Of these, the settings of the loss matter to the selection."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -131,6 +132,7 @@ def run_filter(
         },
         "the filter's settings",
     )
+    sketch.check_judged(recipe, PREFERENCES.names)
     reading.check()
     with tempfile.TemporaryDirectory(prefix="congrad-preferences-") as temporary:
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
+from congrad_ray.modeling.adapters import check_quantization
 from congrad_ray.modeling.source import check_models
 from congrad_ray.pipeline.order import FIRST, ITERATED, LAST
 from congrad_ray.pipeline.runner import loads_models, run_stage
@@ -32,7 +33,9 @@ def run_all(
     with only_writer(run):
         to_do = [step for step in steps if not _is_done(run, *step)]
         if any(loads_models(stage, recipe, iteration) for stage, iteration in to_do):
-            check_models(recipe, present=True)  # before the first stage, not before the first that needs them
+            # Before the first stage, not before the first that needs them.
+            check_models(recipe, present=True)
+            check_quantization(recipe.train.lora, profile.device)
         for stage, iteration in steps:
             after(stage, run_stage(stage, recipe, profile, run, iteration, redo))
 

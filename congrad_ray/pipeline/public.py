@@ -36,6 +36,7 @@ def filter_preferences(
     sketch: Sketch | Mapping[str, Any] | None = None,
     beta: float = 0.1,
     length_penalty: float = 0.0,
+    loss: Mapping[str, Any] | None = None,
     chat: bool = False,
     columns: Mapping[str, str] | None = None,
     language_names: Mapping[str, str] | None = None,
@@ -59,8 +60,10 @@ def filter_preferences(
             temporary folder (see TMPDIR), which is removed at the end.
         select: how pairs are selected: the recipe's section `select`, as `{"direction": "mean"}` or a `Select`.
         sketch: how gradients are sketched: the recipe's section `sketch`.
-        beta: DPO's beta of the training to come.
+        beta: the loss's beta in the training to come.
         length_penalty: R-DPO's alpha of the training to come, per token.
+        loss: another loss than DPO's, by the settings of the recipe's section `train`, as in
+            `{"loss_type": "simpo", "simpo_gamma": 1.0}`.
         chat: takes strings as chat messages.
         columns: columns of other names, as in `{"prompt": "instruction"}`; see `congrad filter --help`.
         language_names: the data's own names of languages and their tags, as in `{"Hinglish": "hi"}`.
@@ -92,7 +95,9 @@ def filter_preferences(
         model=named,
         select=_section(Select, select, {} if keep is None else {"keep": keep}, "select"),
         sketch=_section(Sketch, sketch, {}, "sketch"),
-        train=validate(Train, {"beta": beta, "length_penalty": length_penalty}, "beta, length_penalty"),
+        train=validate(
+            Train, {"beta": beta, "length_penalty": length_penalty, **(loss or {})}, "beta, length_penalty, loss"
+        ),
         limits=validate(Limits, {} if failed_share is None else {"failed_share": failed_share}, "failed_share"),
     )
     named_columns = Columns.of(columns or {})

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import BUILTIN_WORLD, Recipe
-from congrad_ray.config.settings import Settings, SettingsError, to_yaml
+from congrad_ray.config.settings import Settings, SettingsError, to_yaml, without_gone
 from congrad_ray.data.records import InputError
+from congrad_ray.modeling.adapters import check_quantization
 from congrad_ray.modeling.source import ModelError, check_models, named_model
 from congrad_ray.modeling.tokenization import MissingChatTemplate
 from congrad_ray.pipeline.plan import max_cpus
@@ -72,18 +73,20 @@ def _locked_stage(
     label = stage_label(stage.name, number)
     inputs = input_fingerprints(stage, run, iteration)
     settings = stage.settings(recipe, iteration)
-    identity = fingerprint(stage.name, settings, inputs)
     output = run.stage(stage.folder, number)
+    identity = _made_before(settings, inputs, output) or fingerprint(stage.name, settings, inputs)
     if stage.always:
         output.delete()
 
     def check() -> None:
         check_models(recipe, stage.chats, present=loads_models(stage, recipe, iteration))
+        if loads_models(stage, recipe, iteration):
+            check_quantization(recipe.train.lora, profile.device)
         if stage.uses_ray and not (profile.cluster or profile.ray_address or connected()):
             cpus = max_cpus(recipe, profile)
             check_fits(stage.demand(recipe, profile), this_machine(profile, cpus), None)
 
-    state = output.begin(identity, redo, label, settings, inputs, by_name, check)
+    state = output.begin(identity, redo, label, settings, inputs, _named_as_now, check)
     if state == "done":
         manifest = output.manifest()
         assert manifest is not None
@@ -95,6 +98,14 @@ def _locked_stage(
         if not isinstance(error, StageStopped) and (not stage.uses_ray or isinstance(error, _OF_INPUT)):
             output.withdraw()
         raise
+
+
+def _made_before(settings: Any, inputs: dict[str, str], output: StageFolder) -> str | None:
+    """The fingerprint of a finished result whose settings differ from these only in ones that are gone since."""
+    manifest = output.manifest()
+    if manifest is None or not isinstance(manifest.settings, dict) or manifest.inputs != inputs:
+        return None
+    return manifest.fingerprint if without_gone(Recipe, manifest.settings) == settings else None
 
 
 def loads_models(stage: Stage, recipe: Recipe, iteration: int) -> bool:
@@ -122,6 +133,11 @@ def by_name(settings: Any) -> dict[str, Any]:
     return found
 
 
+def _named_as_now(settings: Any) -> dict[str, Any]:
+    """`by_name`, also of settings that an older version wrote."""
+    return without_gone(Recipe, by_name(settings))
+
+
 def _section_of(values: dict[str, Any]) -> str | None:
     """The section of a recipe that has settings of all these names."""
     for name, field in Recipe.model_fields.items():
@@ -129,7 +145,7 @@ def _section_of(values: dict[str, Any]) -> str | None:
         if (
             isinstance(section, type)
             and issubclass(section, Settings)
-            and values.keys() <= section.model_fields.keys()
+            and values.keys() <= section.model_fields.keys() | section.gone.keys()
         ):
             return name
     return None

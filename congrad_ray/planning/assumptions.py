@@ -29,7 +29,6 @@ class Assumptions(Settings):
     kept_above_threshold: Share = Field(0.5, description="share of pairs kept by select.keep_rule 'threshold'")
     bytes_per_token: float = Field(4.0, gt=0, description="UTF-8 bytes of text that make a token")
     text_compression: float = Field(2.5, gt=0, description="how many times zstd makes text smaller")
-    training_padding: float = Field(0.1, ge=0, description="padding tokens beside the tokens of a training batch")
 
     prefill_mfu: Share = Field(0.4, description="share of the peak FLOP/s reached on prompts by vLLM")
     decode_mfu: Share = Field(0.08, description="and on generated tokens, which memory bandwidth limits")

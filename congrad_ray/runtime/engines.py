@@ -138,7 +138,7 @@ def positions(source: ModelSource) -> int | None:
     """How many positions a model's configuration says it has, where it does."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source.local_path(), **source.pretrained_arguments())
+    config = AutoConfig.from_pretrained(source.whole.files(), **source.whole.pretrained_arguments())
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
@@ -157,7 +157,7 @@ def end_of_turn_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> 
 
     found = {tokenizer.eos_token_id}
     try:
-        configured = GenerationConfig.from_pretrained(source.local_path()).eos_token_id
+        configured = GenerationConfig.from_pretrained(source.whole.files()).eos_token_id
     except OSError:  # a model without generation_config.json
         configured = None
     found.update(configured if isinstance(configured, list) else [configured])
@@ -337,7 +337,8 @@ def _processor_config(source: ModelSource, profile: Profile, rows: int, batch: i
         engine_kwargs["gpu_memory_utilization"] = engines.gpu_memory_utilization
         bundle["GPU"] = engines.gpus / engines.tensor_parallel_size
     return vLLMEngineProcessorConfig(
-        model_source=source.local_path(),
+        # Enough to read a configuration; engines put their node's own path in its place.
+        model_source=source.whole.files(),
         engine_kwargs=engine_kwargs,
         concurrency=pool_sizes(engines, profile, math.ceil(rows / max(batch, engines.max_num_seqs))),
         batch_size=batch,
@@ -372,15 +373,16 @@ def _cpu_environment(profile: Profile) -> dict[str, str]:
 
 
 def _engine_class(engine: type[Any], source: ModelSource, of_driver: Any, notify: Notify) -> type[Any]:
-    """The engine stage's class, for a model that may be on an object store and rows that may kill the engine.
+    """The engine stage's class, for a node's own copy of the model and rows that may kill the engine.
 
-    It loads its node's copy of the model. `of_driver` is the actor of `runtime.attempts`: rows that ended engines
-    again and again are asked one at a time, and then no longer. Every answer is reported by `notify`.
+    A model on an object store is copied, and an adapter merged, where the engine is. `of_driver` is the actor of
+    `runtime.attempts`: rows that ended engines again and again are asked one at a time, and then no longer. Every
+    answer is reported by `notify`.
     """
 
     class Engine(engine):
         def __init__(self, *arguments: Any, **named: Any) -> None:
-            if source.folder is not None and not source.folder.is_local:
+            if source.is_made_here:
                 named["model"] = source.local_path()
             notify(f"starting vLLM for {source.name}")
             super().__init__(*arguments, **named)

@@ -32,7 +32,7 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "congrad_kept_share": ("share of pairs that are kept", ("language",)),
     "congrad_training_step": ("optimiser steps done", ()),
     "congrad_training_steps": ("optimiser steps in all", ()),
-    "congrad_training_loss": ("DPO loss of the last logged step", ()),
+    "congrad_training_loss": ("loss of the last logged step", ()),
     "congrad_training_accuracy": ("share of pairs whose chosen response has the higher reward", ()),
     "congrad_training_margin": ("chosen less rejected reward", ()),
     "congrad_training_gradient_norm": ("norm of the gradient before clipping", ()),

@@ -41,7 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from congrad_ray.modeling.batching import collate_pairs, token_budget_batches
 from congrad_ray.modeling.logprobs import completion_logprobs, summed_logprobs
-from congrad_ray.modeling.loss import ChosenRejected, LossSettings, dpo_loss
+from congrad_ray.modeling.loss import ChosenRejected, LossSettings, preference_loss
 from congrad_ray.modeling.packing import PairTokens
 from congrad_ray.modeling.shared_prompts import attention_over, completion_sums
 from congrad_ray.modeling.tokenization import TokenizedPair
@@ -310,10 +310,11 @@ def training(model: PreTrainedModel, sizes: Sizes, pairs: int, checkpointing: bo
     batch = collate_pairs(drawn, 0, model.device)
     zeros = torch.zeros(pairs, device=model.device)
     reference = ChosenRejected(zeros, zeros)
+    tokens_of = ChosenRejected(batch.chosen_tokens, batch.rejected_tokens)
 
     def step() -> None:
         logps = completion_logprobs(model, batch)
-        losses, _ = dpo_loss(ChosenRejected(logps[:pairs], logps[pairs:]), reference, LossSettings(0.1))
+        losses, _ = preference_loss(ChosenRejected(*logps.chunk(2)), reference, LossSettings(), tokens_of)
         losses.mean().backward()
 
     try:

@@ -79,15 +79,11 @@ def iterate(
     strategy, variant = protocol.strategies[cell.strategy], protocol.variants[cell.variant]
     if isinstance(strategy, str) or variant.pairs:
         raise ValueError(f"{cell.strategy} in {cell.variant} cannot have {cell.iterations} iterations")
-    # A trial trains in one process, the pipeline with all workers of the profile: their batch is the same.
-    share = max(1, recipe.train.batch_size // profile.trainers.num_workers)
-    micro = min(recipe.train.micro_batch_size, share)
-    training = {"learning_rate": cell.learning_rate, "micro_batch_size": micro}
     recipe = recipe.model_copy(
         update={
             "iterations": cell.iterations,
             "select": strategy.model_copy(update={"keep": cell.keep}),
-            "train": recipe.train.model_copy(update=training),
+            "train": recipe.train.model_copy(update={"learning_rate": cell.learning_rate}),
         }
     )
     source = Path(prepared.path)

@@ -54,11 +54,12 @@ class Trials:
         data, choice = self.choice(cell, recipe, folder)
         source = named_model(recipe.model.name, recipe.model, cell.seed)
         train = recipe.train.model_copy(update={"learning_rate": cell.learning_rate})
+        recipe = recipe.model_copy(update={"train": train})
         with tempfile.TemporaryDirectory() as scratch:
             output = RunDirectory.open(scratch)
             write_selected(output, data, choice)
-            schedule = make_schedule(train, int(choice.kept.sum()), 1)
-            model = train_alone(TrainingJob(train, schedule, source, output, output, threads=1))
+            schedule = make_schedule(train, int(choice.kept.sum()))
+            model: Any = train_alone(TrainingJob(recipe, source, output, output, threads=1))
         counts = {"pairs": len(data.pairs), "kept": schedule.pairs, "steps": schedule.total_steps}
         row = {"kind": "cell", **asdict(cell), **counts, **self._measure(model, source, cell.seed)}
         return {**row, "seconds": round(time.monotonic() - before, 1)}

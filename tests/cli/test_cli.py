@@ -202,6 +202,7 @@ def test_what_changed_is_named(congrad: Command, tmp_path: Path) -> None:
     assert "select.keep:" not in result.err and "fingerprint" not in result.err
     result = congrad("train", *at, "--set", "train.beta=0.7")
     assert "train.beta: 0.1 -> 0.7" in result.err
+    assert "micro_batch_size" not in result.err  # which is gone since, and changed nothing
 
 
 def test_two_selections_are_compared_by_language(congrad: Command, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Recipes and profiles: what is wrong is reported with path, value and what is allowed."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from congrad_ray.config.profile import PROFILES, load_profile
-from congrad_ray.config.recipe import Recipe, load_recipe
+from congrad_ray.config.recipe import Recipe, load_recipe, recipe_of_run
 from congrad_ray.config.settings import SettingsError, apply_overrides, parse_yaml, to_yaml, validate
 
 RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
@@ -28,6 +29,13 @@ def test_every_profile_in_the_repository_is_valid(path: Path) -> None:
     [
         ("train.learning_rte=1", ["train.learning_rte", "no such setting", "learning_rate"]),
         ("train.zero_stage=7", ["train.zero_stage", "0, 1, 2 or 3", "7"]),
+        ("sketch.parameters=trained", ["'trained' means the adapter of train.lora, which is null", "'linear'"]),
+        ("train.lora.rank=4", ["train.lora.rank", "no such setting", "r, lora_alpha"]),
+        ("train.lora.r=0", ["train.lora.r", "at least 1"]),
+        ("train.lora.lora_dropout=1.0", ["train.lora.lora_dropout", "less than 1"]),
+        ("train.lora.target_modules=[]", ["train.lora.target_modules", "at least 1"]),
+        ("train.lora.quantization=int8", ["train.lora.quantization", "'nf4'"]),
+        ("train={lora: {quantization: nf4}, zero_stage: 3}", ["nf4", "zero_stage 3", "2 or less"]),
         ("generate.max_tokens=abc", ["generate.max_tokens", "integer", "'abc'"]),
         ("generate.max_tokens=5000", ["generate.max_tokens", "5000", "model.max_length"]),
         (
@@ -54,6 +62,31 @@ def test_a_wrong_setting_names_its_path_its_value_and_what_is_allowed(override: 
         load_recipe(DEMO, [override])
     for text in message:
         assert text in str(error.value)
+
+
+def test_a_setting_that_is_gone_says_what_to_do_and_is_left_out_of_what_a_run_keeps() -> None:
+    sections = {name: getattr(field.annotation, "gone", {}) for name, field in Recipe.model_fields.items()}
+    gone = [(section, setting, advice) for section, of in sections.items() for setting, advice in of.items()]
+    assert ("train", "micro_batch_size") in {(section, setting) for section, setting, _ in gone}
+    for section, setting, advice in gone:
+        with pytest.raises(SettingsError, match=rf"{section}\.{setting}: no longer a setting: ") as error:
+            load_recipe(DEMO, [f"{section}.{setting}=2"])
+        assert advice in str(error.value)
+        kept = load_recipe(DEMO).model_dump(mode="json")
+        kept[section][setting] = 2
+        assert recipe_of_run(json.dumps(kept).encode(), "RUN/recipe.yaml") == load_recipe(DEMO)
+    with pytest.raises(SettingsError, match=r"RUN/recipe\.yaml has 1 wrong setting:\n +train\.betta"):
+        recipe_of_run(b"{name: x, prompts: {languages: [en]}, train: {betta: 1}}", "RUN/recipe.yaml")
+
+
+def test_an_adapter_is_no_part_of_a_recipe_without_one() -> None:
+    plain = load_recipe(DEMO)
+    assert plain.train.lora is None and plain.sketched_adapter is None
+    assert "lora" not in plain.train.model_dump() and "parameters" not in plain.sketch.model_dump()
+    lora = load_recipe(DEMO, ["train.lora={r: 4, target_modules: [q_proj]}"])
+    assert lora.sketched_adapter == lora.train.lora
+    assert validate(Recipe, parse_yaml(to_yaml(lora)), "again") == lora
+    assert load_recipe(DEMO, ["train.lora={}", "sketch.parameters=linear"]).sketched_adapter is None
 
 
 def test_a_comparison_has_room_for_a_prompt_with_two_answers_and_a_verdict() -> None:

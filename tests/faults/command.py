@@ -33,7 +33,7 @@ SETTINGS = {
     "pair.truncated": "keep",
     "sketch.width": 1024,
     "train.batch_size": 4,
-    "train.micro_batch_size": 2,
+    "train.max_tokens_per_batch": 150,
     "train.save_steps": SAVE_STEPS,
     "limits.stall_timeout_s": 900,  # on a busy machine an engine takes minutes to start
 }

@@ -361,3 +361,11 @@ def test_a_judge_is_looked_at_as_well(tiny_model: Path, tmp_path: Path) -> None:
             check_models(recipe)
     # A folder that is on other machines only is theirs to look at.
     check_models(recipe_for(tmp_path / "nowhere"))
+
+
+def test_attention_that_cannot_be_had_is_refused_by_name(tiny_model: Path) -> None:
+    eager = Model(name=str(tiny_model), dtype="float32", attn_implementation="eager")
+    assert ModelSource(str(tiny_model), eager).load_model("cpu").config._attn_implementation == "eager"
+    flash = eager.model_copy(update={"attn_implementation": "flash_attention_2"})
+    with pytest.raises(ModelError, match=r"attn_implementation: flash_attention_2 cannot be used.*leave it out"):
+        ModelSource(str(tiny_model), flash).load_model("cpu")

@@ -49,7 +49,7 @@ def command(world: Path, run: Path | str, iterations: int = 1) -> list[str]:
         "pair.truncated": "keep",
         "sketch.width": 1024,
         "train.batch_size": 4,
-        "train.micro_batch_size": 2,
+        "train.max_tokens_per_batch": 150,
         "train.save_steps": 2,
     }
     overrides = [f"--set={key}={value}" for key, value in settings.items()]

@@ -133,6 +133,9 @@ def test_the_kept_pairs_come_out_in_the_shape_they_went_in(undisturbed: tuple[Pa
     assert {tuple(sorted(row)) for row in rows} == {
         ("chosen", "congrad_score", "language", "prompt", "rejected", "source")
     }
+    # What training would need is not for the user's file, and judged the pairs are not.
+    selected = pq.read_table(out / "work" / "iteration-0" / "selection" / "selected.parquet")
+    assert min(selected["prompt_tokens"].to_pylist()) > 0 and selected["chosen_score"].null_count == 150
     numbers = [row["source"]["row"] for row in rows]  # type: ignore[index]
     assert numbers == sorted(numbers), "the input's order is kept"
     scores = pq.read_table(out / "scores.parquet").to_pylist()
@@ -336,6 +339,8 @@ def test_more_bad_rows_than_the_share_stop_the_filter_before_work(
         (("--public",), "--public is of --push"),
         (("--push", "me/pairs"), "--push uploads what one --to wrote, and there are 0"),
         (("--failed-share", "2"), "--failed-share"),
+        (("--loss", "loss_type=simpo", "--length-penalty", "0.1"), "length_penalty (0.1) does nothing in"),
+        (("--loss", "margin_weighting=true"), "these have no chosen_score, rejected_score"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_work(

@@ -9,7 +9,7 @@ import pytest
 
 from congrad_ray.cli import display
 from congrad_ray.config.profile import load_profile
-from congrad_ray.config.recipe import load_recipe
+from congrad_ray.config.recipe import recipe_of_run
 from congrad_ray.modeling.shape import read_shape
 from congrad_ray.pipeline import order
 from congrad_ray.pipeline.runner import run_stage
@@ -43,7 +43,8 @@ def test_it_runs_and_is_shown(
 ) -> None:
     shutil.copytree(ROOT / "tests" / "pipeline" / "old-run" / "run", tmp_path / "run")
     run = RunDirectory.open(tmp_path / "run")
-    recipe, profile = load_recipe(tmp_path / "run" / "recipe.yaml"), load_profile("local")
+    recipe = recipe_of_run(run.read_bytes("recipe.yaml"), "recipe.yaml")
+    profile = load_profile("local")
     assert run_stage(stage, recipe, profile, run).rows == 8
     table = run.stage("lengths", 0).read_table()
     assert table.schema.names == ["pair_id", "language", "characters"]

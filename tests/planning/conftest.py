@@ -39,7 +39,7 @@ def recipe() -> Recipe:
                 "evaluation_per_language": 10,
             },
             "generate": {"num_generations": 4, "max_tokens": 512},
-            "train": {"batch_size": 32, "micro_batch_size": 1, "gradient_checkpointing": True},
+            "train": {"batch_size": 32, "max_tokens_per_batch": 4096, "gradient_checkpointing": True},
         },
         "test",
     )

@@ -29,7 +29,7 @@ def recipe_for(max_length: int, **sections: object) -> Recipe:
         "judge": {"max_tokens": 1},
         "evaluate": {"max_tokens": 1},
         "sketch": {"max_tokens_per_batch": 2 * max_length, "audit_pairs": 0},
-        "train": {"batch_size": 2, "micro_batch_size": 1, "zero_stage": 2, "max_steps": 3},
+        "train": {"batch_size": 2, "max_tokens_per_batch": 2 * max_length, "zero_stage": 2, "max_steps": 3},
     }
     return validate(Recipe, {**settings, **sections}, "measured")
 
@@ -74,16 +74,17 @@ def sketch(source: ModelSource, max_length: int) -> None:
 
 def train(source: ModelSource, max_length: int, scratch: Path) -> None:
     from congrad_ray.stages.train.loop import TrainingJob, train_alone
-    from congrad_ray.stages.train.schedule import make_schedule
 
-    settings = recipe_for(max_length).train
     run = RunDirectory.open(scratch)
+    others = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0, "congrad_score": 0.0}
+    response = max_length - 1
+    tokens = {"prompt_tokens": 1, "chosen_tokens": response, "rejected_tokens": response}
     selected = [
-        {**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0, "congrad_score": 0.0}
+        {**row, **others, **tokens, "chosen_score": None, "rejected_score": None}
         for row in rows(source, max_length, 4)
     ]
     run.write_table("selected.parquet", table_of(selected, SELECTED))
-    train_alone(TrainingJob(settings, make_schedule(settings, 4, WORKERS), source, run, run, 2))
+    train_alone(TrainingJob(recipe_for(max_length), source, run, run, 2))
 
 
 if __name__ == "__main__":

@@ -36,11 +36,8 @@ def measured_tokens(run: RunDirectory, recipe: Recipe) -> dict[str, float]:
     """Tokens that the stages of the first iteration saw, from their tables."""
     tokenizer = load_tokenizer(recipe.model.name)
     responses = run.stage("responses", 0).read_table()
-    sketches = run.stage("sketches", 0).read_table(
-        ["pair_id", "prompt_tokens", "chosen_tokens", "rejected_tokens"]
-    )
-    kept = run.stage("selection", 0).read_table(["pair_id"], "selected.parquet")
-    trained = sketches.join(kept, "pair_id", join_type="inner")
+    sketches = run.stage("sketches", 0).read_table(TOKENS)
+    trained = run.stage("selection", 0).read_table(TOKENS, "selected.parquet")
     answers = run.stage("evaluation", 0).read_table()
     judged = (run.stage("judgements", 0) / "samples").read_table()
     answered = 0
@@ -54,7 +51,7 @@ def measured_tokens(run: RunDirectory, recipe: Recipe) -> dict[str, float]:
         "generate": total(responses, "prompt_tokens", "response_tokens"),
         "judge": total(judged, "prompt_tokens", "output_tokens"),
         "sketch": total(sketches, *TOKENS),
-        "train": total(trained, "prompt_tokens", *TOKENS),
+        "train": total(trained, *TOKENS),
         "evaluate": float(answered),
     }
 

@@ -182,8 +182,8 @@ def write_sketches(folder: StageFolder, count: int, seed: int) -> list[dict[str,
             "rejected_logps": -float(number) - 1,
             "prompt_tokens": 3,
             "chosen_tokens": 4,
-            "rejected_tokens": 5,
-            "positions": 12,
+            "rejected_tokens": 5 + number,
+            "positions": 12 + number,
             "attention_padding": 0,
             "audit_exact": None,
             "audit_sketched": None,
@@ -236,6 +236,8 @@ def test_selection_equals_a_direct_derivation(tmp_path: Path, tiny_model: Path) 
         number = int(row["pair_id"].split("-")[1])
         assert (row["ref_chosen_logps"], row["ref_rejected_logps"]) == (-number, -number - 1)
         assert row["congrad_score"] == pytest.approx(expected[row["pair_id"]], abs=1e-6)
+        assert (row["prompt_tokens"], row["chosen_tokens"], row["rejected_tokens"]) == (3, 4, 5 + number)
+        assert (row["chosen_score"], row["rejected_score"]) == (4.0, 1.0)
     summary = json.loads(folder.read_bytes("summary.json"))
     cosine = inner / np.linalg.norm(de) / np.linalg.norm(en)
     assert summary["cosine_before"][0][1] == pytest.approx(cosine, abs=1e-6)
@@ -294,6 +296,17 @@ def test_a_baseline_that_reads_the_judges_scores(sketched: RunDirectory, tiny_mo
     assert summary["settings"]["strategy"] == "reward_gap"
     with pytest.raises(SelectionError, match=r"no pair is kept: select\.threshold left none of 40"):
         selected(sketched, tiny_model, keep_rule="threshold", threshold=2.0)
+
+
+def test_training_gets_the_scores_that_it_weighs_by(sketched: RunDirectory, tiny_model: Path) -> None:
+    recipe = recipe_for(tiny_model, train={"margin_weighting": True})
+    run_stage(select.STAGE, recipe, Profile(name="test"), sketched, redo=True)
+    kept = sketched.stage("selection", 0).read_table(name="selected.parquet").to_pylist()
+    of_pairs = {row["pair_id"]: row for row in sketched.stage("pairs", 0).read_table().to_pylist()}
+    assert len(kept) == 20
+    for row in kept:
+        for name in ("chosen_score", "rejected_score"):
+            assert row[name] == of_pairs[row["pair_id"]][name]
 
 
 @pytest.mark.parametrize(

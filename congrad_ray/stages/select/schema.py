@@ -20,6 +20,9 @@ SCORES = pa.schema(
 )
 
 
+# What is copied from the table of sketches: tokens as the model's tokenizer and chat template make them.
+TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
+
 SELECTED = pa.schema(
     [
         PAIR_ID,
@@ -38,5 +41,10 @@ SELECTED = pa.schema(
             "the reference's log-probability of rejected, nats; as ref_chosen_logps",
         ),
         field("congrad_score", pa.float64(), "what the keep rule went by; by default the cosine"),
+        *(field(name, pa.int32(), f"tokens of {name.removesuffix('_tokens')}") for name in TOKENS),
+        *(
+            field(f"{name}_score", pa.float32(), f"the judge's score of {name}; null where there is none", True)
+            for name in ("chosen", "rejected")
+        ),
     ]
 )

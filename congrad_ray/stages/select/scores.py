@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from congrad_ray.config.names import DirectionMethod, LeaveOut
+from congrad_ray.config.names import JUDGED, DirectionMethod, LeaveOut
 from congrad_ray.stages.select.directions import (
     Float64Array,
     check_gram,
@@ -35,7 +35,6 @@ _CANCELLED = 1e-12
 
 # Columns of a pair that strategies without a direction go by.
 LENGTHS = ("chosen_tokens", "rejected_tokens")
-JUDGED = ("chosen_score", "rejected_score")
 
 
 @dataclass(frozen=True)

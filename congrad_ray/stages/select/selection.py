@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from congrad_ray.config.names import JUDGED
 from congrad_ray.config.recipe import Select, Sketch
 from congrad_ray.data.records import InputError
 from congrad_ray.stages.select.directions import Float64Array
 from congrad_ray.stages.select.keep import TOKENS, keep_pairs
 from congrad_ray.stages.select.schema import SCORES
 from congrad_ray.stages.select.scores import (
-    JUDGED,
     LENGTHS,
     Surgery,
     cosine_matrix,

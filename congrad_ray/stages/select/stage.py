@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from congrad_ray.config.names import JUDGED
 from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import Folder, RunDirectoryError
 from congrad_ray.runtime.context import Context, Outcome
@@ -17,8 +18,7 @@ from congrad_ray.runtime.resources import tasks_demand
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.select.estimate import ESTIMATE
 from congrad_ray.stages.select.figures import STEP, figures
-from congrad_ray.stages.select.schema import SCORES, SELECTED
-from congrad_ray.stages.select.scores import JUDGED
+from congrad_ray.stages.select.schema import SCORES, SELECTED, TOKENS
 from congrad_ray.stages.select.selection import Selection, languages_of, overlap_with_exact, select_from
 from congrad_ray.stages.select.shares import pair_shares
 from congrad_ray.stages.select.streaming import StreamedSketches
@@ -123,9 +123,11 @@ def _write_selected(context: Context, kept: pa.Table) -> None:
     """The kept pairs with their texts, in the order of the pairs table, a piece of it at a time."""
     source = context.input("pairs")
     texts = pq.read_schema(source.files(".parquet")[0], filesystem=source.filesystem)
-    names = ["pair_id", "language", "prompt", "chosen", "rejected"]
+    own = ("pair_id", "language", "prompt", "chosen", "rejected", *JUDGED)
+    names = [name for name in own if name in texts.names]
     types = {name: texts.field(name).type for name in names}
     schema = pa.schema([f.with_type(types.get(f.name, f.type)) for f in SELECTED])
+    unknown = {name: SELECTED.field(name).type for name in JUDGED if name not in names}
     kept_ids = kept["pair_id"].combine_chunks()
     with (
         context.output.output_stream("selected.parquet") as sink,
@@ -142,7 +144,9 @@ def _write_selected(context: Context, kept: pa.Table) -> None:
                         "ref_chosen_logps": of_pair["chosen_logps"],
                         "ref_rejected_logps": of_pair["rejected_logps"],
                         "congrad_score": of_pair["congrad_score"],
+                        **{name: of_pair[name] for name in TOKENS},
                     }
+                    columns.update((n, pa.nulls(len(here), unknown[n])) for n in unknown)
                     writer.write_table(pa.Table.from_arrays([columns[n] for n in schema.names], schema=schema))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from types import TracebackType
@@ -15,10 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from congrad_ray.modeling.loss import DPO, ChosenRejected, LossSettings, gradient_seeds
 from congrad_ray.modeling.packing import PairTokens, shared_prompt_tokens, two_sequence_tokens
 from congrad_ray.modeling.shared_prompts import attention_over, completion_sums, why_not_shared
 from congrad_ray.modeling.tokenization import TokenizedPair
-from congrad_ray.stages.sketch.layers import UnsupportedLayers, base_causal_model, target_layers
+from congrad_ray.stages.sketch.layers import UnsupportedLayers, base_causal_model, is_adapter, target_layers
 
 # The attributes by which transformers checkpoints a layer. Its switch for the whole model does so in train mode
 # only.
@@ -40,17 +42,25 @@ class LayerVisitor(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Captured:
+    """What a pass over B pairs finds beside what the layers show; float32."""
+
+    logps: Tensor  # (2B,), sums over completion tokens, chosen first
+    coefficients: Tensor  # (B,), c of the loss where the reference is the policy
+
+
 class GradientCapture:
     """Runs pairs forward and backward through a frozen model and shows each layer's part of their gradients.
 
-    u = grad log p(chosen) - grad log p(rejected) of a pair runs over the weights of the targeted layers
-    (`layers.target_layers`), each as (out, in). The gradient of every DPO-type loss is -c * u with a
-    scalar c > 0 (`modeling.loss.pair_coefficient`). With `average_log_prob` the log-probabilities are means over
-    a completion's tokens, as in SimPO, IPO and ORPO, and u is their gradients' difference.
+    u of a pair runs over the weights of the targeted layers (`layers.target_layers`), each as (out, in). The
+    gradient of `loss`, where the model is its own reference, is -c * u with a scalar c >= 0. For DPO
+    u = grad log p(chosen) - grad log p(rejected); other losses take means over tokens, or weigh the two by
+    seeds of their own (`modeling.loss.gradient_seeds`).
 
-    A micro-batch takes one forward and one backward, seeded with +1 for chosen and -1 for rejected
-    log-probabilities. Parameters are frozen, so no weight gradient is worked out: a layer's inputs a and output
-    gradients d go to a `LayerVisitor`, and d^T a over a pair's positions is its part of u.
+    A micro-batch takes one forward, whose log-probabilities make the seeds, and one backward from them: for DPO +1
+    for chosen and -1 for rejected. Parameters are frozen, so no weight gradient is worked out: a layer's inputs a
+    and output gradients d go to a `LayerVisitor`, and d^T a over a pair's positions is its part of u.
 
     Where the model allows it (`shared_prompts`), a pair's prompt is computed once for both completions.
 
@@ -66,13 +76,13 @@ class GradientCapture:
         self,
         model: PreTrainedModel,
         layers: str | None = None,
-        average_log_prob: bool = False,
+        loss: LossSettings = DPO,
         gradient_checkpointing: bool = False,
         pad_token_id: int = 0,
     ) -> None:
         self.model = base_causal_model(model)
         self.layers = target_layers(self.model, layers)
-        self.average_log_prob = average_log_prob
+        self.loss = loss
         self._pad_token_id = pad_token_id
         self._visitor: LayerVisitor | None = None
         self._batch: PairTokens | None = None
@@ -144,8 +154,8 @@ class GradientCapture:
             return shared_prompt_tokens(pairs, device)
         return two_sequence_tokens(pairs, self._pad_token_id, device)
 
-    def run(self, batch: PairTokens, visitor: LayerVisitor) -> Tensor:
-        """One forward and one backward; returns the summed log-probabilities, (2B,) float32, chosen first.
+    def run(self, batch: PairTokens, visitor: LayerVisitor, times_coefficient: bool = False) -> Captured:
+        """One forward and one backward, which shows `visitor` the pairs' u, or c * u with `times_coefficient`.
 
         A pair's part does not depend on the other pairs of its batch, beyond rounding. Raises
         `UnsupportedLayers` if a targeted layer takes no part in the forward or is used twice in it, sees inputs
@@ -159,11 +169,8 @@ class GradientCapture:
         try:
             with torch.enable_grad(), attention_over(self.model, batch) as arguments:
                 logps = completion_sums(self.model, batch, arguments)
-                seeds = torch.ones_like(logps)
-                seeds[batch.pairs :] = -1.0
-                if self.average_log_prob:
-                    seeds /= torch.cat([batch.chosen_tokens, batch.rejected_tokens]).to(seeds.device)
-                torch.autograd.backward(logps, seeds)
+                coefficients, seeds = self._seeds(batch, logps.detach())
+                torch.autograd.backward(logps, seeds * coefficients.repeat(2) if times_coefficient else seeds)
         finally:
             self._batch = self._visitor = None
         missing = self.layers.keys() - self._visited
@@ -171,13 +178,22 @@ class GradientCapture:
             raise UnsupportedLayers(
                 f"layers {sorted(missing)[:5]} took no part in the forward pass; exclude them with `layers`"
             )
-        return logps.detach()
+        return Captured(logps.detach(), coefficients)
+
+    def _seeds(self, batch: PairTokens, logps: Tensor) -> tuple[Tensor, Tensor]:
+        both = ChosenRejected(*logps.chunk(2))
+        tokens = ChosenRejected(batch.chosen_tokens.to(logps.device), batch.rejected_tokens.to(logps.device))
+        return gradient_seeds(both, both, self.loss, tokens)
 
     def _forward_hook(self, name: str) -> Any:
+        of_adapter = is_adapter(name)
+
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             batch, visitor = self._batch, self._visitor
             if batch is None or visitor is None:
                 return None  # someone else's forward on the same model
+            if of_adapter and not inputs[0].requires_grad:
+                return None  # DoRA multiplies A and B with the identity, for the lengths of the weights' rows
             if inputs[0].shape[:-1] != batch.input_ids.shape:
                 raise UnsupportedLayers(
                     f"layer {name!r} sees inputs of shape {tuple(inputs[0].shape)}, not "

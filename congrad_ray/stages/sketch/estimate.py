@@ -15,7 +15,7 @@ from congrad_ray.config.recipe import Recipe
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.estimate import Change, Estimate, Planned, Replicas, with_changed
 from congrad_ray.planning.flops import forward_flops
-from congrad_ray.planning.memory import BYTES, Memory, process_bytes
+from congrad_ray.planning.memory import BYTES, Memory, process_bytes, weight_bytes
 from congrad_ray.planning.storage import number_bytes, table_bytes
 from congrad_ray.planning.volume import Lengths, Volume, pairs_of
 from congrad_ray.rundir.directory import Manifest, parquet_bytes
@@ -60,7 +60,7 @@ def sketch_flops(volume: Volume, shape: ModelShape, recipe: Recipe, lengths: Len
         shape, volume.requests * row, 0, 0
     )
     passes = 3 if settings.gradient_checkpointing else 2
-    products = sum(-(-out // fold(out)) * -(-into // fold(into)) for out, into in shape.linear)
+    products = sum(-(-out // fold(out)) * -(-into // fold(into)) for out, into in _sketched_layers(shape, recipe))
     once = (
         forward_flops(shape, volume.trained, 0, 0) * passes
         + attention * (passes + 1)
@@ -78,13 +78,13 @@ def sketch_memory(
     devices, budget = max(1, int(profile.sketchers.gpus)), settings.batch_tokens(profile.device)
     wanted = max(1, budget // longest)
     fixed = {
-        "weights": float(shape.parameters * BYTES[recipe.model.dtype]),
+        "weights": _weight_bytes(shape, recipe),
         "sketch_tables": 0.0,  # the map works places out; see countsketch.py
         "sketches": 8.0 * wanted * settings.width,  # float32, with what turns over the end
         "process": process_bytes(profile, assumptions, devices),
     }
     if settings.method == "exact":
-        entries = sum(out * into for out, into in shape.linear)
+        entries = sum(out * into for out, into in _sketched_layers(shape, recipe))
         fixed["language_gradients"] = 4.0 * entries * len(recipe.prompts.languages)
 
     def memory(pairs: int, note: str = "") -> Memory:
@@ -103,8 +103,25 @@ def sketch_memory(
     return memory(fitting, f"{note} = {budget:,}")
 
 
+def _sketched_layers(shape: ModelShape, recipe: Recipe) -> list[tuple[int, int]]:
+    """(out, in) of the layers whose gradients are sketched; an adapter is taken to be on every linear layer."""
+    lora = recipe.sketched_adapter
+    if lora is None:
+        return list(shape.linear)
+    return [side for out, into in shape.linear for side in ((lora.r, into), (out, lora.r))]
+
+
+def _weight_bytes(shape: ModelShape, recipe: Recipe) -> float:
+    """Of a replica's model, with its adapter where that is sketched."""
+    lora = recipe.sketched_adapter
+    adapter = sum(out * into for out, into in _sketched_layers(shape, recipe)) if lora else 0
+    return weight_bytes(shape, recipe, lora) + adapter * BYTES[recipe.model.dtype]
+
+
 def sketch_working_bytes(shape: ModelShape, recipe: Recipe, pairs: int) -> int:
     """Bytes beside the weights, at their peak, for a micro-batch of pairs with rows of model.max_length."""
+    from congrad_ray.modeling.adapters import with_adapter
+    from congrad_ray.modeling.loss import loss_settings
     from congrad_ray.modeling.rehearsal import extrapolated, peak_bytes
     from congrad_ray.modeling.shape import meta_model
     from congrad_ray.modeling.tokenization import TokenizedPair
@@ -117,10 +134,11 @@ def sketch_working_bytes(shape: ModelShape, recipe: Recipe, pairs: int) -> int:
 
     def peak(config: PretrainedConfig) -> int:
         model = meta_model(config, recipe.model.dtype)
+        if recipe.sketched_adapter is not None:
+            with_adapter(model, recipe.sketched_adapter, seed=0)
         sketch = CountSketch(settings.width, settings.seed, fold)
-        with GradientCapture(
-            model, settings.layers, settings.average_log_prob, settings.gradient_checkpointing
-        ) as capture:
+        loss = loss_settings(recipe.train)
+        with GradientCapture(model, settings.layers, loss, settings.gradient_checkpointing) as capture:
             ids = [0] * (length - 1)
             batch = capture.layout([TokenizedPair([0], ids, ids)] * pairs)
             return peak_bytes(model, lambda: sketch_pairs(capture, sketch, batch))

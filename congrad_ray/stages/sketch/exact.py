@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from congrad_ray.modeling.batching import PairBatch
 from congrad_ray.modeling.logprobs import completion_logprobs
+from congrad_ray.modeling.loss import DPO, ChosenRejected, LossSettings, gradient_seeds
 from congrad_ray.modeling.packing import PairTokens
-from congrad_ray.stages.sketch.capture import GradientCapture, pair_segments
+from congrad_ray.stages.sketch.capture import Captured, GradientCapture, pair_segments
 from congrad_ray.stages.sketch.layers import target_layers, weight_as_out_in
 
 # Entries of per-pair gradients of one layer alive at a time in `gram_matrix`: 128 MiB.
@@ -21,9 +22,9 @@ LayerVectors = dict[str, Tensor]  # layer name to (vectors, out, in) float32
 
 
 def pair_gradient(
-    model: PreTrainedModel, batch: PairBatch, layers: str | None = None, average_log_prob: bool = False
+    model: PreTrainedModel, batch: PairBatch, layers: str | None = None, loss: LossSettings = DPO
 ) -> dict[str, Tensor]:
-    """u = grad log p(chosen) - grad log p(rejected) of the one pair in `batch`, by autograd.
+    """u of the one pair in `batch` by autograd: for DPO grad log p(chosen) - grad log p(rejected).
 
     Slow, large and easy to trust. Returns {layer name: (out, in) float32} over the layers that `GradientCapture`
     targets, and leaves the model's gradients and flags alone. It holds as much memory as the targeted weights. Put
@@ -40,9 +41,9 @@ def pair_gradient(
             weight.requires_grad_(True)
         with torch.enable_grad():
             logps = completion_logprobs(model, batch)
-            if average_log_prob:
-                logps = logps / batch.completion_mask.sum(dim=1)
-            gradients = torch.autograd.grad(logps[0] - logps[1], weights)
+            both = ChosenRejected(*logps.detach().chunk(2))
+            _, seeds = gradient_seeds(both, both, loss, ChosenRejected(batch.chosen_tokens, batch.rejected_tokens))
+            gradients = torch.autograd.grad(logps, weights, seeds)
     finally:
         for weight, flag in zip(weights, required, strict=True):
             weight.requires_grad_(flag)
@@ -84,10 +85,12 @@ def gram_matrix(capture: GradientCapture, batch: PairTokens) -> Tensor:
     return visitor.gram
 
 
-def add_weighted_sums_(sums: LayerVectors, weights: Tensor, capture: GradientCapture, batch: PairTokens) -> Tensor:
-    """Adds sum_b weights[l, b] * u_b to `sums`[layer][l] for every layer and l.
+def add_weighted_sums_(
+    sums: LayerVectors, weights: Tensor, capture: GradientCapture, batch: PairTokens
+) -> Captured:
+    """Adds sum_b weights[l, b] * c_b * u_b to `sums`[layer][l] for every layer and l.
 
-    `weights` is (vectors, B); the log-probabilities (2B,) are returned. `sums` is filled with zeros for layers
+    `weights` is (vectors, B). `sums` is filled with zeros for layers
     that it lacks, so start with an empty dict; it holds as many copies of the targeted weights, in float32, as
     there are vectors.
     """
@@ -102,13 +105,13 @@ def add_weighted_sums_(sums: LayerVectors, weights: Tensor, capture: GradientCap
                     if weight:
                         sums[name][vector].addmm_(gradients[part].float().T, kept[part].float(), alpha=weight)
 
-    return capture.run(batch, Visitor())
+    return capture.run(batch, Visitor(), times_coefficient=True)
 
 
 def dots_and_norms(
     vectors: LayerVectors, capture: GradientCapture, batch: PairTokens
-) -> tuple[Tensor, Tensor, Tensor]:
-    """<u_b, vector_l> as (B, vectors), |u_b| as (B,), both float64, and the log-probabilities (2B,).
+) -> tuple[Tensor, Tensor, Captured]:
+    """<u_b, vector_l> as (B, vectors) and |u_b| as (B,), both float64, and what else the pass found.
 
     One layer of one pair's gradient is alive at a time.
     """
@@ -124,5 +127,5 @@ def dots_and_norms(
                 dots[pair] += (flat @ gradient).to(dots.device)
                 squared_norms[pair] += (gradient @ gradient).to(dots.device)
 
-    logps = capture.run(batch, Visitor())
-    return dots, squared_norms.sqrt(), logps
+    captured = capture.run(batch, Visitor())
+    return dots, squared_norms.sqrt(), captured

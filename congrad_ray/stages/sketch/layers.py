@@ -17,6 +17,11 @@ class UnsupportedLayers(ValueError):
 _ADAPTERS = re.compile(r"\.lora_[AB]\.")
 
 
+def is_adapter(name: str) -> bool:
+    """Whether the module of this name is the A or B of a LoRA adapter."""
+    return _ADAPTERS.search(name) is not None
+
+
 def base_causal_model(model: nn.Module) -> PreTrainedModel:
     """The causal language model itself, where PEFT has wrapped it (its adapters stay in place)."""
     unwrap: Any = getattr(model, "get_base_model", None)
@@ -30,8 +35,9 @@ def target_layers(model: PreTrainedModel, layers: str | None = None) -> dict[str
 
     By default every `nn.Linear` and transformers `Conv1D` except the output embedding, which is never
     included: it is as large as the vocabulary, and often the input embedding too. Where the model has LoRA
-    adapters, they alone are the default: they are what training would change. `layers` is a regular
-    expression (`re.search`) over module names that narrows this down.
+    adapters, they alone: they are what training would change. An adapter whose B is zero, as it is at first, gives
+    its A no gradient, and A is left out. `layers` is a regular expression (`re.search`) over module names that
+    narrows this down.
 
     Raises `UnsupportedLayers` if nothing matches, and, when `layers` is None, if the model holds weights of
     three or more dimensions outside convolutions: mixture-of-experts layers with all experts in one tensor,
@@ -43,9 +49,10 @@ def target_layers(model: PreTrainedModel, layers: str | None = None) -> dict[str
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
+    adapters = {name: module for name, module in candidates.items() if is_adapter(name)}
+    if adapters:
+        candidates = {name: module for name, module in adapters.items() if not _has_no_gradient(name, adapters)}
     pattern = re.compile(layers) if layers is not None else None
-    if pattern is None and any(_ADAPTERS.search(name) for name in candidates):
-        pattern = _ADAPTERS
     chosen = {name: module for name, module in candidates.items() if pattern is None or pattern.search(name)}
     if not chosen:
         raise UnsupportedLayers(
@@ -54,7 +61,7 @@ def target_layers(model: PreTrainedModel, layers: str | None = None) -> dict[str
             if candidates
             else f"{type(model).__name__} has no nn.Linear or Conv1D layers to take gradients of"
         )
-    if pattern is None:
+    if pattern is None and not adapters:
         fused = _fused_expert_weights(model)
         if fused:
             raise UnsupportedLayers(
@@ -64,6 +71,14 @@ def target_layers(model: PreTrainedModel, layers: str | None = None) -> dict[str
                 "expression, for example layers='self_attn'"
             )
     return chosen
+
+
+def _has_no_gradient(name: str, adapters: dict[str, nn.Module]) -> bool:
+    """Whether this is the A of an adapter whose B is zero."""
+    if ".lora_A." not in name:
+        return False
+    b = adapters[name.replace(".lora_A.", ".lora_B.")].get_parameter("weight")
+    return b.device.type != "meta" and not bool(b.any())
 
 
 def _fused_expert_weights(model: PreTrainedModel) -> list[str]:

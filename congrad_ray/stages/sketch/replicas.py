@@ -66,6 +66,8 @@ class PairRow(TypedDict):
     prompt: str | list[Message]
     chosen: str | list[Message]
     rejected: str | list[Message]
+    chosen_score: NotRequired[float]
+    rejected_score: NotRequired[float]
     chat: NotRequired[bool]
     tools: NotRequired[str | None]
     chat_template_kwargs: NotRequired[str | None]
@@ -88,6 +90,8 @@ class Replica:
         self._notify(f"loading {source.name} on each {device} replica")
         import torch
 
+        from congrad_ray.modeling.adapters import model_to_train
+        from congrad_ray.modeling.loss import loss_settings
         from congrad_ray.stages.sketch.capture import GradientCapture
 
         if device == "cpu":
@@ -97,10 +101,16 @@ class Replica:
         self._tokenizer = source.load_tokenizer()
         pad = self._tokenizer.pad_token_id
         assert isinstance(pad, int)
+        # With an adapter, the one that training starts from: its gradients are what training would follow.
+        model: Any = (
+            model_to_train(source, self.recipe.train, device, spec.devices)
+            if self.recipe.sketched_adapter
+            else source.load_model(device, spec.devices)
+        )
         self.capture = GradientCapture(
-            source.load_model(device, spec.devices),
+            model,
             settings.layers,
-            settings.average_log_prob,
+            loss_settings(self.recipe.train),
             settings.gradient_checkpointing,
             pad,
         )
@@ -129,17 +139,16 @@ class Replica:
             pairs = [usable[member][1] for member in members]
             yield MicroBatch([usable[member][0] for member in members], pairs, self.capture.layout(pairs))
 
-    def coefficients(self, tokens: PairTokens) -> torch.Tensor:
-        """c of every pair where policy and reference are the same, as they are when an iteration starts."""
+    def weights(self, rows: Sequence[PairRow]) -> torch.Tensor:
+        """Factors on the pairs' losses, and so on their c: (rows,) float32 on the CPU."""
         import torch
 
-        from congrad_ray.modeling.loss import ChosenRejected, LossSettings, pair_coefficient
+        from congrad_ray.modeling.loss import margin_weights
 
-        train = self.recipe.train
-        zeros = torch.zeros(tokens.pairs, device=tokens.input_ids.device)
-        logps = ChosenRejected(zeros, zeros)
-        lengths = ChosenRejected(tokens.chosen_tokens, tokens.rejected_tokens)
-        return pair_coefficient(logps, logps, LossSettings(train.beta, train.length_penalty), lengths)
+        if not self.recipe.train.margin_weighting:
+            return torch.ones(len(rows))
+        chosen = torch.tensor([row["chosen_score"] for row in rows])
+        return margin_weights(chosen, torch.tensor([row["rejected_score"] for row in rows]))
 
 
 @dataclass(frozen=True)
@@ -150,6 +159,7 @@ class Found:
     scales: np.ndarray[Any, Any]  # (B,)
     norms: np.ndarray[Any, Any]  # (B,)
     logps: np.ndarray[Any, Any]  # (2B,), chosen first
+    coefficients: np.ndarray[Any, Any]  # (B,), before the pairs' weights
     audit_exact: np.ndarray[Any, Any] | None = None  # (B,)
     audit_sketched: np.ndarray[Any, Any] | None = None  # (B,)
 
@@ -222,7 +232,7 @@ class SketchReplica(Replica):
                 raise
             found, said = None, str(error)
         if found is not None:
-            self._enter(results, members, found)
+            self._enter(rows, results, members, found)
             self._notify.computed(len(members.pairs))
             return
         # Outside of the except clause: the error is gone, and with it the tensors that its frames held.
@@ -242,12 +252,13 @@ class SketchReplica(Replica):
 
     def _enter(
         self,
+        rows: Sequence[PairRow],
         results: list[dict[str, Any]],
         members: MicroBatch,
         found: Found,
     ) -> None:
         tokens = members.tokens
-        coefficients = self.coefficients(tokens).tolist()
+        coefficients = found.coefficients * self.weights([rows[row] for row in members.rows]).numpy()
         sketches = sketch_bytes(found.stored)
         for place, (row, pair) in enumerate(zip(members.rows, members.pairs, strict=True)):
             norm = float(found.norms[place])
@@ -258,7 +269,7 @@ class SketchReplica(Replica):
                 sketch=sketches[place],
                 sketch_scale=float(found.scales[place]),
                 norm=norm,
-                coefficient=coefficients[place],
+                coefficient=float(coefficients[place]),
                 chosen_logps=float(found.logps[place]),
                 rejected_logps=float(found.logps[tokens.pairs + place]),
                 prompt_tokens=len(pair.prompt_ids),
@@ -287,6 +298,7 @@ class SketchReplica(Replica):
             "scales": scales,
             "norms": result.norms.cpu().numpy(),
             "logps": np.concatenate([result.chosen_logps.cpu().numpy(), result.rejected_logps.cpu().numpy()]),
+            "coefficients": result.coefficients.cpu().numpy(),
         }
         if gram is not None:
             numbers = stored.astype(np.float64) * scales[:, None]
@@ -297,10 +309,11 @@ class SketchReplica(Replica):
     def _project(self, tokens: PairTokens) -> Found:
         from congrad_ray.stages.sketch.exact import dots_and_norms
 
-        dots, norms, logps = dots_and_norms(self._vectors, self.capture, tokens)
+        dots, norms, captured = dots_and_norms(self._vectors, self.capture, tokens)
         coordinates = (dots.cpu().numpy() @ self._basis).astype(np.float32)
         ones = np.ones(len(coordinates), np.float32)
-        return Found(coordinates, ones, norms.cpu().numpy(), logps.cpu().numpy())
+        logps, coefficients = captured.logps.cpu().numpy(), captured.coefficients.cpu().numpy()
+        return Found(coordinates, ones, norms.cpu().numpy(), logps, coefficients)
 
     def _compute_dtype(self) -> torch.dtype | None:
         import torch
@@ -381,7 +394,8 @@ class SummingReplica(Replica):
         for members in self.micro_batches(rows, {}):
             of_language = torch.tensor([self._languages.index(rows[row]["language"]) for row in members.rows])
             weights = torch.zeros((len(self._languages), members.tokens.pairs))
-            weights[of_language, torch.arange(members.tokens.pairs)] = self.coefficients(members.tokens).cpu()
+            of_pairs = self.weights([rows[row] for row in members.rows])
+            weights[of_language, torch.arange(members.tokens.pairs)] = of_pairs
             add_weighted_sums_(self._sums, weights, self.capture, members.tokens)
             for language in of_language.tolist():
                 self._counts[language] += 1

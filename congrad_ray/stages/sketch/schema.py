@@ -29,7 +29,7 @@ def sketches_schema(width: int, dtype: str) -> pa.Schema:
             field(
                 "norm", pa.float64(), "Euclidean norm of u over the sketched layers: exact where no side is folded"
             ),
-            field("coefficient", pa.float64(), "c > 0: the gradient of the DPO loss is -c * u"),
+            field("coefficient", pa.float64(), "c >= 0: the gradient of the pair's loss is -c * u"),
             field("chosen_logps", pa.float64(), "summed log-probability of chosen, nats; also the reference's"),
             field(
                 "rejected_logps",

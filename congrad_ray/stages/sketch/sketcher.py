@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from congrad_ray.modeling.packing import PairTokens
-from congrad_ray.stages.sketch.capture import GradientCapture, pair_segments
+from congrad_ray.stages.sketch.capture import Captured, GradientCapture, pair_segments
 from congrad_ray.stages.sketch.countsketch import CountSketch
 from congrad_ray.stages.sketch.exact import GramVisitor
 
@@ -22,12 +22,13 @@ _ENTRIES = 2**26
 class SketchResult:
     """What `sketch_pairs` finds for B pairs; everything float32 on the model's device."""
 
-    sketches: Tensor  # (B, width), count-sketch of u = grad log p(chosen) - grad log p(rejected)
+    sketches: Tensor  # (B, width), count-sketch of u; for DPO u = grad log p(chosen) - grad log p(rejected)
     norms: (
         Tensor  # (B,), |u| over the targeted layers: exact without folds, else from an unbiased estimate of |u|^2
     )
     chosen_logps: Tensor  # (B,), sum over completion tokens
     rejected_logps: Tensor  # (B,)
+    coefficients: Tensor  # (B,), c >= 0: the gradient of the capture's loss is -c * u
 
 
 def sketch_pairs(
@@ -41,8 +42,7 @@ def sketch_pairs(
     sketch up to rounding. Raises as `GradientCapture.run` does.
     """
     visitor = _Sketching(sketch, batch.pairs, batch.input_ids.device, compute_dtype)
-    logps = capture.run(batch, visitor)
-    return _result(sketch, visitor, logps)
+    return _result(sketch, visitor, capture.run(batch, visitor))
 
 
 def audited_sketches(
@@ -50,13 +50,15 @@ def audited_sketches(
 ) -> tuple[SketchResult, Tensor]:
     """What `sketch_pairs` gives, and the exact inner products (B, B) of the pairs' u, in the same two passes."""
     visitor = _AuditedSketching(sketch, batch, compute_dtype)
-    logps = capture.run(batch, visitor)
-    return _result(sketch, visitor, logps), visitor.exact.gram
+    captured = capture.run(batch, visitor)
+    return _result(sketch, visitor, captured), visitor.exact.gram
 
 
-def _result(sketch: CountSketch, visitor: _Sketching, logps: Tensor) -> SketchResult:
-    chosen, rejected = logps.chunk(2)
-    return SketchResult(sketch.sketches(visitor.table), visitor.squared_norms.sqrt(), chosen, rejected)
+def _result(sketch: CountSketch, visitor: _Sketching, captured: Captured) -> SketchResult:
+    chosen, rejected = captured.logps.chunk(2)
+    return SketchResult(
+        sketch.sketches(visitor.table), visitor.squared_norms.sqrt(), chosen, rejected, captured.coefficients
+    )
 
 
 class _Sketching:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import random
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from congrad_ray.config.loss import LossSettings
+from congrad_ray.config.names import JUDGED
 from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.settings import SettingsError
 from congrad_ray.data.tables import MESSAGES
 from congrad_ray.modeling.source import policy, policy_input
 from congrad_ray.modeling.tokenization import chat_prompt_ids
@@ -53,6 +57,7 @@ def run(context: Context) -> Outcome:
     missing = read_missing_batches(
         context.input("pairs"), context.output, "pair_id", PAIRS_PER_PART, PART_BYTES[device]
     )
+    check_judged(recipe, missing.schema.names)
     if missing.schema.field("prompt").type == MESSAGES:
         chat_prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
     if missing.count:
@@ -96,6 +101,18 @@ def run(context: Context) -> Outcome:
             "correlation {rank_correlation:.4f}".format(**summary["audit"])
         )
     return outcome_of(context.output, "pair_id", summary, len(missing.ids))
+
+
+def check_judged(recipe: Recipe, columns: Sequence[str]) -> None:
+    """Raises SettingsError where pairs with these columns cannot be weighted as the recipe has it."""
+    if not recipe.train.margin_weighting:
+        return
+    lacking = [name for name in JUDGED if name not in columns]
+    if lacking:
+        raise SettingsError(
+            f"train.margin_weighting needs pairs with a judge's scores; these have no {', '.join(lacking)}: "
+            "set train.margin_weighting: false"
+        )
 
 
 def _counted(row: dict[str, Any]) -> dict[str, int]:
@@ -181,8 +198,20 @@ def _sum_languages(context: Context, pairs: MissingRows, languages: list[str], s
 
 
 def _settings(recipe: Recipe, iteration: int) -> Any:
-    sketch = recipe.sketch.model_dump(mode="json", exclude={"max_tokens_per_batch", "audit_pairs"})
-    return [recipe.model.model_dump(mode="json"), sketch, recipe.train.beta, recipe.train.length_penalty]
+    excluded = {"max_tokens_per_batch", "audit_pairs", "parameters"}
+    sketch = recipe.sketch.model_dump(mode="json", exclude=excluded)
+    # What earlier versions recorded of DPO, which is what the other settings of the loss add nothing to.
+    sketch["average_log_prob"] = False
+    train = recipe.train
+    names = {field.name for field in fields(LossSettings)} - {"beta", "length_penalty"}
+    rest = train.model_dump(mode="json", include=names)
+    adapter = recipe.sketched_adapter
+    if adapter is not None:
+        # What the adapter's first numbers and its gradients depend on.
+        rest["lora"] = adapter.model_dump(mode="json", exclude={"lora_dropout", "merge"})
+        rest["seed"] = train.seed
+    found = [recipe.model.model_dump(mode="json"), sketch, train.beta, train.length_penalty]
+    return [*found, rest] if rest else found
 
 
 STAGE = Stage(

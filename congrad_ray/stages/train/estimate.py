@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from congrad_ray.config.profile import Profile
@@ -11,16 +12,15 @@ from congrad_ray.config.recipe import Recipe
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.estimate import Change, Estimate, Planned, Replicas, with_changed
 from congrad_ray.planning.flops import forward_flops
-from congrad_ray.planning.memory import BYTES, Memory, process_bytes
+from congrad_ray.planning.memory import BYTES, Memory, process_bytes, weight_bytes
 from congrad_ray.planning.volume import Lengths, Volume, kept_pairs, pairs_of
+from congrad_ray.stages.train.arguments import REDUCE_BUCKET
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from congrad_ray.modeling.shape import ModelShape
 
-# engine.deepspeed_config: elements of the buffer in which gradients wait to be reduced.
-_REDUCE_BUCKET = 50_000_000
 # DeepSpeed's default stage3_max_live_parameters: elements of gathered weights alive at a time.
 _LIVE_PARAMETERS = 1_000_000_000
 
@@ -34,22 +34,59 @@ def _volume(planned: Planned, iteration: int) -> Volume:
     return Volume(
         seen,
         2 * seen,
-        trained=2 * seen * (lengths.prompt + lengths.paired_response),
+        trained=seen * (lengths.prompt + 2 * lengths.paired_response),
         completions=2 * seen * lengths.paired_response,
     )
 
 
-def train_flops(
-    volume: Volume, shape: ModelShape, recipe: Recipe, lengths: Lengths, assumptions: Assumptions
-) -> float:
+def train_flops(volume: Volume, shape: ModelShape, recipe: Recipe, lengths: Lengths) -> float:
     """Three times the forward (Kaplan et al. 2020: 6 per parameter and token), four with checkpointing.
 
-    The logits are always computed a second time in the backward (`modeling.logprobs`).
+    Attention runs over two rows a pair, all else over the tokens of `modeling.packing`, each prompt once. The
+    logits are always computed a second time in the backward (`modeling.logprobs`). With an adapter the weights
+    themselves get no gradients, which is one forward less, and the adapter's own products are not counted.
     """
     row = lengths.prompt + lengths.paired_response
-    tokens = volume.trained * (1 + assumptions.training_padding)
+    attended = volume.requests * row
+    attention = forward_flops(shape, attended, row / 2, 0) - forward_flops(shape, attended, 0, 0)
     passes = 4 if recipe.train.gradient_checkpointing else 3
-    return forward_flops(shape, tokens, row / 2, 0) * passes + 8.0 * shape.head * volume.completions
+    tokens = forward_flops(shape, volume.trained, 0, 0)
+    if recipe.train.lora is not None:
+        return tokens * (passes - 1) + attention * passes + 4.0 * shape.head * volume.completions
+    return (tokens + attention) * passes + 8.0 * shape.head * volume.completions
+
+
+def trainable_parameters(shape: ModelShape, recipe: Recipe) -> int:
+    """How many numbers the optimiser changes: all of the model's, or those of an adapter."""
+    if recipe.train.lora is None:
+        return shape.parameters
+    model = _model_to_train(shape.config, recipe)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _model_to_train(config: PretrainedConfig, recipe: Recipe) -> PreTrainedModel:
+    """The model without numbers, in evaluation mode, with a new adapter in its layers where the recipe has one."""
+    from congrad_ray.modeling.adapters import with_adapter
+    from congrad_ray.modeling.shape import meta_model
+
+    model, lora = meta_model(config, recipe.model.dtype).eval(), recipe.train.lora
+    if lora is not None:
+        with _no_warnings_of_names():
+            with_adapter(model, lora, recipe.train.seed)  # puts it into the model's own layers
+    return model
+
+
+@contextmanager
+def _no_warnings_of_names() -> Iterator[None]:
+    """Within, none of a new name for gradient checkpointing, which training itself reports."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def pass_tokens(recipe: Recipe, profile: Profile) -> int:
+    """Tokens of the largest pass: those of the budget, or of one pair with two rows of model.max_length."""
+    return max(recipe.train.batch_tokens(profile.device), 2 * recipe.model.max_length)
 
 
 def training_memory(shape: ModelShape, recipe: Recipe, profile: Profile, assumptions: Assumptions) -> Memory:
@@ -57,30 +94,33 @@ def training_memory(shape: ModelShape, recipe: Recipe, profile: Profile, assumpt
 
     Mixed precision takes 2 bytes a weight and a gradient, and 4 each for the float32 master copy and Adam's two
     moments. Stage 1 spreads the last three over the workers, stage 2 the gradients as well, stage 3 the weights.
-    DeepSpeed keeps a master copy under float32 too, except without ZeRO. The optimiser's step comes after the
-    backward, so its float32 gradients and temporaries and the activations are not there together.
+    DeepSpeed keeps a master copy under float32 too, except without ZeRO. What is not trained has weights alone.
+    The optimiser's step comes after the backward, so its float32 gradients and temporaries and the activations are
+    not there together.
     """
-    train, workers = recipe.train, profile.trainers.num_workers
-    count, width, stage = float(shape.parameters), BYTES[recipe.model.dtype], recipe.train.zero_stage
+    workers, stage = profile.trainers.num_workers, recipe.train.zero_stage
+    width, trained = BYTES[recipe.model.dtype], float(trainable_parameters(shape, recipe))
+    adapter = 0.0 if recipe.train.lora is None else trained  # beside the model's own weights
     no_master = stage == 0 and recipe.model.dtype == "float32"
-    share = count if no_master else count / workers
+    share = trained if no_master else trained / workers
     parts = {
-        "weights": width * count / (workers if stage == 3 else 1),
+        "weights": (weight_bytes(shape, recipe, recipe.train.lora) + width * adapter)
+        / (workers if stage == 3 else 1),
         "master_weights": 0.0 if no_master else 4 * share,
         "moments": 8 * share,
         # Without ZeRO bfloat16 gradients are gathered in float32.
-        "gradients": count * (4 if stage == 0 else width) / (workers if stage >= 2 else 1),
+        "gradients": trained * (4 if stage == 0 else width) / (workers if stage >= 2 else 1),
         "process": process_bytes(profile, assumptions, 1),
     }
     if stage == 3:
-        parts["gathered_weights"] = width * min(count, _LIVE_PARAMETERS)
+        parts["gathered_weights"] = width * min(float(shape.parameters), _LIVE_PARAMETERS)
     elif stage > 0:
         # Memory of a CPU that was never written to is not there: a small model does not fill the bucket.
-        filled = min(count, _REDUCE_BUCKET) if profile.device == "cpu" else _REDUCE_BUCKET
+        filled = min(trained, REDUCE_BUCKET) if profile.device == "cpu" else REDUCE_BUCKET
         parts["reduce_bucket"] = width * float(filled)
     standing = sum(parts.values())
     overhead = 1 + assumptions.overhead(profile.device)
-    working = overhead * training_working_bytes(shape, recipe, train.micro_batch_size)
+    working = overhead * training_working_bytes(shape, recipe, pass_tokens(recipe, profile))
     parts["activations"] = working
     # The shares' gradients in float32; on a CPU, AdamW makes two tensors as large as its weights besides.
     step = 4 * share * ((0 if no_master else 1) + (2 if profile.device == "cpu" else 0))
@@ -88,34 +128,35 @@ def training_memory(shape: ModelShape, recipe: Recipe, profile: Profile, assumpt
     return Memory(parts, standing + max(working, step))
 
 
-def training_working_bytes(shape: ModelShape, recipe: Recipe, pairs: int) -> int:
-    """Bytes beside weights, gradients and optimiser, at their peak, for a micro-batch of such pairs.
+def training_working_bytes(shape: ModelShape, recipe: Recipe, tokens: int) -> int:
+    """Bytes beside weights, gradients and optimiser, at their peak, for a pass of so many tokens.
 
-    A weight's gradient is freed when it is whole, as DeepSpeed does that moves it to where it gathers gradients.
+    They are those of pairs with rows of model.max_length, and of a shorter pair for the rest. A weight's gradient
+    is freed when it is whole, as DeepSpeed does that moves it to where it gathers gradients.
     """
-    import torch
-
-    from congrad_ray.modeling.logprobs import summed_logprobs
+    from congrad_ray.modeling.packing import shared_prompt_tokens, two_sequence_tokens
     from congrad_ray.modeling.rehearsal import extrapolated, forget_gradient, peak_bytes
-    from congrad_ray.modeling.shape import meta_model
+    from congrad_ray.modeling.shared_prompts import attention_over, completion_sums, why_not_shared
+    from congrad_ray.modeling.tokenization import TokenizedPair
 
-    rows, length = 2 * pairs, recipe.model.max_length
+    full, rest = divmod(tokens, 2 * recipe.model.max_length)
+    responses = [recipe.model.max_length - 1] * full + ([rest // 2] if rest > 1 else [])
+    pairs = [TokenizedPair([0], [0] * length, [0] * length) for length in responses]
 
     def peak(config: PretrainedConfig) -> int:
-        model = meta_model(config, recipe.model.dtype).train()
+        model = _model_to_train(config, recipe)
+        shared = why_not_shared(model) is None
+        batch = shared_prompt_tokens(pairs, "meta") if shared else two_sequence_tokens(pairs, 0, "meta")
+        model.train()
         if recipe.train.gradient_checkpointing:
-            with warnings.catch_warnings():  # of a new name for this, which training itself reports
-                warnings.simplefilter("ignore", FutureWarning)
+            with _no_warnings_of_names():
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for parameter in model.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
             parameter.register_post_accumulate_grad_hook(forget_gradient)
-        ids = torch.zeros((rows, length), dtype=torch.int64, device="meta")
 
         def step() -> None:
-            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            of_row = torch.zeros(rows * (length - 1), dtype=torch.int64, device="meta")
-            logps = summed_logprobs(model, states[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), of_row, rows)
-            logps.sum().backward()
+            with attention_over(model, batch) as arguments:
+                completion_sums(model, batch, arguments).sum().backward()
 
         return peak_bytes(model, step)
 
@@ -123,15 +164,21 @@ def training_working_bytes(shape: ModelShape, recipe: Recipe, pairs: int) -> int
 
 
 def policy_bytes(shape: ModelShape, recipe: Recipe) -> int:
-    """Bytes of a checkpoint's safetensors: every parameter in the model's dtype, tied ones once."""
-    return shape.parameters * BYTES[recipe.model.dtype]
+    """Bytes of a checkpoint's safetensors: every parameter in its dtype, tied ones once, or the adapter's."""
+    lora = recipe.train.lora
+    written = shape.parameters if lora is None or lora.merge else trainable_parameters(shape, recipe)
+    return written * BYTES[recipe.model.dtype]
 
 
 def _checkpoints(planned: Planned, volume: Volume) -> float:
     """The two training checkpoints that are kept while training runs: weights, master copy, moments."""
     recipe, shape = planned.recipe, planned.shapes.policy
     steps = recipe.train.max_steps or volume.rows / recipe.train.batch_size
-    return 0.0 if steps <= recipe.train.save_steps else 2.0 * shape.parameters * (BYTES[recipe.model.dtype] + 12)
+    return (
+        0.0
+        if steps <= recipe.train.save_steps
+        else 2.0 * (BYTES[recipe.model.dtype] * shape.parameters + 12 * trainable_parameters(shape, recipe))
+    )
 
 
 def _changes(recipe: Recipe, profile: Profile) -> Iterator[Change]:
@@ -144,9 +191,10 @@ def _changes(recipe: Recipe, profile: Profile) -> Iterator[Change]:
     if not recipe.train.gradient_checkpointing:
         recipe = with_changed(recipe, "train", gradient_checkpointing=True)
         yield changed("--set train.gradient_checkpointing=true")
-    if recipe.train.micro_batch_size > 1:
-        recipe = with_changed(recipe, "train", micro_batch_size=1)
-        yield changed("--set train.micro_batch_size=1")
+    longest = 2 * recipe.model.max_length
+    if recipe.train.batch_tokens(profile.device) > longest:  # the longest pair is not made smaller
+        recipe = with_changed(recipe, "train", max_tokens_per_batch=longest)
+        yield changed(f"--set train.max_tokens_per_batch={longest}")
     if recipe.train.zero_stage < 3:
         recipe = with_changed(recipe, "train", zero_stage=3)
         yield changed("--set train.zero_stage=3")
@@ -167,7 +215,7 @@ ESTIMATE = Estimate(
             planned.shapes.policy, planned.recipe, planned.profile, planned.assumptions
         ),
         flops=lambda planned, volume: (
-            train_flops(volume, planned.shapes.policy, planned.recipe, planned.lengths, planned.assumptions),
+            train_flops(volume, planned.shapes.policy, planned.recipe, planned.lengths),
             0.0,
         ),
         mfu=lambda assumptions: (assumptions.backward_mfu, 1.0),

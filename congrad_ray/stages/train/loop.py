@@ -1,81 +1,52 @@
-"""What each training worker runs: DPO steps, checkpoints to resume from, and the checkpoint to keep."""
+"""What each training worker runs: the Trainer from start, or from the last checkpoint, to the policy."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
+import shutil
 import tempfile
-import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.fs as pafs
 import torch
-from torch import Tensor
+from transformers import EarlyStoppingCallback, TrainerCallback
 
-from congrad_ray.config.recipe import Train
-from congrad_ray.modeling.batching import PairBatch, collate_pairs
-from congrad_ray.modeling.loss import ChosenRejected, LossSettings, dpo_loss
+from congrad_ray.config.recipe import Recipe
 from congrad_ray.modeling.source import ModelSource
-from congrad_ray.modeling.tokenization import Messages, tokenize_pair
 from congrad_ray.rundir.directory import Folder
 from congrad_ray.runtime.notices import Notify
-from congrad_ray.stages.train.engine import (
-    consolidated_weights,
-    gradient_norm,
-    set_learning_rate,
-    start_engine,
-    unsharded_gradient_norm,
-)
-from congrad_ray.stages.train.metrics import FAILURE, REFERENCE_GAP, MetricsWriter, Row
-from congrad_ray.stages.train.schedule import Schedule, learning_rate, micro_batches
+from congrad_ray.stages.train.arguments import training_arguments
+from congrad_ray.stages.train.checkpoints import readable_checkpoint, separate_step_counts
+from congrad_ray.stages.train.metrics import FAILURE, MetricsWriter
+from congrad_ray.stages.train.pairs import SelectedPairs
+from congrad_ray.stages.train.policy import keep_best, load_policy, save_policy
+from congrad_ray.stages.train.schedule import make_schedule
+from congrad_ray.stages.train.split import trained_and_held_out
+from congrad_ray.stages.train.trainer import PairTrainer, Parts, TrainingStopped, Watcher
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
-_CHECKPOINT_TAG = "state"
-_MEANS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
+# The most by which the rewards' margins may differ from the reference's before the first step, on average.
+_REFERENCE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.25}
 
 
 @dataclass(frozen=True)
 class TrainingJob:
     """All that a training worker needs to know; travels to it by Ray."""
 
-    train: Train
-    schedule: Schedule
+    recipe: Recipe
     policy: ModelSource
     selection: Folder  # holds selected.parquet
     output: Folder
     threads: int
     notify: Notify = field(default_factory=Notify)
-
-
-class NotFinite(ArithmeticError):
-    """A loss or gradient is not a number; known to all workers at once."""
-
-
-@dataclass
-class _Worker:
-    """What the steps of one worker share."""
-
-    job: TrainingJob
-    engine: DeepSpeedEngine
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    pairs: pa.Table
-    lengths: list[int]
-    device: torch.device
-    rank: int
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -88,227 +59,179 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     job: TrainingJob = config["job"]
-    worker = _start(job, ray.train.torch.get_device(), ray.train.get_context().get_world_rank())
-    engine = worker.engine
-    start = 0
+    context = ray.train.get_context()
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint:
-        with checkpoint.as_directory() as folder:
-            _, state = engine.load_checkpoint(folder, tag=_CHECKPOINT_TAG)
-        start = state["step"]
-    writer = MetricsWriter(job.output, start) if worker.rank == 0 else None
-    try:
-        _steps(worker, start, writer)
-    except NotFinite as error:
-        # Every worker is here: returning ends training without Ray's retries, which would meet the same numbers.
-        if worker.rank == 0:
-            job.output.write_json(FAILURE, {"message": str(error)})
-        return
-    finally:
-        if writer:
-            writer.close()
-    _save_policy(worker)
+    # Not a folder that a failure would remove: checkpoints in it may be on their way to the run's storage.
+    scratch = tempfile.mkdtemp(prefix="congrad-training-")
+    with contextlib.ExitStack() as stack:
+        resumed = None
+        if checkpoint:
+            folder = stack.enter_context(checkpoint.as_directory())
+            resumed = readable_checkpoint(Path(folder), context.get_world_size(), context.get_local_rank())
+        trainer = start(job, scratch, ray.train.torch.get_device(), context.get_world_size(), resumed)
+        trainer.add_callback(_Report())
+        stack.enter_context(logged(job, trainer, resumed))
+        try:
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        except TrainingStopped as error:
+            # Every worker is here: returning ends training without retries, which would meet the same numbers.
+            if trainer.is_world_process_zero():
+                job.output.write_json(FAILURE, {"message": str(error)})
+            return
+        save_policy(trainer, job.policy, job.recipe.train, job.output)
+    ray.train.get_all_reported_checkpoints()  # waits for the last one
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
-def train_alone(job: TrainingJob) -> PreTrainedModel:
-    """The same steps on the CPU of this process alone, without Ray Train and checkpoints; gives the trained model.
+def train_alone(job: TrainingJob) -> PreTrainedModel | PeftModel:
+    """The same training on the CPU of this process alone, without Ray and checkpoints; gives the trained model.
 
-    Raises NotFinite.
+    With an adapter it is on the model that is given. Raises TrainingStopped.
     """
-    unsaved = job.train.model_copy(update={"save_steps": job.schedule.total_steps})
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's launchers set it
+    with alone(), tempfile.TemporaryDirectory() as scratch:
+        trainer = start(job, scratch, torch.device("cpu"), 1, None)
+        trainer.args.save_strategy = "no"
+        trainer.train()
+        trained: Any = trainer.model
+        del trained.forward  # the model's own
+        return trained
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within, this process is the only worker of its training."""
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    worker = _start(replace(job, train=unsaved), torch.device("cpu"), 0)
-    _steps(worker, 0, None)
-    return worker.model
+    values = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
-def _start(job: TrainingJob, device: torch.device, rank: int) -> _Worker:
+def start(job: TrainingJob, scratch: str, device: torch.device, workers: int, resumed: Path | None) -> PairTrainer:
+    """This worker's trainer, its model loaded; the process group must exist. Raises ModelError."""
+    recipe, train = job.recipe, job.recipe.train
     job.notify.forward_warnings()
     job.notify(f"loading {job.policy.name} on each worker")
     torch.set_num_threads(job.threads)
+    _set_up_deepspeed(device)
+    tokenizer = job.policy.load_tokenizer()
+    table = job.selection.read_table(name="selected.parquet").sort_by("pair_id")
+    pairs = SelectedPairs(table, tokenizer, recipe.model.max_length, device, train.margin_weighting)
+    parts = parts_of(recipe, pairs)
+    universal = resumed is not None and (resumed / "latest_universal").exists()
+    # They live as long as the trainer: under ZeRO 3 loading looks at them.
+    arguments = training_arguments(recipe, scratch, workers, parts.schedule.total_steps, device.type, universal)
+    arguments.eval_on_start = bool(parts.held_out) and resumed is None
+    model = load_policy(job.policy, train, device)
+    attention = model.config._attn_implementation
+    if recipe.model.attn_implementation is None and attention != "sdpa":
+        job.notify(f"attention is {attention}: this model's code has no other")
+    callbacks: list[TrainerCallback] = []
+    if universal:
+        callbacks.append(_Loaded())
+    if train.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(train.early_stopping_patience))
+    # An adapter that is trained on has its dropout in the first pass too.
+    dropout = train.lora is not None and train.lora.lora_dropout > 0 and job.policy.base is not None
+
+    def improved(trainer: PairTrainer) -> None:
+        if train.load_best_model_at_end:
+            keep_best(trainer, job.policy, train, job.output)
+
+    return PairTrainer(
+        model,
+        arguments,
+        parts,
+        train,
+        math.inf if dropout else _REFERENCE_TOLERANCE[recipe.model.dtype],
+        Watcher(job.notify.computed, improved, job.notify),
+        eval_dataset=parts.held_out or None,
+        callbacks=callbacks,
+    )
+
+
+def parts_of(recipe: Recipe, pairs: SelectedPairs) -> Parts:
+    """What is trained on and what is held out. Raises TrainingError where there is nothing to train on."""
+    trained, out = trained_and_held_out(pairs.table, recipe.train)
+    schedule = make_schedule(recipe.train, len(trained))
+    return Parts(pairs, schedule, trained, out, recipe.train.batch_tokens(pairs.device.type))
+
+
+def _set_up_deepspeed(device: torch.device) -> None:
     os.environ["DS_ACCELERATOR"] = device.type
-    engine, model = start_engine(job.train, job.schedule, job.policy, device)
-    pairs = job.selection.read_table(name="selected.parquet").sort_by("pair_id")
-    return _Worker(
-        job=job,
-        engine=engine,
-        model=model,
-        tokenizer=job.policy.load_tokenizer(),
-        pairs=pairs,
-        lengths=_text_lengths(pairs),
-        device=device,
-        rank=rank,
-    )
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # DeepSpeed would compile a shared-memory collective with g++ (half a minute) that only its inference
+        # uses. This table, which it fills by probing compilers, is how it asks whether it may.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+    # Known to DeepSpeed before the model is read: ZeRO 3 asks for the number of workers while reading.
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
 
 
-def _steps(worker: _Worker, start: int, writer: MetricsWriter | None) -> None:
-    job, schedule = worker.job, worker.job.schedule
-    for step in range(start, schedule.total_steps):
-        before = time.monotonic()
-        rate = learning_rate(job.train, step, schedule.total_steps)
-        set_learning_rate(worker.engine, rate)
-        means, tokens = _optimiser_step(worker, step)
-        last = step + 1 == schedule.total_steps
-        if writer and ((step + 1) % job.train.logging_steps == 0 or step == 0 or last):
-            seconds = time.monotonic() - before
-            writer.add(
-                {
-                    "step": step + 1,
-                    "epoch": schedule.epoch_after(step),
-                    "learning_rate": rate,
-                    **means,
-                    "tokens_per_second": tokens / seconds,
-                }
-            )
-        if (step + 1) % job.train.save_steps == 0 and not last:
-            if writer:
-                writer.flush()
-            _report_checkpoint(worker.engine, step + 1, means)
-
-
-def _optimiser_step(worker: _Worker, step: int) -> tuple[Row, float]:
-    """One step over the whole batch: the means over its pairs, and the number of tokens. Raises NotFinite."""
-    schedule, engine = worker.job.schedule, worker.engine
-    batch = schedule.batch(step)
-    passes = micro_batches(batch, worker.lengths, schedule.accumulation, schedule.workers)
-    sums = torch.zeros(len(_MEANS) + 2, dtype=torch.float64, device=worker.device)
-    not_finite: list[str] = []
-    norm: float | None = None
-    for number, shares in enumerate(passes):
-        share = shares[worker.rank]
-        # Each pass is a collective: a worker without a pair runs one along with weight 0.
-        indexes = share or batch[:1]
-        rows = worker.pairs.take(indexes).to_pylist()
-        pairs = _collate(worker, rows)
-        losses, pass_sums = _losses(worker, pairs, rows)
-        # DeepSpeed averages over passes and workers; we want the mean over the pairs of the batch.
-        weight = schedule.accumulation * schedule.workers / len(batch) if share else 0.0
-        engine.backward(losses.sum() * weight)
-        worker.job.notify.computed(len(share))
-        if share:
-            sums += pass_sums
-            finite = torch.isfinite(losses).tolist()
-            not_finite += [row["pair_id"] for row, good in zip(rows, finite, strict=True) if not good]
-        if number + 1 == len(passes):
-            # Before the weights change: a loss that is not a number must not reach them.
-            sums = _sum_over_workers(sums)
-            _check_losses(sums, not_finite, step)
-            norm = unsharded_gradient_norm(engine)
-        engine.step()
-    norm = gradient_norm(engine) if norm is None else norm
-    if not math.isfinite(norm):
-        ids = ", ".join(worker.pairs.take(batch)["pair_id"].to_pylist()[:20])
-        raise NotFinite(
-            f"the gradient of step {step + 1} is {norm} although its losses are finite; pairs of the step: {ids}. "
-            "Lower train.learning_rate or train.max_grad_norm, or use model.dtype: float32."
-        )
-    *totals, gap, tokens = sums.tolist()
-    means = {name: total / len(batch) for name, total in zip(_MEANS, totals, strict=True)}
-    if step == 0:
-        means[REFERENCE_GAP] = gap / len(batch)
-    return {**means, "grad_norm": norm}, tokens
-
-
-def _collate(worker: _Worker, rows: list[dict[str, Any]]) -> PairBatch:
-    pairs = []
-    for row in rows:
-        try:
-            pairs.append(
-                tokenize_pair(
-                    worker.tokenizer,
-                    row["prompt"],
-                    row["chosen"],
-                    row["rejected"],
-                    worker.job.policy.settings.max_length,
-                )
-            )
-        except ValueError as error:
-            raise ValueError(f"pair {row['pair_id']}: {error}") from error
-    pad = worker.tokenizer.pad_token_id
-    assert isinstance(pad, int)  # modeling.tokenization.load_tokenizer ensures it
-    return collate_pairs(pairs, pad, worker.device)
-
-
-def _losses(worker: _Worker, pairs: PairBatch, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """The losses (B,), and sums over the pairs: of _MEANS, of the gap to the table's reference, of tokens."""
-
-    def column(name: str) -> Tensor:
-        return torch.tensor([row[name] for row in rows], dtype=torch.float32, device=worker.device)
-
-    logps = worker.engine(pairs.input_ids, pairs.attention_mask, pairs.completion_mask)
-    reference = torch.cat([column("ref_chosen_logps"), column("ref_rejected_logps")])
-    losses, metrics = dpo_loss(
-        ChosenRejected(*logps.chunk(2)),
-        ChosenRejected(*reference.chunk(2)),
-        LossSettings(worker.job.train.beta, worker.job.train.length_penalty),
-        ChosenRejected(pairs.chosen_tokens, pairs.rejected_tokens),
-    )
-    gap = (logps.detach() - reference).abs() / pairs.completion_mask.sum(dim=1)
-    means = [losses.detach().mean(), *(metrics[name] for name in _MEANS[1:])]
-    sums = [mean.double() * pairs.pairs for mean in means]
-    return losses, torch.stack([*sums, gap.double().sum() / 2, pairs.attention_mask.sum().double()])
-
-
-def _sum_over_workers(values: Tensor) -> Tensor:
-    torch.distributed.all_reduce(values)
-    return values
-
-
-def _check_losses(sums: Tensor, not_finite: list[str], step: int) -> None:
-    if math.isfinite(float(sums[0])):
+@contextlib.contextmanager
+def logged(job: TrainingJob, trainer: PairTrainer, resumed: Path | None) -> Iterator[None]:
+    """Writes what the first worker logs while the body runs."""
+    if not trainer.is_world_process_zero():
+        yield
         return
-    everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everyone, not_finite)
-    ids = sorted(identifier for found in everyone for identifier in found)
-    raise NotFinite(
-        f"the loss of step {step + 1} is not finite; pairs: {', '.join(ids[:20])}. The last checkpoint is kept. "
-        "Look at these pairs and at grad_norm in metrics.jsonl; lower train.learning_rate if it had been growing."
-    )
+    step = 0 if resumed is None else _step_of(resumed)
+    with contextlib.closing(
+        MetricsWriter(job.output, step, "tensorboard" in job.recipe.train.report_to)
+    ) as writer:
+        trainer.add_callback(_Log(writer))
+        yield
 
 
-def _report_checkpoint(engine: DeepSpeedEngine, step: int, means: Row) -> None:
-    """Each worker writes its shards; Ray Train puts them together in the run's storage."""
-    import ray.train
+def _step_of(checkpoint: Path) -> int:
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_callback import TrainerState
 
-    with tempfile.TemporaryDirectory() as folder:
-        engine.save_checkpoint(folder, tag=_CHECKPOINT_TAG, client_state={"step": step})
-        ray.train.report({**means, "step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
 
 
-def _save_policy(worker: _Worker) -> None:
-    """Writes the policy as a Hugging Face checkpoint: safetensors, config, tokenizer, chat template."""
-    weights = consolidated_weights(worker.engine)
-    if worker.rank != 0:
-        return
-    output = worker.job.output
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = output.path if output.is_local else scratch
-        worker.model.save_pretrained(folder, state_dict=weights)
-        worker.tokenizer.save_pretrained(folder)
-        if not output.is_local:
-            pafs.copy_files(
-                folder,
-                output.path,
-                source_filesystem=pafs.LocalFileSystem(),
-                destination_filesystem=output.filesystem,
-            )
+class _Loaded(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        separate_step_counts(optimizer.optimizer)
 
 
-def _text_lengths(pairs: pa.Table) -> list[int]:
-    """Characters of each pair: all that dealing out micro-batches needs, without tokenising the whole table.
+class _Log(TrainerCallback):
+    def __init__(self, writer: MetricsWriter) -> None:
+        self._writer = writer
 
-    A text is a string or chat messages: `congrad filter` takes both.
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and ("loss" in logs or "eval_loss" in logs):  # not the Trainer's summary at the end
+            self._writer.add({"step": state.global_step, **logs})
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._writer.flush()
+
+
+class _Report(TrainerCallback):
+    """Reports checkpoints to Ray Train, as Ray's own callback for the Trainer does, but without waiting.
+
+    Each worker has written its shards to a folder of its own; Ray Train puts them together in the run's storage
+    while training goes on, and deletes the folder.
     """
-    names = ("prompt", "chosen", "rejected")
 
-    def length(text: str | Messages) -> int:
-        return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        import ray.train
+        from ray.train import CheckpointUploadMode
 
-    return [
-        sum(length(row[name]) for name in names)
-        for batch in pairs.select(names).to_batches()
-        for row in batch.to_pylist()
-    ]
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        ray.train.report(
+            {"step": state.global_step},
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )

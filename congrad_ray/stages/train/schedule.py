@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from congrad_ray.config.recipe import Train
+from congrad_ray.stages.select.schema import TOKENS
 
 
 class TrainingError(ValueError):
@@ -26,24 +31,13 @@ class Schedule:
 
     pairs: int
     batch_size: int
-    micro_batch_size: int
-    workers: int
     epochs: int
     seed: int
     max_steps: int | None = None
 
     @property
-    def accumulation(self) -> int:
-        """Forward and backward passes of each worker in one optimiser step."""
-        return math.ceil(self._largest_batch / (self.micro_batch_size * self.workers))
-
-    @property
-    def pairs_per_pass(self) -> int:
-        """Pairs of the largest pass over all workers; of more workers the others have nothing to do."""
-        return math.ceil(self._largest_batch / self.accumulation)
-
-    @property
-    def _largest_batch(self) -> int:
+    def largest_batch(self) -> int:
+        """Pairs of the largest batch; of more workers than that the others have nothing to do."""
         return math.ceil(self.pairs / self.steps_per_epoch)
 
     @property
@@ -66,41 +60,83 @@ class Schedule:
         return (step + 1) / self.steps_per_epoch
 
 
-def make_schedule(train: Train, pairs: int, workers: int) -> Schedule:
+def make_schedule(train: Train, pairs: int) -> Schedule:
     """The schedule of a run. Raises TrainingError for no pairs."""
     if pairs < 1:
         raise TrainingError(
             "no pairs to train on: the selection is empty. Look at the counters of the pair, sketch and select "
             "stages (`congrad status`) for where the pairs were lost, or raise select.keep."
         )
-    return Schedule(
-        pairs,
-        train.batch_size,
-        train.micro_batch_size,
-        workers,
-        train.num_train_epochs,
-        train.seed,
-        train.max_steps,
-    )
+    return Schedule(pairs, train.batch_size, train.num_train_epochs, train.seed, train.max_steps)
 
 
-def micro_batches(batch: list[int], lengths: list[int], accumulation: int, workers: int) -> list[list[list[int]]]:
-    """A batch dealt out: [pass][worker] -> the pairs' indexes, at most micro_batch_size of them, perhaps none.
+def pair_tokens(selected: pa.Table, shared: bool = True) -> list[int]:
+    """Tokens that each pair of selected.parquet is computed with: the prompt's, once, and both responses'.
 
-    `lengths` holds a length for every pair of the run; pairs of similar length share a pass, the longest first, so
-    that little is padded, workers wait little for each other and a lack of memory shows in the first pass.
+    Where prompts are not `shared` they are those of two rows as long as the longer. Raises TrainingError.
     """
-    ordered = sorted(batch, key=lambda index: (-lengths[index], index))
-    passes = [part.tolist() for part in np.array_split(np.array(ordered, dtype=np.int64), accumulation)]
-    return [[part[worker::workers] for worker in range(workers)] for part in passes]
+    missing = [name for name in TOKENS if name not in selected.column_names]
+    if missing:
+        raise TrainingError(
+            f"selected.parquet has no column {', '.join(missing)}: an older version of congrad_ray wrote it. Run "
+            "the select stage again with --redo."
+        )
+    prompt, chosen, rejected = (selected[name] for name in TOKENS)
+    if shared:
+        found = pc.add(pc.add(prompt, chosen), rejected)
+    else:
+        found = pc.multiply(pc.add(prompt, pc.max_element_wise(chosen, rejected)), 2)
+    tokens: list[int] = found.to_pylist()
+    return tokens
+
+
+def passes_of(batch: Sequence[int], tokens: Sequence[int], budget: int, workers: int) -> list[list[list[int]]]:
+    """A batch dealt out: [pass][worker] -> the indexes of the pairs in that worker's share of the pass.
+
+    `tokens` holds the tokens of every pair of the run, prompt, chosen and rejected together. A share has at most
+    `budget` of them, or is a single larger pair. There are as few passes as a simple rule finds: the largest pair
+    goes to the least loaded share, and where one does not fit, all are dealt out again over one more pass. So all
+    workers have the same number of passes, and a share is empty only where there are fewer pairs than shares.
+    Shares of similar size make a pass, so that workers wait little for each other; the largest come first, where a
+    lack of memory shows at once.
+
+    Raises ValueError for no workers and for a budget or a pair without tokens.
+    """
+    if workers < 1 or budget < 1:
+        raise ValueError(f"workers are {workers} and the budget is {budget} tokens; each must be at least 1")
+    for index in batch:
+        if tokens[index] < 1:
+            raise ValueError(f"tokens[{index}] is {tokens[index]}; every pair must have at least 1 token")
+    ordered = sorted(batch, key=lambda index: (-tokens[index], index))
+    # A pair above the budget fills a share as one of exactly the budget does.
+    loads = [min(tokens[index], budget) for index in ordered]
+    passes = max(1, math.ceil(sum(loads) / (budget * workers)))
+    while (shares := _dealt(ordered, loads, budget, passes * workers)) is None:
+        passes += 1
+    shares.sort(key=lambda share: (-sum(tokens[index] for index in share), share))
+    return [shares[start : start + workers] for start in range(0, len(shares), workers)]
+
+
+def _dealt(ordered: Sequence[int], loads: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
+    """Each index in turn in the least loaded of `count` shares; None where one does not fit."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    least = [(0, number) for number in range(count)]  # a heap of (load, share)
+    for index, load in zip(ordered, loads, strict=True):
+        total, number = least[0]
+        if total + load > budget:
+            return None
+        shares[number].append(index)
+        heapq.heapreplace(least, (total + load, number))
+    return shares
 
 
 def learning_rate(train: Train, step: int, total_steps: int) -> float:
     """The learning rate of an optimiser step counted from 0.
 
     Linear warm-up over ceil(warmup_ratio * total_steps) steps, the last of which has the full rate; then constant,
-    or decay by a line or half a cosine that would reach 0 at `total_steps`. Unlike in transformers' schedulers the
-    first warm-up step has a rate above 0: in runs of a few dozen steps none should be wasted.
+    or decay by a line or half a cosine that would reach train.min_lr_rate of it at `total_steps`. Unlike in
+    transformers' schedulers the first warm-up step has a rate above 0: in runs of a few dozen steps none should be
+    wasted.
     """
     warmup_steps = math.ceil(train.warmup_ratio * total_steps)
     if step < warmup_steps:
@@ -108,6 +144,5 @@ def learning_rate(train: Train, step: int, total_steps: int) -> float:
     if train.lr_scheduler_type == "constant":
         return train.learning_rate
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    if train.lr_scheduler_type == "linear":
-        return train.learning_rate * (1 - progress)
-    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if train.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return train.learning_rate * (train.min_lr_rate + (1 - train.min_lr_rate) * left)

@@ -10,20 +10,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from congrad_ray.config.profile import Profile
-from congrad_ray.config.recipe import Recipe
-from congrad_ray.modeling.source import policy, policy_input
+from congrad_ray.config.recipe import Recipe, Train
+from congrad_ray.modeling.source import ModelSource, policy, policy_input
 from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import Folder
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.notices import heard, looking
 from congrad_ray.runtime.resources import Demand
 from congrad_ray.stages.base import Stage
+from congrad_ray.stages.select.schema import TOKENS
 from congrad_ray.stages.train.estimate import ESTIMATE
 from congrad_ray.stages.train.metrics import FAILURE, REFERENCE_GAP, Row, read_metrics
-from congrad_ray.stages.train.schedule import TrainingError, make_schedule
+from congrad_ray.stages.train.pairs import other_tokens, tokenized
+from congrad_ray.stages.train.schedule import TrainingError, make_schedule, pair_tokens
+from congrad_ray.stages.train.split import trained_and_held_out
 
 if TYPE_CHECKING:
     from congrad_ray.stages.train.loop import TrainingJob
@@ -32,8 +36,7 @@ logger = logging.getLogger(__name__)
 
 # Where checkpoints live until the policy is written; the name inside says which workers can read them.
 _RAY_TRAIN = "ray_train"
-# nats per token by which the policy's first log-probabilities may differ from the table's
-_REFERENCE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+_CHECKED_PAIRS = 64
 
 _GAUGES = {
     "congrad_training_step": "step",
@@ -46,10 +49,12 @@ _GAUGES = {
 
 
 def settings(recipe: Recipe, iteration: int) -> dict[str, Any]:
-    """What decides the policy; how often a run saves and logs does not."""
+    """What decides the policy; how often a run saves and logs, and in what passes, does not."""
     return {
         "model": recipe.model.model_dump(mode="json"),
-        "train": recipe.train.model_dump(mode="json", exclude={"save_steps", "logging_steps"}),
+        "train": recipe.train.model_dump(
+            mode="json", exclude={"save_steps", "logging_steps", "max_tokens_per_batch", "report_to"}
+        ),
     }
 
 
@@ -61,27 +66,30 @@ def run(context: Context) -> Outcome:
     train, workers = context.recipe.train, context.profile.trainers
     selection = context.input("selection")
     pairs = _check_selection(selection)
-    schedule = make_schedule(train, pairs, workers.num_workers)
+    trained, out = trained_and_held_out(_rows(selection, train), train)
+    schedule = make_schedule(train, len(trained))
     source = policy(context.recipe, context.run, context.iteration)
-    source.load_tokenizer()  # report what is wrong with it before workers start
+    _check_model(context)
+    _check_tokens(selection, source, context.recipe.model.max_length)
     job = TrainingJob(
-        train=train,
-        schedule=schedule,
+        recipe=context.recipe,
         policy=source,
         selection=selection,
         output=context.output,
         threads=context.profile.threads_of(workers),
         notify=context.notify(),
     )
+    held_out = f" and {len(out)} held out" if out else ""
     logger.info(
-        f"{pairs} pairs, {schedule.total_steps} steps of up to {train.batch_size} pairs: {workers.num_workers} "
-        f"workers x {schedule.accumulation} passes x up to {train.micro_batch_size} pairs, ZeRO {train.zero_stage}"
+        f"{len(trained)} pairs{held_out}, {schedule.total_steps} steps of up to {train.batch_size} pairs: "
+        f"{workers.num_workers} workers x passes of up to {train.batch_tokens(context.profile.device)} tokens, "
+        f"ZeRO {train.zero_stage}"
     )
-    busy = schedule.pairs_per_pass
+    busy = schedule.largest_batch
     if busy < workers.num_workers:
         logger.warning(
-            f"{workers.num_workers - busy} of {workers.num_workers} workers have nothing to do: {pairs} "
-            f"pairs in steps of up to train.batch_size {train.batch_size} make passes of {busy} pairs at most; "
+            f"{workers.num_workers - busy} of {workers.num_workers} workers have nothing to do: {len(trained)} "
+            f"pairs with train.batch_size {train.batch_size} make steps of {busy} pairs at most; "
             "lower trainers.num_workers in the profile, or raise train.batch_size"
         )
     with (
@@ -95,7 +103,7 @@ def run(context: Context) -> Outcome:
     return Outcome(
         rows=pairs,
         counters={
-            "steps": schedule.total_steps,
+            "steps": int(rows[-1]["step"]),
             "final_loss": round(rows[-1]["loss"], 6),
             "final_rewards_accuracies": round(sum(row["rewards/accuracies"] for row in tail) / len(tail), 4),
             "final_rewards_margins": round(sum(row["rewards/margins"] for row in tail) / len(tail), 6),
@@ -106,9 +114,11 @@ def run(context: Context) -> Outcome:
 
 
 def _check_selection(selection: Folder) -> int:
-    """The number of selected pairs. Raises TrainingError where a reference log-probability is no number."""
+    """The number of selected pairs. Raises TrainingError where one lacks its tokens or a finite reference."""
     columns = ["pair_id", "ref_chosen_logps", "ref_rejected_logps"]
-    table = selection.read_table(columns, "selected.parquet")
+    with selection.open_parquet(f"{selection.path}/selected.parquet") as file:
+        table = file.read([*columns, *TOKENS])  # leaves out what is not there
+    pair_tokens(table)
     for name in columns[1:]:
         good = pc.fill_null(pc.is_finite(table[name]), False)
         bad = table.filter(pc.invert(good))["pair_id"].to_pylist()
@@ -118,6 +128,43 @@ def _check_selection(selection: Folder) -> int:
                 f"/selected.parquet, first {bad[0]}: run the sketch stage again with --redo"
             )
     return len(table)
+
+
+def _rows(selection: Folder, train: Train) -> pa.Table:
+    """What deciding on held-out pairs takes, in the workers' order."""
+    columns = ["pair_id", "language", *(["prompt"] if train.eval_share else [])]
+    return selection.read_table(columns, "selected.parquet").sort_by("pair_id")
+
+
+def _check_model(context: Context) -> None:
+    """Raises TrainingError where the run's sketches, and so the reference, are of a model with other settings."""
+    manifest = context.run.stage("sketches", context.iteration).manifest()
+    # The sketch stage puts the model's first among what its result is known by.
+    then = manifest.settings[0] if manifest and isinstance(manifest.settings, list) else None
+    now = context.recipe.model.model_dump(mode="json")
+    if not isinstance(then, dict) or then == now:
+        return
+    changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    names = ", ".join(f"model.{name}" for name in changed)
+    raise TrainingError(
+        f"the reference log-probabilities of {context.input('selection').path}/selected.parquet were made with "
+        f"another {names}: restore it, or run the sketch and select stages again with --redo"
+    )
+
+
+def _check_tokens(selection: Folder, source: ModelSource, max_length: int) -> None:
+    """Raises TrainingError where some pairs' numbers of tokens are not those of their sketches; ModelError too."""
+    tokenizer = source.load_tokenizer()
+    with selection.open_parquet(f"{selection.path}/selected.parquet") as file:
+        batch = next(file.iter_batches(_CHECKED_PAIRS), None)
+    for row in batch.to_pylist() if batch else ():
+        difference = other_tokens(row, tokenized(row, tokenizer, max_length))
+        if difference:
+            raise TrainingError(
+                f"the reference log-probabilities of {selection.path}/selected.parquet were made with another "
+                f"tokenizer or chat template: of pair {row['pair_id']} {difference}. Run the sketch and select "
+                "stages again with --redo"
+            )
 
 
 def _fit(context: Context, job: TrainingJob) -> None:
@@ -131,24 +178,24 @@ def _fit(context: Context, job: TrainingJob) -> None:
     if output.exists(FAILURE):
         output.filesystem.delete_file(f"{output.path}/{FAILURE}")
     storage = output / _RAY_TRAIN
-    # ZeRO's shards fit only the number of workers that wrote them, so another number starts again from step 0.
-    name = f"{workers.num_workers}-workers"
     output.filesystem.create_dir(storage.path, recursive=True)
     resources = {"CPU": workers.cpus, **workers.resources}
     if workers.gpus:
         resources["GPU"] = workers.gpus
     if workers.memory_bytes:
         resources["memory"] = workers.memory_bytes
+    # Ray's own types leave out that a range of workers is allowed.
+    count: Any = (workers.min_workers, workers.num_workers) if workers.min_workers else workers.num_workers
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=workers.num_workers,
+            num_workers=count,
             use_gpu=profile.device == "cuda",
             resources_per_worker=resources,
         ),
         run_config=RunConfig(
-            name=name,
+            name="checkpoints",
             storage_path=storage.path,
             storage_filesystem=storage.filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
@@ -179,10 +226,10 @@ def _out_of_memory(context: Context, said: str) -> str:
     """What to do where that was the reason; nothing for other reasons."""
     if "out of memory" not in said.lower() and "can't allocate memory" not in said:
         return ""
-    train, length = context.recipe.train, context.recipe.model.max_length
+    train, tokens = context.recipe.train, context.recipe.train.batch_tokens(context.profile.device)
     return (
-        f"A worker lacked memory for {train.micro_batch_size} pairs of up to twice {length} tokens with ZeRO "
-        f"{train.zero_stage}: lower train.micro_batch_size or model.max_length, set train.gradient_checkpointing: "
+        f"A worker lacked memory for a pass of {tokens} tokens, or one longer pair, with ZeRO {train.zero_stage}: "
+        "lower train.max_tokens_per_batch or model.max_length, set train.gradient_checkpointing: "
         "true or a higher train.zero_stage, or use more or larger workers in the profile. "
     )
 
@@ -198,8 +245,6 @@ def _progress(context: Context, total_steps: int, every_seconds: float = 5.0) ->
         rows = read_metrics(context.output)
         if not rows or rows[-1]["step"] == seen:
             return
-        if seen == 0.0:
-            _warn_of_reference_gap(rows, context)
         seen = rows[-1]["step"]
         context.progressed()
         logger.info(_line(rows[-1], total_steps))
@@ -217,17 +262,6 @@ def _line(row: Row, total_steps: int) -> str:
         f"accuracy {row['rewards/accuracies']:.2f}, margin {row['rewards/margins']:.4f}, "
         f"gradient norm {row['grad_norm']:.3g}, {row['tokens_per_second']:.0f} tokens/s"
     )
-
-
-def _warn_of_reference_gap(rows: list[Row], context: Context) -> None:
-    gap = rows[0].get(REFERENCE_GAP, 0.0)
-    tolerance = _REFERENCE_TOLERANCE[context.recipe.model.dtype]
-    if gap > tolerance:
-        logger.warning(
-            "before the first step the policy's log-probabilities differ from the selection's reference "
-            f"by {gap:.4g} nats per token on average (tolerance {tolerance:g}). Was the selection made with "
-            "another model, tokenizer or chat template?"
-        )
 
 
 def _demand(recipe: Recipe, profile: Profile) -> Demand:

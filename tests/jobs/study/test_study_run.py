@@ -32,7 +32,7 @@ def protocol(model: Path) -> dict[str, Any]:
             "judge": {"rubric": "builtin-world", "method": "expected_score", "min_probability_mass": 0.0},
             "pair": {"truncated": "keep"},
             "sketch": {"width": 16384, "groups": 4, "audit_pairs": 0},
-            "train": {"batch_size": 4, "micro_batch_size": 4, "max_steps": 3, "zero_stage": 0},
+            "train": {"batch_size": 4, "max_steps": 3, "zero_stage": 0},
             "evaluate": {"max_tokens": 24},
         },
         "held_out_kinds": ["minus", "reverse"],

@@ -10,8 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
+from congrad_ray.config.recipe import Lora
+from congrad_ray.modeling.adapters import with_adapter
 from congrad_ray.modeling.batching import collate_pairs
 from congrad_ray.modeling.logprobs import completion_logprobs
+from congrad_ray.modeling.loss import DPO, ChosenRejected, LossSettings, preference_loss
 from congrad_ray.modeling.packing import PairTokens, two_sequence_tokens
 from congrad_ray.modeling.tokenization import TokenizedPair
 from congrad_ray.stages.sketch.capture import GradientCapture
@@ -33,7 +36,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def assert_close(actual: SketchResult, expected: SketchResult, tolerance: float = 1e-5) -> None:
     assert relative(actual.sketches, expected.sketches) < tolerance
-    for name in ("norms", "chosen_logps", "rejected_logps"):
+    for name in ("norms", "chosen_logps", "rejected_logps", "coefficients"):
         torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=tolerance, atol=tolerance)
 
 
@@ -62,19 +65,19 @@ def assert_is_autograds(
     model: PreTrainedModel,
     pairs: Sequence[TokenizedPair],
     layers: str | None = None,
-    average_log_prob: bool = False,
+    loss: LossSettings = DPO,
     gradient_checkpointing: bool = False,
 ) -> GradientCapture:
     """u of every pair and its sketches against autograd's gradient of that pair alone."""
     folds = (1, 2)
-    with GradientCapture(model, layers, average_log_prob, gradient_checkpointing) as capture:
+    with GradientCapture(model, layers, loss, gradient_checkpointing) as capture:
         whole = Whole()
         capture.run(capture.layout(pairs), whole)
         found = {fold: sketch(capture, pairs, fold) for fold in folds}
     model.eval()
     for row, pair in enumerate(pairs):
         batch = collate_pairs([pair], pad_token_id=0)
-        exact = pair_gradient(model, batch, layers, average_log_prob)
+        exact = pair_gradient(model, batch, layers, loss)
         assert exact.keys() == capture.layers.keys() == whole.gradients.keys()
         u = torch.cat([whole.gradients[name][row].flatten() for name in exact])
         expected = torch.cat([values.flatten() for values in exact.values()])
@@ -132,8 +135,99 @@ def test_lora_adapters_are_the_only_targets(build_model: BuildModel, pairs: list
     assert any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_averaged_log_probabilities(build_model: BuildModel, pairs: list[TokenizedPair]) -> None:
-    assert_is_autograds(build_model("llama"), pairs, average_log_prob=True)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossSettings("sigmoid", length_penalty=0.05),
+        LossSettings("sigmoid", sft_weight=0.5),
+        LossSettings("sigmoid_norm", beta=5.0),
+        LossSettings("ipo"),
+        LossSettings("simpo", beta=2.0),
+        LossSettings("orpo"),
+    ],
+    ids=lambda loss: f"{loss.loss_type}-{loss.sft_weight}",
+)
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_c_times_u_is_minus_the_gradient_of_the_loss(
+    build_model: BuildModel, pairs: list[TokenizedPair], loss: LossSettings, family: str
+) -> None:
+    model = build_model(family)
+    assert_is_autograds(model, pairs, loss=loss)
+    with GradientCapture(model, loss=loss) as capture:
+        coefficients = sketch(capture, pairs).coefficients
+        scaled = Whole()
+        capture.run(capture.layout(pairs), scaled, times_coefficient=True)
+    for row, pair in enumerate(pairs):
+        batch = collate_pairs([pair], pad_token_id=0)
+        policy = ChosenRejected(*completion_logprobs(model.eval(), batch).chunk(2))
+        reference = ChosenRejected(*(logps.detach() for logps in policy))
+        tokens = ChosenRejected(batch.chosen_tokens, batch.rejected_tokens)
+        losses, _ = preference_loss(policy, reference, loss, tokens)
+        weights = [layer.get_parameter("weight") for layer in capture.layers.values()]
+        exact = pair_gradient(model, batch, loss=loss)
+        for name, slope in zip(capture.layers, torch.autograd.grad(losses.sum(), weights), strict=True):
+            for found in (coefficients[row] * exact[name], scaled.gradients[name][row]):
+                torch.testing.assert_close(found, -slope, rtol=1e-4, atol=1e-5 * float(slope.abs().max()))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_an_adapter_in_training_is_sketched_with_shared_prompts(
+    build_model: BuildModel,
+    pairs: list[TokenizedPair],
+    family: str,
+    use_dora: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapted = with_adapter(build_model(family), Lora(r=4, use_dora=use_dora, lora_dropout=0.5), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "lora_magnitude" in name:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    model = adapted.get_base_model()
+    capture = assert_is_autograds(model, pairs)
+    assert capture.why_not_shared is None
+    linear = {name for name, module in model.named_modules() if name.endswith("base_layer")}
+    assert {name.split(".lora_")[0] for name in capture.layers} == {
+        name.removesuffix(".base_layer") for name in linear
+    }
+    assert len(capture.layers) == 2 * len(linear)
+    assert_is_autograds(model, pairs, gradient_checkpointing=True)
+    with GradientCapture(adapted) as capture:
+        shared = sketch(capture, pairs)
+        monkeypatch.setattr(capture, "why_not_shared", "the test says so")
+        assert_close(shared, sketch(capture, pairs))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_gradient_of_a_new_adapter_is_the_full_one_through_a(
+    build_model: BuildModel, pairs: list[TokenizedPair], use_dora: bool
+) -> None:
+    full = Whole()
+    with GradientCapture(build_model("llama")) as capture:
+        capture.run(capture.layout(pairs), full)
+    lora = Lora(r=4, lora_alpha=12, use_dora=use_dora)
+    adapted = with_adapter(build_model("llama"), lora, seed=0)
+    of_b = Whole()
+    with GradientCapture(adapted) as capture:
+        capture.run(capture.layout(pairs), of_b)
+    # That of A is zero, so A is left out.
+    assert set(of_b.gradients) == {f"{name}.lora_B.default" for name in full.gradients}
+    for name, gradients in full.gradients.items():
+        a = adapted.get_base_model().get_submodule(f"{name}.lora_A.default").weight
+        for whole, found in zip(gradients, of_b.gradients[f"{name}.lora_B.default"], strict=True):
+            assert relative(found.flatten(), 3 * (whole @ a.T).flatten()) < 1e-5
+    for pair in pairs:
+        exact = pair_gradient(adapted.get_base_model(), collate_pairs([pair], pad_token_id=0))
+        assert exact.keys() == of_b.gradients.keys()
+
+
+def test_layers_narrow_an_adapter_down(build_model: BuildModel, pairs: list[TokenizedPair]) -> None:
+    adapted = with_adapter(build_model("llama"), Lora(r=4), seed=0)
+    with GradientCapture(adapted, layers=r"layers\.1\.self_attn") as capture:
+        assert list(capture.layers) == [f"model.layers.1.self_attn.{part}_proj.lora_B.default" for part in "qkvo"]
+    with pytest.raises(UnsupportedLayers, match="no layer of LlamaForCausalLM matches 'nowhere'"):
+        GradientCapture(adapted, layers="nowhere")
 
 
 def test_a_model_that_cannot_share_prompts_computes_two_sequences(

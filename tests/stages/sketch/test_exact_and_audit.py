@@ -50,15 +50,18 @@ def test_inner_products_are_those_of_autograds_gradients(
         gram = gram_matrix(capture, batch)
         sums: dict[str, torch.Tensor] = {}
         for _ in range(2):  # adds to what is there
-            logps = add_weighted_sums_(sums, weights, capture, batch)
+            captured = add_weighted_sums_(sums, weights, capture, batch)
         dots, norms, again = dots_and_norms(sums, capture, batch)
     torch.testing.assert_close(gram, u @ u.T, rtol=1e-5, atol=1e-5 * float(gram.max()))
     summed = torch.cat([sums[name].flatten(1) for name in capture.layers], dim=1).double()
-    expected = 2 * weights.double() @ u
+    # c of DPO is beta / 2 where the reference is the policy.
+    torch.testing.assert_close(captured.coefficients, torch.full((3,), 0.05))
+    expected = 2 * 0.05 * weights.double() @ u
     torch.testing.assert_close(summed, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     torch.testing.assert_close(dots, u @ expected.T, rtol=1e-4, atol=1e-5 * float((u @ expected.T).abs().max()))
     torch.testing.assert_close(norms, u.norm(dim=1), rtol=1e-5, atol=0.0)
-    torch.testing.assert_close(logps, again)
+    torch.testing.assert_close(captured.logps, again.logps)
+    torch.testing.assert_close(captured.coefficients, again.coefficients)
 
 
 def test_wide_sketches_agree_with_exact_cosines(build_model: BuildModel, pairs: list[TokenizedPair]) -> None:

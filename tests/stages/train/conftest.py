@@ -100,6 +100,11 @@ def _preference_rows(model_folder: Path, count: int) -> list[dict[str, Any]]:
                 "ref_chosen_logps": logps[0],
                 "ref_rejected_logps": logps[1],
                 "congrad_score": 0.5,
+                "prompt_tokens": len(pair.prompt_ids),
+                "chosen_tokens": len(pair.chosen_ids),
+                "rejected_tokens": len(pair.rejected_ids),
+                "chosen_score": 4.0,
+                "rejected_score": 1.0,
             }
         )
     return rows

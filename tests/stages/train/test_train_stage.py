@@ -10,82 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from congrad_ray.config.profile import Profile, Workers
-from congrad_ray.config.recipe import Judge, Model, Prompts, Recipe, Train
-from congrad_ray.modeling.batching import collate_pairs
-from congrad_ray.modeling.logprobs import completion_logprobs
-from congrad_ray.modeling.loss import ChosenRejected, LossSettings, dpo_loss
+from congrad_ray.config.recipe import Lora, Recipe
+from congrad_ray.modeling.adapters import merge_into
 from congrad_ray.modeling.source import ModelSource, policy
-from congrad_ray.modeling.tokenization import load_tokenizer, tokenize_pair
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.context import Context, Outcome
-from congrad_ray.stages.train.loop import TrainingJob, _text_lengths, train_alone
-from congrad_ray.stages.train.metrics import read_metrics
-from congrad_ray.stages.train.schedule import TrainingError, learning_rate, make_schedule
+from congrad_ray.stages.train.loop import TrainingJob, train_alone
+from congrad_ray.stages.train.metrics import Row, read_metrics
+from congrad_ray.stages.train.schedule import TrainingError
 from congrad_ray.stages.train.stage import STAGE
-
-
-def recipe_of(model: Path, dtype: str = "float32", **train: Any) -> Recipe:
-    values = {"learning_rate": 1e-3, "batch_size": 8, "micro_batch_size": 2, "num_train_epochs": 2, **train}
-    return Recipe(
-        name="test",
-        model=Model(name=str(model), dtype=dtype, max_length=600),  # type: ignore[arg-type]
-        prompts=Prompts(languages=["en", "sw"]),
-        judge=Judge(max_tokens=16),
-        train=Train(**values),
-    )
+from plain_training import largest_difference, plain_training, recipe_of, weights_of
 
 
 def train_in(run: RunDirectory, recipe: Recipe, workers: int = 2, max_failures: int = 1) -> Outcome:
     profile = Profile(name="test", trainers=Workers(num_workers=workers, max_failures=max_failures))
     return STAGE.run(Context(recipe, profile, run, 0, run.stage("policy", 0)))
-
-
-def weights_of(folder: str | Path) -> dict[str, torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    return {name: value.detach() for name, value in model.named_parameters()}
-
-
-def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
-def plain_training(model_folder: Path, rows: list[dict[str, Any]], train: Train) -> dict[str, torch.Tensor]:
-    """The same training without Ray, DeepSpeed, workers and accumulation: each batch in one pass."""
-    tokenizer = load_tokenizer(str(model_folder))
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    rows = sorted(rows, key=lambda row: row["pair_id"])
-    pairs = [tokenize_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], 600) for row in rows]
-    schedule = make_schedule(train, len(rows), 1)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=train.weight_decay)
-    for step in range(schedule.total_steps):
-        batch = schedule.batch(step)
-        collated = collate_pairs([pairs[index] for index in batch], 0)
-        policy = ChosenRejected(*completion_logprobs(model, collated).chunk(2))
-        references = [
-            torch.tensor([rows[index][name] for index in batch], dtype=torch.float32)
-            for name in ("ref_chosen_logps", "ref_rejected_logps")
-        ]
-        losses, _ = dpo_loss(
-            policy,
-            ChosenRejected(*references),
-            LossSettings(train.beta, train.length_penalty),
-            ChosenRejected(collated.chosen_tokens, collated.rejected_tokens),
-        )
-        losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(train, step, schedule.total_steps)
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: value.detach() for name, value in model.named_parameters()}
 
 
 def test_two_workers_train_a_checkpoint_that_loads(
@@ -144,26 +89,33 @@ def test_two_workers_train_a_checkpoint_that_loads(
 def test_one_process_alone_gives_the_weights_of_plain_pytorch(
     tmp_path: Path, tiny_model: Path, make_selection: Any, preference_rows: Any
 ) -> None:
-    recipe = recipe_of(tiny_model, max_steps=5, micro_batch_size=4, zero_stage=0, save_steps=1)
+    recipe = recipe_of(tiny_model, max_steps=5, max_tokens_per_batch=200, zero_stage=0, save_steps=1)
     run = RunDirectory.open(tmp_path)
     selection = make_selection(run, 13)
-    schedule = make_schedule(recipe.train, 13, 1)
     source = ModelSource(str(tiny_model), recipe.model)
-    job = TrainingJob(recipe.train, schedule, source, selection, run.stage("policy", 0), threads=1)
-    try:
-        trained = {name: value.detach() for name, value in train_alone(job).named_parameters()}
-    finally:
-        torch.distributed.destroy_process_group()
+    job = TrainingJob(recipe, source, selection, run.stage("policy", 0), threads=1)
+    trained = {name: value.detach() for name, value in train_alone(job).named_parameters()}
     expected = plain_training(tiny_model, preference_rows(tiny_model, 13), recipe.train)
     assert largest_difference(expected, weights_of(tiny_model)) > 1e-3
     assert largest_difference(trained, expected) < 2e-5
 
 
-def test_pairs_of_strings_are_dealt_out_as_pairs_of_messages() -> None:
-    """`congrad filter` keeps plain strings as they are."""
-    texts = {"prompt": "who", "chosen": "a cat", "rejected": "me"}
-    messages = {name: [{"role": "user", "content": text}] for name, text in texts.items()}
-    assert [_text_lengths(pa.Table.from_pylist([row])) for row in (texts, messages)] == [[10], [10]]
+@pytest.mark.parametrize(
+    "lora",
+    [Lora(r=4, lora_alpha=8), Lora(r=4, use_dora=True, target_modules=["q_proj", "down_proj"])],
+    ids=["lora", "dora"],
+)
+def test_an_adapter_is_trained_as_peft_would(
+    tmp_path: Path, tiny_model: Path, make_selection: Any, preference_rows: Any, lora: Lora
+) -> None:
+    recipe = recipe_of(tiny_model, max_steps=5, max_tokens_per_batch=200, zero_stage=0, lora=lora)
+    run = RunDirectory.open(tmp_path)
+    source = ModelSource(str(tiny_model), recipe.model)
+    job = TrainingJob(recipe, source, make_selection(run, 13), run.stage("policy", 0), threads=1)
+    merged = {name: value.detach() for name, value in merge_into(train_alone(job)).named_parameters()}
+    expected = plain_training(tiny_model, preference_rows(tiny_model, 13), recipe.train)
+    assert largest_difference(expected, weights_of(tiny_model)) > 1e-3
+    assert largest_difference(merged, expected) < 2e-5
 
 
 @pytest.mark.slow
@@ -220,6 +172,14 @@ def test_what_is_wrong_before_training_is_said_before_training(
     def spoil(rows: list[dict[str, Any]]) -> None:
         rows[1]["ref_rejected_logps"] = float("nan")
 
+    def another_tokenizer(rows: list[dict[str, Any]]) -> None:
+        rows[1]["chosen_tokens"] += 1
+
+    run = RunDirectory.open(tmp_path / "tokens")
+    make_selection(run, 4, another_tokenizer)
+    with pytest.raises(TrainingError, match="another tokenizer or chat template"):
+        train_in(run, recipe_of(tiny_model))
+
     run = RunDirectory.open(tmp_path / "reference")
     make_selection(run, 4, spoil)
     with pytest.raises(TrainingError, match="ref_rejected_logps is not a finite number in 1 of 4 pairs"):
@@ -227,17 +187,18 @@ def test_what_is_wrong_before_training_is_said_before_training(
 
 
 @pytest.mark.slow
-def test_a_reference_of_another_model_is_warned_of(
-    tmp_path: Path, tiny_model: Path, make_selection: Any, ray_cluster: None, warned: Callable[[], list[str]]
+def test_a_reference_of_another_model_is_refused(
+    tmp_path: Path, tiny_model: Path, make_selection: Any, ray_cluster: None
 ) -> None:
     def shift(rows: list[dict[str, Any]]) -> None:
         for row in rows:
-            row["ref_chosen_logps"] += 5.0
+            row["ref_chosen_logps"] += 0.5  # a reward of 0.05, less than 0.05 nats a token
 
     run = RunDirectory.open(tmp_path)
     make_selection(run, 8, shift)
-    train_in(run, recipe_of(tiny_model, num_train_epochs=1))
-    assert any("chat template" in line for line in warned())
+    with pytest.raises(TrainingError, match=r"margins differ by 0\.05 on average"):
+        train_in(run, recipe_of(tiny_model, num_train_epochs=1))
+    assert not run.stage("policy", 0).exists("model.safetensors")
 
 
 @pytest.fixture(scope="session")
@@ -247,7 +208,7 @@ def undisturbed(tiny_model: Path, preference_rows: Any) -> dict[str, torch.Tenso
 
 
 def long_recipe(model: Path, **train: Any) -> Recipe:
-    return recipe_of(model, num_train_epochs=40, learning_rate=1e-4, save_steps=5, **train)
+    return recipe_of(model, num_train_epochs=200, learning_rate=2e-5, save_steps=10, **train)
 
 
 def kill_a_worker_after(run: RunDirectory, step: int) -> threading.Thread:
@@ -256,7 +217,9 @@ def kill_a_worker_after(run: RunDirectory, step: int) -> threading.Thread:
     def watch() -> None:
         policy = run.stage("policy", 0)
         deadline = time.monotonic() + 240
-        while not any(row["step"] >= step for row in read_metrics(policy)):
+        # Checkpoints are on their way while training goes on: the snapshot says that one has arrived.
+        arrived = "ray_train/checkpoints/checkpoint_manager_snapshot.json"
+        while not (any(row["step"] >= step for row in read_metrics(policy)) and policy.exists(arrived)):
             if time.monotonic() > deadline:
                 return
             time.sleep(0.02)
@@ -270,6 +233,13 @@ def kill_a_worker_after(run: RunDirectory, step: int) -> threading.Thread:
     return thread
 
 
+def assert_kept(first: list[Row], rows: list[Row]) -> None:
+    """The first attempt's rows up to its last checkpoint are still there, down to their timings."""
+    kept = next(number for number, (old, new) in enumerate(zip(first, rows, strict=False)) if old != new)
+    assert kept >= 10
+    assert kept % 10 == 0
+
+
 @pytest.mark.slow
 def test_a_worker_without_memory_says_what_would_need_less(
     tmp_path: Path, tiny_model: Path, make_selection: Any, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
@@ -280,13 +250,44 @@ def test_a_worker_without_memory_says_what_would_need_less(
     monkeypatch.setattr("congrad_ray.stages.train.loop.train_worker", full)
     run = RunDirectory.open(tmp_path)
     make_selection(run, 4)
-    with pytest.raises(TrainingError, match=r"can't allocate memory(.|\n)*lower train\.micro_batch_size"):
+    with pytest.raises(TrainingError, match=r"can't allocate memory(.|\n)*lower train\.max_tokens_per_batch"):
         train_in(run, recipe_of(tiny_model), max_failures=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize(("zero_stage", "lora"), [(2, None), (3, None), (3, Lora(r=4))])
 def test_killed_workers_go_on_from_the_checkpoint(
+    tmp_path: Path,
+    tiny_model: Path,
+    make_selection: Any,
+    ray_cluster: None,
+    zero_stage: int,
+    lora: Lora | None,
+) -> None:
+    run, recipe = RunDirectory.open(tmp_path), long_recipe(tiny_model, zero_stage=zero_stage, lora=lora)
+    rows_of_selection = make_selection(run, 16).read_table(name="selected.parquet").to_pylist()
+    undisturbed = plain_training(tiny_model, rows_of_selection, recipe.train)
+    # Without restarts the command fails; the same command then resumes, and survives another kill by a restart.
+    killer = kill_a_worker_after(run, 20)
+    with pytest.raises(TrainingError, match="same command resumes"):
+        train_in(run, recipe, max_failures=0)
+    killer.join()
+    policy = run.stage("policy", 0)
+    first = read_metrics(policy)
+    assert 20 <= first[-1]["step"] < 400
+    killer = kill_a_worker_after(run, int(first[-1]["step"]) + 15)
+    train_in(run, recipe, max_failures=1)
+    killer.join()
+
+    rows = read_metrics(policy)
+    assert [row["step"] for row in rows] == list(range(1, 401))
+    assert_kept(first, rows)
+    assert largest_difference(weights_of(policy.path), undisturbed) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_another_number_of_workers_goes_on_from_the_checkpoint(
     tmp_path: Path,
     tiny_model: Path,
     make_selection: Any,
@@ -296,32 +297,31 @@ def test_killed_workers_go_on_from_the_checkpoint(
 ) -> None:
     run, recipe = RunDirectory.open(tmp_path), long_recipe(tiny_model, zero_stage=zero_stage)
     make_selection(run, 16)
-    # Without restarts the command fails; the same command then resumes, and survives another kill by a restart.
+    policy = run.stage("policy", 0)
     killer = kill_a_worker_after(run, 20)
     with pytest.raises(TrainingError, match="same command resumes"):
         train_in(run, recipe, max_failures=0)
     killer.join()
-    policy = run.stage("policy", 0)
     first = read_metrics(policy)
-    assert 20 <= first[-1]["step"] < 80
-    killer = kill_a_worker_after(run, int(first[-1]["step"]) + 15)
-    train_in(run, recipe, max_failures=1)
-    killer.join()
-
+    train_in(run, recipe, workers=1)
     rows = read_metrics(policy)
-    assert [row["step"] for row in rows] == list(range(1, 81))
-    # The first attempt's rows up to its last checkpoint are still there, down to their timings.
-    kept = next(number for number, (old, new) in enumerate(zip(first, rows, strict=False)) if old != new)
-    assert kept >= 5
-    assert kept % 5 == 0
+    assert [row["step"] for row in rows] == list(range(1, 401))
+    assert_kept(first, rows)
     assert largest_difference(weights_of(policy.path), undisturbed) < 2e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("workers", "zero_stage", "gradient_checkpointing", "micro_batch_size"),
-    # Of 7 and 6 pairs in a step: 3 a pass and worker do not divide them, nor does 1 for 3 workers.
-    [(1, 2, False, 2), (2, 0, False, 2), (2, 1, False, 3), (2, 2, False, 3), (2, 3, True, 2), (3, 2, False, 1)],
+    ("workers", "zero_stage", "gradient_checkpointing", "max_tokens_per_batch"),
+    # Of 7 and 6 pairs in a step of about 55 tokens each: neither 2 nor 3 workers divide them.
+    [
+        (1, 2, False, 120),
+        (2, 0, False, 120),
+        (2, 1, False, 180),
+        (2, 2, False, 180),
+        (2, 3, True, 120),
+        (3, 2, False, 1),
+    ],
 )
 def test_other_layouts_give_the_same_weights(
     tmp_path: Path,
@@ -331,13 +331,13 @@ def test_other_layouts_give_the_same_weights(
     workers: int,
     zero_stage: int,
     gradient_checkpointing: bool,
-    micro_batch_size: int,
+    max_tokens_per_batch: int,
 ) -> None:
     recipe = recipe_of(
         tiny_model,
         zero_stage=zero_stage,
         gradient_checkpointing=gradient_checkpointing,
-        micro_batch_size=micro_batch_size,
+        max_tokens_per_batch=max_tokens_per_batch,
         max_grad_norm=0.5,
     )
     run = RunDirectory.open(tmp_path)

@@ -1,0 +1,67 @@
+"""DeepSpeed's checkpoints, which belong to a number of workers, for another number of workers."""
+
+from __future__ import annotations
+
+import re
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
+_UNIVERSAL = "latest_universal"
+_WAIT_SECONDS = 3600
+
+
+def workers_of(checkpoint: Path) -> int | None:
+    """How many workers wrote shards of a DeepSpeed checkpoint; None where each has the whole (ZeRO 0)."""
+    shards = {found[1] for path in checkpoint.glob("global_step*/*.pt") if (found := _SHARD.search(path.name))}
+    return len(shards) or None
+
+
+def readable_checkpoint(checkpoint: Path, workers: int, local_rank: int) -> Path:
+    """The checkpoint as so many workers can read it: made universal, once a node, where another number wrote it.
+
+    All workers of a node call this with the same folder; the first of them converts, the others wait for it.
+    """
+    written = workers_of(checkpoint)
+    if written in (None, workers):
+        return checkpoint
+    if local_rank == 0:
+        _make_universal(checkpoint)
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while not (checkpoint / _UNIVERSAL).exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{checkpoint} was not converted for {workers} workers within an hour")
+        time.sleep(0.5)
+    return checkpoint
+
+
+def separate_step_counts(optimizer: Any) -> None:
+    """After loading a universal checkpoint: gives every state of DeepSpeed's `optimizer` a step count of its own.
+
+    DeepSpeed 0.19.8 enters one and the same tensor under ZeRO 3, so that Adam's count would rise with every group
+    of parameters and not with every step.
+    """
+    for state in optimizer.optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
+def _make_universal(checkpoint: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    step = (checkpoint / "latest").read_text().strip()
+    ds_to_universal.main(
+        Namespace(
+            input_folder=str(checkpoint / step),
+            output_folder=str(checkpoint / f"{step}_universal"),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
