@@ -10,7 +10,7 @@ import pytest
 from congrad_ray.cli import display
 from congrad_ray.cli.plan_tables import memory_table, plan_table
 from congrad_ray.config.profile import load_profile
-from congrad_ray.config.recipe import load_recipe
+from congrad_ray.config.recipe import load_recipe, recipe_of_run
 from congrad_ray.pipeline.plan import known_lengths, make_plan, where_it_runs
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.estimate import Planned
@@ -119,6 +119,6 @@ def test_a_plan(shown: Shown) -> None:
 def test_a_status(shown: Shown) -> None:
     from congrad_ray.rundir.directory import RunDirectory
 
-    recipe = load_recipe(OLD / "run" / "recipe.yaml")
+    recipe = recipe_of_run((OLD / "run" / "recipe.yaml").read_bytes(), "recipe.yaml")
     lines = shown(lambda: display.show_run(RunDirectory.open(OLD / "run"), recipe))
     assert sum(" done " in line for line in lines) == 9

@@ -25,7 +25,6 @@ from congrad_ray.stages.base import Stage
 from congrad_ray.stages.select.schema import TOKENS
 from congrad_ray.stages.train.estimate import ESTIMATE
 from congrad_ray.stages.train.metrics import FAILURE, REFERENCE_GAP, Row, read_metrics
-from congrad_ray.stages.train.pairs import other_tokens, tokenized
 from congrad_ray.stages.train.schedule import TrainingError, make_schedule, pair_tokens
 from congrad_ray.stages.train.split import trained_and_held_out
 
@@ -154,6 +153,8 @@ def _check_model(context: Context) -> None:
 
 def _check_tokens(selection: Folder, source: ModelSource, max_length: int) -> None:
     """Raises TrainingError where some pairs' numbers of tokens are not those of their sketches; ModelError too."""
+    from congrad_ray.stages.train.pairs import other_tokens, tokenized
+
     tokenizer = source.load_tokenizer()
     with selection.open_parquet(f"{selection.path}/selected.parquet") as file:
         batch = next(file.iter_batches(_CHECKED_PAIRS), None)
