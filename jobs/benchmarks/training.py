@@ -5,6 +5,7 @@ The same model, pairs, pairs a step and threads, in float32, each in a process o
   ours              the train stage's trainer on one worker, with the reference that sketching left
   trl               DPOTrainer with its reference model
   trl-precomputed   DPOTrainer with precompute_ref_log_probs, precomputing counted
+  ours-lora         as ours, training an adapter of rank 16 on all linear layers (only with --lora)
   filter            sketch + select + train on the kept half, in one process (only with --filter)
 
 PAIRS is JSONL with prompt, chosen, rejected and language. Time and peak memory are of all
@@ -137,15 +138,15 @@ def write_selected(folder: Path, found: Any, kept: list[bool]) -> None:
     RunDirectory.open(folder).write_table("selected.parquet", table_of(rows, SELECTED))
 
 
-def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+def ours(arguments: argparse.Namespace, folder: Path, lora: bool = False) -> dict[str, float]:
+    from congrad_ray.config.recipe import Lora
     from congrad_ray.rundir.directory import RunDirectory
     from congrad_ray.stages.train.loop import TrainingJob, train_alone
 
-    run = RunDirectory.open(folder)
-    trained: Any = train_alone(
-        TrainingJob(recipe_of(arguments), source_of(arguments), run, run, arguments.threads)
-    )
-    assert trained is not None
+    recipe, run = recipe_of(arguments), RunDirectory.open(folder)
+    if lora:
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"lora": Lora()})})
+    train_alone(TrainingJob(recipe, source_of(arguments), run, run, arguments.threads))
     return {}
 
 
@@ -211,6 +212,7 @@ MEASURES: dict[str, Callable[[argparse.Namespace, Path], dict[str, float]]] = {
     "ours": ours,
     "trl": lambda arguments, folder: trl(arguments, folder, False),
     "trl-precomputed": lambda arguments, folder: trl(arguments, folder, True),
+    "ours-lora": lambda arguments, folder: ours(arguments, folder, lora=True),
     "filter": filtered,
 }
 
@@ -244,6 +246,7 @@ def main() -> None:
     parser.add_argument("--max-responses", type=int, default=600, help="tokens of both responses of a pair taken")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--lora", action="store_true", help="measure `ours-lora` as well")
     parser.add_argument("--filter", action="store_true", help="measure `filter` against `trl`, and nothing else")
     parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -254,9 +257,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         print(json.dumps(prepare(arguments, folder)), flush=True)
+        names = ["filter", "trl"] if arguments.filter else ["ours", "trl", "trl-precomputed"]
+        names += ["ours-lora"] if arguments.lora else []
         for _ in range(arguments.rounds):
             found: dict[str, dict[str, Any]] = {}
-            for name in ("filter", "trl", "trl-precomputed") if arguments.filter else list(MEASURES)[:3]:
+            for name in names:
                 command = [sys.executable, __file__, *sys.argv[1:], "--measure", name, "--folder", scratch]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 line = done.stdout.strip().splitlines()[-1]
@@ -265,7 +270,7 @@ def main() -> None:
             us = found["filter" if arguments.filter else "ours"]
             ratios = {
                 f"{quantity}_of_{name}": round(us[quantity] / found[name][quantity], 3)
-                for name in ("trl", "trl-precomputed")
+                for name in names[1:]
                 for quantity in ("seconds", "peak_gib")
             }
             print(json.dumps({"what": "ratios", **ratios}), flush=True)
