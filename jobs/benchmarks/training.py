@@ -86,8 +86,8 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if len(chosen) == arguments.pairs:
             break
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    found = sketched(arguments, folder)
-    write_selected(folder, found, [True] * len(chosen))
+    if not arguments.filter:
+        write_selected(folder, sketched(arguments, folder), [True] * len(chosen))
     count = len(chosen)
     return {
         "what": "pairs",
@@ -237,6 +237,16 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     print(json.dumps(line), flush=True)
 
 
+def in_its_process(name: str, folder: str) -> dict[str, Any]:
+    """Runs a measure in a process of its own, prints its line and returns it."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure", name, "--folder", folder]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    line = done.stdout.strip().splitlines()[-1]
+    print(line, flush=True)
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder")
@@ -248,25 +258,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lora", action="store_true", help="measure `ours-lora` as well")
     parser.add_argument("--filter", action="store_true", help="measure `filter` against `trl`, and nothing else")
-    parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=["prepare", *MEASURES], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.measure == "prepare":
+        print(json.dumps(prepare(arguments, arguments.folder)))
+        return
     if arguments.measure:
         measure(arguments, arguments.folder)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        print(json.dumps(prepare(arguments, folder)), flush=True)
+        in_its_process("prepare", scratch)  # what it takes is free again for the measures
         names = ["filter", "trl"] if arguments.filter else ["ours", "trl", "trl-precomputed"]
         names += ["ours-lora"] if arguments.lora else []
         for _ in range(arguments.rounds):
             found: dict[str, dict[str, Any]] = {}
             for name in names:
-                command = [sys.executable, __file__, *sys.argv[1:], "--measure", name, "--folder", scratch]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                line = done.stdout.strip().splitlines()[-1]
-                print(line, flush=True)
-                found[name] = json.loads(line)
+                found[name] = in_its_process(name, scratch)
             us = found["filter" if arguments.filter else "ours"]
             ratios = {
                 f"{quantity}_of_{name}": round(us[quantity] / found[name][quantity], 3)
