@@ -47,9 +47,12 @@ def plain_training(
     pairs = _tokenized(model_folder, rows, max_length)
     schedule = make_schedule(train, len(rows))
     trained: Any = with_adapter(model, train.lora, train.seed) if train.lora else model
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in trained.parameters() if parameter.requires_grad],
-        weight_decay=train.weight_decay,
+        [
+            {"params": [value for value in parameters if value.ndim > 1], "weight_decay": train.weight_decay},
+            {"params": [value for value in parameters if value.ndim == 1], "weight_decay": 0.0},  # norms
+        ]
     )
     for step in range(schedule.total_steps):
         batch = schedule.batch(step)

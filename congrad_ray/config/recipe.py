@@ -409,7 +409,7 @@ class Train(Settings):
         exclude_if=operator.not_,  # what was trained before there was this setting is still known as done
         description="linear and cosine: share of the learning rate that it falls to at the end",
     )
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW, on matrices alone: not on norms and biases")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     optim: str = Field(
         "adamw_torch",
