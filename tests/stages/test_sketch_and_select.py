@@ -376,6 +376,8 @@ def test_strategies_and_keep_rules_go_by_the_same_products(sketched: RunDirector
     assert (kept(keep=0.25)[german].sum(), kept(keep=0.25)[~german].sum()) == (5, 5)
     np.testing.assert_array_equal(kept(keep_rule="overall"), found.cosine > np.median(found.cosine))
     np.testing.assert_array_equal(kept(keep_rule="threshold", threshold=0.3), found.cosine > 0.3)
+    place = pairs.schema.get_field_index("rejected_tokens")
+    pairs = pairs.set_column(place, pairs.schema.field(place), pa.array([5] * len(pairs), pa.int32()))
     budget = kept(keep_rule="token_budget", token_budget=125)  # 12 tokens each
     assert set(np.flatnonzero(budget)) == set(np.argsort(-found.cosine)[:10])
 
