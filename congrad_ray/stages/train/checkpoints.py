@@ -21,6 +21,11 @@ def workers_of(checkpoint: Path) -> int | None:
     return len(shards) or None
 
 
+def is_universal(checkpoint: Path) -> bool:
+    """Whether the checkpoint has been made universal, to its end."""
+    return (checkpoint / _UNIVERSAL).exists()
+
+
 def readable_checkpoint(checkpoint: Path, workers: int, local_rank: int) -> Path:
     """The checkpoint as so many workers can read it: made universal, once a node, where another number wrote it.
 
@@ -32,7 +37,7 @@ def readable_checkpoint(checkpoint: Path, workers: int, local_rank: int) -> Path
     if local_rank == 0:
         _make_universal(checkpoint)
     deadline = time.monotonic() + _WAIT_SECONDS
-    while not (checkpoint / _UNIVERSAL).exists():
+    while not is_universal(checkpoint):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{checkpoint} was not converted for {workers} workers within an hour")
         time.sleep(0.5)

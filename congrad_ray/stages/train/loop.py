@@ -21,7 +21,7 @@ from congrad_ray.modeling.source import ModelSource
 from congrad_ray.rundir.directory import Folder
 from congrad_ray.runtime.notices import Notify
 from congrad_ray.stages.train.arguments import training_arguments
-from congrad_ray.stages.train.checkpoints import readable_checkpoint, separate_step_counts
+from congrad_ray.stages.train.checkpoints import is_universal, readable_checkpoint, separate_step_counts
 from congrad_ray.stages.train.metrics import FAILURE, MetricsWriter
 from congrad_ray.stages.train.pairs import SelectedPairs
 from congrad_ray.stages.train.policy import keep_best, load_policy, save_policy
@@ -127,7 +127,7 @@ def start(job: TrainingJob, scratch: str, device: torch.device, workers: int, re
     table = job.selection.read_table(name="selected.parquet").sort_by("pair_id")
     pairs = SelectedPairs(table, tokenizer, recipe.model.max_length, device, train.margin_weighting)
     parts = parts_of(recipe, pairs)
-    universal = resumed is not None and (resumed / "latest_universal").exists()
+    universal = resumed is not None and is_universal(resumed)
     # They live as long as the trainer: under ZeRO 3 loading looks at them.
     arguments = training_arguments(recipe, scratch, workers, parts.schedule.total_steps, device.type, universal)
     arguments.eval_on_start = bool(parts.held_out) and resumed is None

@@ -55,10 +55,6 @@ class Schedule:
         part: list[int] = np.array_split(order, self.steps_per_epoch)[position].tolist()
         return part
 
-    def epoch_after(self, step: int) -> float:
-        """Epochs done after an optimiser step, as TRL logs them."""
-        return (step + 1) / self.steps_per_epoch
-
 
 def make_schedule(train: Train, pairs: int) -> Schedule:
     """The schedule of a run. Raises TrainingError for no pairs."""

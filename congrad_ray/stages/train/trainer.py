@@ -225,9 +225,7 @@ class PairTrainer(Trainer):
         if over_means(self._loss):
             gaps = ChosenRejected(gaps.chosen / pairs.lengths.chosen, gaps.rejected / pairs.lengths.rejected)
         gap = gaps.chosen - gaps.rejected
-        return torch.stack(
-            [self._train.beta * gap.abs().sum(), torch.tensor(pairs.token_count, dtype=torch.float64)]
-        )
+        return torch.stack([self._train.beta * gap.abs().sum(), gap.new_tensor(pairs.token_count)])
 
     def _check(self, totals: Tensor, not_finite: Sequence[str], step: int, pairs: int) -> None:
         if not math.isfinite(float(totals[0])):
