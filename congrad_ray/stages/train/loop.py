@@ -99,21 +99,24 @@ def train_alone(job: TrainingJob) -> PreTrainedModel | PeftModel:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Within, this process is the only worker of its training."""
+    """Within, this process is the only worker of its training.
+
+    Afterwards the environment and Accelerate are as before: the next trainer of this process would get DeepSpeed.
+    The process group stays, since DeepSpeed does not forget it.
+    """
+    from accelerate.state import AcceleratorState
+
+    before = os.environ.copy()
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    values = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    before = {name: os.environ.get(name) for name in values}
-    os.environ |= values
+    os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def start(job: TrainingJob, scratch: str, device: torch.device, workers: int, resumed: Path | None) -> PairTrainer:

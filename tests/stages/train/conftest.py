@@ -25,13 +25,6 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training in this process sets these for DeepSpeed; a trainer of a later test would look for its ranks."""
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two layers over characters, saved as a checkpoint with tokenizer and chat template."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from congrad_ray.config.recipe import Lora, Recipe
 from congrad_ray.data.tables import table_of
@@ -154,3 +156,17 @@ def test_a_model_that_cannot_share_prompts_trains_the_same(
         assert trainer._shared is (reason is None)
         found.append(weights_of(policy.path))
     assert 0 < largest_difference(*found) < 2e-5
+
+
+def test_training_in_this_process_leaves_no_settings_behind(
+    tmp_path: Path, tiny_model: Path, make_selection: Any
+) -> None:
+    before = dict(os.environ)
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        trained(recipe_of(tiny_model, max_steps=1), folder, make_selection(RunDirectory.open(folder), 4))
+        assert dict(os.environ) == before
+    other = Trainer(
+        torch.nn.Linear(1, 1), TrainingArguments(str(tmp_path / "other"), use_cpu=True, report_to="none")
+    )
+    assert not other.is_deepspeed_enabled
