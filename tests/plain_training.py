@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from congrad_ray.config.recipe import Judge, Model, Prompts, Recipe, Train
+from congrad_ray.config.judging import Judge
+from congrad_ray.config.recipe import Model, Prompts, Recipe
+from congrad_ray.config.training import Train
 from congrad_ray.modeling.adapters import merge_into, with_adapter
 from congrad_ray.modeling.batching import collate_pairs
 from congrad_ray.modeling.logprobs import completion_logprobs

@@ -3,88 +3,40 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from congrad_ray.config.chat_template import CHAT_TEMPLATE_DATE, is_jinja
-from congrad_ray.config.languages import full_tag
-from congrad_ray.config.loss import SIMPO_GAMMA, LossType, loss_settings
+from congrad_ray.config.chat_template import CHAT_TEMPLATE_DATE
+from congrad_ray.config.evaluation import Evaluate
+from congrad_ray.config.fields import (
+    ChatTemplate,
+    Day,
+    Fraction,
+    Language,
+    Positive,
+    TensorType,
+    batch_tokens,
+    is_null,
+    regular_expression,
+)
+from congrad_ray.config.judging import Judge
 from congrad_ray.config.names import DirectionMethod, LeaveOut
 from congrad_ray.config.settings import (
     Settings,
     apply_overrides,
-    local_path,
     read_yaml,
     settings_in,
     validate,
-    why_not_read,
     without_gone,
 )
+from congrad_ray.config.training import Lora, Train
 
 BUILTIN_WORLD = "builtin-world"
-Strategy = Literal["congrad", "all", "random", "reward_gap", "own_language", "no_surgery", "length_balanced"]
-
-
-def _template_text(template: str) -> str:
-    """Workers on other nodes may not have the file, and the template's text decides results: it is read here.
-
-    A plain word that is no file is the name of one of the tokenizer's templates.
-    """
-    if is_jinja(template):
-        return template
-    try:
-        path = local_path(template)
-        if not path.exists() and re.fullmatch(r"[\w-]+", template):
-            return template
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the chat template: {why_not_read(error)}") from error
-    if not is_jinja(text):
-        raise ValueError("the file of the chat template has neither {{ nor {% in it: no Jinja")
-    return text
-
-
-def _day(value: Any) -> Any:
-    # YAML makes a date of 2024-07-26 where it is not quoted.
-    return value.isoformat() if type(value) is date else value
-
-
-def _iso_day(text: str) -> str:
-    try:
-        return date.fromisoformat(text).isoformat()
-    except ValueError as error:
-        raise ValueError("not a day as in 2024-07-26") from error
-
-
-def _regular_expression(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from error
-    return text
-
-
-def _is_null(value: object) -> bool:
-    return value is None
-
-
-Language = Annotated[str, AfterValidator(full_tag)]
-ChatTemplate = Annotated[str, AfterValidator(_template_text)]
-Day = Annotated[str, BeforeValidator(_day), AfterValidator(_iso_day)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
 _INSTRUCTION = 512  # tokens, more than any tokenizer makes of the comparison's instruction and a chat template
-TensorType = Literal["float32", "bfloat16"]
-
-
-def _batch_tokens(chosen: int | None, device: str) -> int:
-    """Tokens of a micro-batch on a device: on a CPU smaller ones cost nothing and show progress."""
-    return chosen or (4096 if device == "cpu" else 8192)
+Strategy = Literal["congrad", "all", "random", "reward_gap", "own_language", "no_surgery", "length_balanced"]
 
 
 class Model(Settings):
@@ -175,31 +127,6 @@ class Generate(Settings):
     max_tokens: Positive = Field(512, description="of a response")
 
 
-class Judge(Settings):
-    """How responses are scored."""
-
-    model: str = Field("policy", description="'policy' judges itself; else a folder or hub name")
-    rubric: str = Field("additive", description="a built-in rubric's name or a folder of <language>.txt")
-    method: Literal["expected_score", "sampled"] = Field(
-        "sampled", description="expected value over the score token, or the mean of sampled judgements"
-    )
-    samples: Positive = Field(3, description="judgements per response; 'sampled' only")
-    temperature: float = Field(0.7, ge=0, description="'sampled' only")
-    top_p: Fraction = Field(0.9, description="'sampled' only")
-    max_tokens: Positive = Field(512, description="'sampled' only; a judgement that is cut off is unreadable")
-    max_length: Positive | None = Field(
-        None, description="tokens of a judgement with all that it is about; null: model.max_length"
-    )
-    min_probability_mass: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="'expected_score' takes the score tokens alone and divides by their probability together. "
-        "Models spread much of it over other first words, so any is enough by default; it is reported, with a "
-        "warning where it is tiny. Above 0: a judgement with less is unreadable",
-    )
-
-
 class Pair(Settings):
     """How judged responses become preference pairs."""
 
@@ -236,12 +163,12 @@ class Sketch(Settings):
     min_side: int = Field(512, ge=1, description="'auto' leaves this many features of a side, or more")
     groups: Positive = Field(1, description="parts of a sketch, each for one block of layers")
     seed: int = Field(0, ge=0, description="of the sketch's hashes")
-    layers: Annotated[str, AfterValidator(_regular_expression)] | None = Field(
+    layers: Annotated[str, AfterValidator(regular_expression)] | None = Field(
         None, description="regular expression on module names; null: every linear layer"
     )
     parameters: Literal["trained", "linear"] | None = Field(
         None,
-        exclude_if=_is_null,
+        exclude_if=is_null,
         description="whose gradients: 'trained' are those of the adapter of train.lora, 'linear' those of the "
         "linear layers themselves; null: trained with train.lora, else linear",
     )
@@ -259,7 +186,7 @@ class Sketch(Settings):
 
     def batch_tokens(self, device: str) -> int:
         """`max_tokens_per_batch` on a device."""
-        return _batch_tokens(self.max_tokens_per_batch, device)
+        return batch_tokens(self.max_tokens_per_batch, device)
 
     @property
     def stored_dtype(self) -> str:
@@ -317,188 +244,6 @@ class Select(Settings):
         if self.keep_rule == "token_budget" and self.token_budget is None:
             raise ValueError("keep_rule 'token_budget' needs token_budget, a number of tokens")
         return self
-
-
-class Lora(Settings):
-    """Training by a low-rank adapter on frozen weights; names as in peft's LoraConfig where it has them."""
-
-    r: Positive = Field(16, description="rank of the adapter's matrices")
-    lora_alpha: Positive = Field(32, description="what the adapter adds is scaled by lora_alpha / r")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's inputs in training")
-    target_modules: Annotated[list[str], Field(min_length=1)] | str = Field(
-        "all-linear",
-        description="ends of the names of the layers with an adapter, [q_proj, v_proj], or a regular expression "
-        "for whole names; all-linear: every linear layer but the output embedding",
-    )
-    use_dora: bool = Field(False, description="DoRA: the lengths of the weights' rows are trained apart")
-    quantization: Literal["nf4"] | None = Field(
-        None,
-        description="QLoRA: the frozen weights in 4 bits while sketching and training; on GPUs, by bitsandbytes",
-    )
-    merge: bool = Field(
-        True,
-        description="the policy is written with the adapter merged into the weights; false: as the adapter alone, "
-        "which the next iteration trains on",
-    )
-
-
-class Train(Settings):
-    """Preference training with DeepSpeed; names as in TRL's DPOConfig and CPOConfig where they have them.
-
-    The losses: docs/explanation/losses.md.
-    """
-
-    gone: ClassVar = {
-        "micro_batch_size": "leave it out, or give max_tokens_per_batch, which counts tokens instead of pairs",
-    }
-    loss_type: LossType = Field(
-        "sigmoid",
-        exclude_if=lambda name: name == "sigmoid",
-        description="the preference loss: sigmoid is DPO; docs/explanation/losses.md has them all",
-    )
-    beta: float = Field(
-        0.1,
-        gt=0,
-        description="of the loss. DPO: how strongly the policy is kept near the reference. Losses over means want "
-        "larger ones: sigmoid_norm about 5, simpo 2 to 10",
-    )
-    length_penalty: float = Field(
-        0.0, ge=0, description="alpha of R-DPO (2403.19159), per token; sigmoid, hinge, robust"
-    )
-    label_smoothing: float = Field(
-        0.0,
-        ge=0,
-        lt=0.5,
-        exclude_if=operator.not_,
-        description="robust only: the share of pairs whose chosen is taken for the worse",
-    )
-    simpo_gamma: float = Field(
-        SIMPO_GAMMA,
-        ge=0,
-        exclude_if=lambda gamma: gamma == SIMPO_GAMMA,
-        description="simpo only: the margin aimed at",
-    )
-    sft_weight: float = Field(
-        0.0,
-        ge=0,
-        exclude_if=operator.not_,
-        description="of -log p(chosen) per token, added to the loss (2404.19733); orpo has such a term of its own",
-    )
-    margin_weighting: bool = Field(
-        False,
-        exclude_if=operator.not_,
-        description="weight a pair's loss by tanh(margin / 2) of the judge's scores; needs judged pairs",
-    )
-    learning_rate: float = Field(5e-7, gt=0, description="the peak, after warmup")
-    num_train_epochs: Positive = Field(1, description="passes over the kept pairs")
-    max_steps: Positive | None = Field(None, description="optimiser steps; overrides num_train_epochs")
-    batch_size: Positive = Field(32, description="pairs per optimiser step over all workers")
-    max_tokens_per_batch: Positive | None = Field(
-        None,
-        description="max tokens per worker in one forward pass, of prompts (each once) and both responses; null: "
-        "8192, on a CPU 4096; a larger pair gets a pass of its own",
-    )
-    warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps in which the learning rate rises")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
-        "cosine", description="how the learning rate falls after warmup"
-    )
-    min_lr_rate: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        exclude_if=operator.not_,  # what was trained before there was this setting is still known as done
-        description="linear and cosine: share of the learning rate that it falls to at the end",
-    )
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW, on matrices alone: not on norms and biases")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    optim: str = Field(
-        "adamw_torch",
-        exclude_if=lambda value: value == "adamw_torch",
-        description="optimiser, by its name in transformers' TrainingArguments: adamw_torch_fused, adamw_8bit, "
-        "paged_adamw_8bit (the last two need bitsandbytes and a GPU)",
-    )
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        2, description="DeepSpeed's ZeRO stage: what is spread over the workers"
-    )
-    deepspeed: dict[str, Any] = Field(
-        default_factory=dict,
-        exclude_if=operator.not_,
-        description="more of DeepSpeed's configuration, over what this recipe makes of it: "
-        "{zero_optimization: {offload_optimizer: {device: cpu}}}",
-    )
-    gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
-    use_liger_kernel: bool = Field(
-        False, exclude_if=operator.not_, description="Liger's kernels for GPUs, where liger-kernel is installed"
-    )
-    eval_share: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        exclude_if=operator.not_,
-        description="share of each language's prompts whose pairs are held out: their loss, margin and accuracy "
-        "are logged by language",
-    )
-    eval_steps: Positive = Field(
-        50, exclude_if=lambda value: value == 50, description="optimiser steps between looks at held-out pairs"
-    )
-    load_best_model_at_end: bool = Field(
-        True,
-        exclude_if=bool,
-        description="with eval_share: the policy is that of the lowest held-out loss, not the last",
-    )
-    early_stopping_patience: Positive | None = Field(
-        None,
-        exclude_if=operator.not_,
-        description="with eval_share: training ends after this many looks without a lower held-out loss",
-    )
-    save_steps: Positive = Field(50, description="optimiser steps between checkpoints")
-    logging_steps: Positive = Field(1, description="optimiser steps between rows of metrics.jsonl")
-    report_to: list[str] = Field(
-        ["tensorboard"],
-        description="trackers beside metrics.jsonl: tensorboard, wandb, mlflow, trackio and others of "
-        "transformers; their packages and keys must be on the workers",
-    )
-    seed: int = Field(0, ge=0, description="of the order of pairs, and of a new adapter's numbers")
-    lora: Lora | None = Field(
-        None, exclude_if=_is_null, description="train an adapter of low rank; null: all weights are trained"
-    )
-
-    def batch_tokens(self, device: str) -> int:
-        """`max_tokens_per_batch` on a device."""
-        return _batch_tokens(self.max_tokens_per_batch, device)
-
-    @model_validator(mode="after")
-    def _loss(self) -> Self:
-        loss_settings(self)  # which refuses what does not go together
-        return self
-
-    @model_validator(mode="after")
-    def _whole_quantized_weights(self) -> Self:
-        if self.lora and self.lora.quantization and self.zero_stage == 3:
-            raise ValueError(
-                f"lora.quantization {self.lora.quantization} does not go with zero_stage 3, which would cut the "
-                "packed weights: set zero_stage to 2 or less"
-            )
-        return self
-
-
-class Evaluate(Settings):
-    """How the model is compared with its starting point."""
-
-    sampled: bool = Field(True, description="one sampled answer per prompt beside the greedy one")
-    temperature: float = Field(0.7, gt=0, description="of the sampled answers")
-    top_p: Fraction = Field(0.9, description="of the sampled answers")
-    max_tokens: Positive = Field(512, description="of an answer")
-    judge: str = Field("start", description="win rates: 'start' is M_0; else a folder or hub name")
-    judge_max_tokens: Positive = Field(512, description="a comparison that is cut off is unreadable")
-    judge_max_length: Positive | None = Field(
-        None,
-        description="tokens of a comparison with the prompt and both answers; null: enough for the longest of "
-        "them, as far as the judge's positions go",
-    )
-    min_prompts: Positive = Field(
-        10, description="a win rate of fewer prompts with a readable comparison is not shown, only their number"
-    )
 
 
 class Limits(Settings):

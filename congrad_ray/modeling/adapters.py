@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from congrad_ray.config.printable import brief, printable
-from congrad_ray.config.recipe import Lora, Train
+from congrad_ray.config.training import Lora, Train
 from congrad_ray.modeling.source import ADAPTER_CONFIG, ModelError, ModelSource
 
 if TYPE_CHECKING:

@@ -13,21 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from congrad_ray.config.evaluation import Evaluate
+from congrad_ray.config.judging import Judge
 from congrad_ray.config.printable import without_keys
 from congrad_ray.config.profile import Profile
-from congrad_ray.config.recipe import (
-    Evaluate,
-    Generate,
-    Judge,
-    Limits,
-    Model,
-    Prompts,
-    Recipe,
-    Select,
-    Sketch,
-    Train,
-)
+from congrad_ray.config.recipe import Generate, Limits, Model, Prompts, Recipe, Select, Sketch
 from congrad_ray.config.settings import validate
+from congrad_ray.config.training import Train
 from congrad_ray.data.own_rows import write_own_rows
 from congrad_ray.data.preferences import PREFERENCES
 from congrad_ray.modeling.source import check_models, named_model

@@ -11,8 +11,9 @@ import datasets
 
 from congrad_ray.config.printable import without_keys
 from congrad_ray.config.profile import Profile, load_profile
-from congrad_ray.config.recipe import Limits, Model, Recipe, Select, Sketch, Source, Train, load_recipe
+from congrad_ray.config.recipe import Limits, Model, Recipe, Select, Sketch, Source, load_recipe
 from congrad_ray.config.settings import SettingsError, SettingsType, apply_overrides, validate
+from congrad_ray.config.training import Train
 from congrad_ray.data.preferences import Columns
 from congrad_ray.data.reading import check_columns
 from congrad_ray.data.records import InputError

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from congrad_ray.config.profile import Profile
-from congrad_ray.config.recipe import Lora, Recipe
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.training import Lora
 from congrad_ray.planning.assumptions import Assumptions
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from congrad_ray.config.names import LeaveOut
-from congrad_ray.config.recipe import Lora, Model
+from congrad_ray.config.recipe import Model
+from congrad_ray.config.training import Lora
 from congrad_ray.modeling.adapters import with_adapter
 from congrad_ray.modeling.batching import token_budget_batches
 from congrad_ray.modeling.packing import PairTokens

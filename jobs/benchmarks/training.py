@@ -139,7 +139,7 @@ def write_selected(folder: Path, found: Any, kept: list[bool]) -> None:
 
 
 def ours(arguments: argparse.Namespace, folder: Path, lora: bool = False) -> dict[str, float]:
-    from congrad_ray.config.recipe import Lora
+    from congrad_ray.config.training import Lora
     from congrad_ray.rundir.directory import RunDirectory
     from congrad_ray.stages.train.loop import TrainingJob, train_alone
 

@@ -9,7 +9,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from congrad_ray.config.recipe import Fraction, Language, Positive, Recipe, Select
+from congrad_ray.config.fields import Fraction, Language, Positive
+from congrad_ray.config.recipe import Recipe, Select
 from congrad_ray.config.settings import Settings, read_yaml, validate
 from congrad_ray.world.corpus import JudgeBias
 

@@ -15,7 +15,8 @@ from pyarrow.fs import LocalFileSystem
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from congrad_ray.config.recipe import Lora, Model, Train
+from congrad_ray.config.recipe import Model
+from congrad_ray.config.training import Lora, Train
 from congrad_ray.modeling.adapters import (
     check_quantization,
     load_adapter,

@@ -14,8 +14,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from congrad_ray.config.recipe import Train
 from congrad_ray.config.settings import SettingsError, validate
+from congrad_ray.config.training import Train
 from congrad_ray.modeling.batching import collate_pairs
 from congrad_ray.modeling.logprobs import completion_logprobs
 from congrad_ray.modeling.loss import (

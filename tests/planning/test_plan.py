@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from congrad_ray.config.profile import load_profile
-from congrad_ray.config.recipe import Lora, Model, Recipe
+from congrad_ray.config.recipe import Model, Recipe
 from congrad_ray.config.settings import SettingsError
+from congrad_ray.config.training import Lora
 from congrad_ray.modeling import rehearsal
 from congrad_ray.modeling.shape import ModelShape, read_shape
 from congrad_ray.modeling.source import ModelError

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from congrad_ray.config.recipe import Recipe, Train
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.training import Train
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 import torch
 from torch import Tensor, nn
 
-from congrad_ray.config.recipe import Train
+from congrad_ray.config.training import Train
 from congrad_ray.modeling.adapters import merged_policy, model_to_train, save_adapter
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.rundir.directory import Folder

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from congrad_ray.config.recipe import Train
+from congrad_ray.config.training import Train
 from congrad_ray.stages.select.schema import TOKENS
 
 

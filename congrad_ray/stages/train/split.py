@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from congrad_ray.config.recipe import Train
+from congrad_ray.config.training import Train
 
 
 def held_out(prompts: Sequence[str], languages: Sequence[str], share: float, seed: int) -> list[bool]:

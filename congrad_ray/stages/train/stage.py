@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from congrad_ray.config.profile import Profile
-from congrad_ray.config.recipe import Recipe, Train
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.training import Train
 from congrad_ray.modeling.source import ModelSource, policy, policy_input
 from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import Folder

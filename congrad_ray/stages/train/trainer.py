@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from congrad_ray.config.recipe import Train
+from congrad_ray.config.training import Train
 from congrad_ray.modeling.loss import ChosenRejected, loss_settings, needs_reference, over_means, preference_loss
 from congrad_ray.modeling.packing import PairTokens
 from congrad_ray.modeling.shared_prompts import attention_over, completion_sums, hidden_states, why_not_shared

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from congrad_ray.config.evaluation import Evaluate
 from congrad_ray.config.profile import Profile
-from congrad_ray.config.recipe import Evaluate, Model, Prompts, Recipe
+from congrad_ray.config.recipe import Model, Prompts, Recipe
 from congrad_ray.config.settings import to_yaml
 from congrad_ray.data.tables import pair_id, prompt_id, response_id, row_id, table_of
 from congrad_ray.rundir.directory import RunDirectory

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from congrad_ray.config.recipe import Lora
+from congrad_ray.config.training import Lora
 from congrad_ray.modeling.adapters import with_adapter
 from congrad_ray.modeling.batching import collate_pairs
 from congrad_ray.modeling.logprobs import completion_logprobs

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from congrad_ray.config.recipe import Recipe, Train
+from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import SettingsError, validate
+from congrad_ray.config.training import Train
 from congrad_ray.data.preferences import PREFERENCES
 from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.batching import collate_pairs

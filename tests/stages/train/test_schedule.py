@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from congrad_ray.config.profile import load_profile
-from congrad_ray.config.recipe import Train, load_recipe
+from congrad_ray.config.recipe import load_recipe
+from congrad_ray.config.training import Train
 from congrad_ray.stages.train.arguments import deepspeed_config
 from congrad_ray.stages.train.schedule import TrainingError, learning_rate, make_schedule, pair_tokens, passes_of
 

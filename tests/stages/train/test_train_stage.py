@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from congrad_ray.config.profile import Profile, Workers
-from congrad_ray.config.recipe import Lora, Recipe
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.training import Lora
 from congrad_ray.modeling.adapters import merge_into
 from congrad_ray.modeling.source import ModelSource, policy
 from congrad_ray.rundir.directory import RunDirectory

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from congrad_ray.config.recipe import Lora, Recipe
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.training import Lora
 from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.adapters import load_adapter, merge_into
 from congrad_ray.modeling.source import ModelSource

@@ -12,7 +12,8 @@ import torch
 from torch import multiprocessing
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from congrad_ray.config.recipe import Lora, Recipe
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.config.training import Lora
 from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.batching import collate_pairs
 from congrad_ray.modeling.logprobs import chunk_tokens_of, completion_logprobs
