@@ -29,7 +29,8 @@ def deepspeed_config(train: Train, dtype: str, workers: int, universal: bool = F
         "gradient_clipping": train.max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
         # Passes of one step are added up in float32 whatever the weights are: many small ones vanish in bfloat16.
-        "data_types": {"grad_accum_dtype": "fp32"},
+        # Without ZeRO, DeepSpeed can only do so in the weights' type.
+        "data_types": {"grad_accum_dtype": "fp32" if train.zero_stage or dtype == "float32" else "bf16"},
         "zero_optimization": {
             "stage": train.zero_stage,
             "reduce_bucket_size": REDUCE_BUCKET,

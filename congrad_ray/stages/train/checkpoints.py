@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 _SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 _UNIVERSAL = "latest_universal"
@@ -26,21 +26,15 @@ def is_universal(checkpoint: Path) -> bool:
     return (checkpoint / _UNIVERSAL).exists()
 
 
-def readable_checkpoint(checkpoint: Path, workers: int, local_rank: int) -> Path:
-    """The checkpoint as so many workers can read it: made universal, once a node, where another number wrote it.
+def readable_checkpoint(checkpoint: Path, workers: int) -> Path:
+    """The checkpoint as so many workers can read it: made universal, once, where another number wrote it.
 
-    All workers of a node call this with the same folder; the first of them converts, the others wait for it.
+    All workers call this: with the same folder on one node or a shared file system, else with their node's copy.
     """
-    written = workers_of(checkpoint)
-    if written in (None, workers):
-        return checkpoint
-    if local_rank == 0:
-        _make_universal(checkpoint)
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while not is_universal(checkpoint):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{checkpoint} was not converted for {workers} workers within an hour")
-        time.sleep(0.5)
+    if workers_of(checkpoint) not in (None, workers):
+        with FileLock(checkpoint / "universal.lock", timeout=_WAIT_SECONDS):
+            if not is_universal(checkpoint):
+                _make_universal(checkpoint)
     return checkpoint
 
 

@@ -67,7 +67,7 @@ def train_worker(config: dict[str, Any]) -> None:
         resumed = None
         if checkpoint:
             folder = stack.enter_context(checkpoint.as_directory())
-            resumed = readable_checkpoint(Path(folder), context.get_world_size(), context.get_local_rank())
+            resumed = readable_checkpoint(Path(folder), context.get_world_size())
         trainer = start(job, scratch, ray.train.torch.get_device(), context.get_world_size(), resumed)
         trainer.add_callback(_Report())
         stack.enter_context(logged(job, trainer, resumed))

@@ -159,3 +159,7 @@ def test_deepspeed_gets_what_the_recipe_says() -> None:
     assert config["seed"] == 1
     assert config["bf16"]["enabled"] is True
     assert config["gradient_clipping"] == 0.5
+    # DeepSpeed refuses any other mix of types.
+    for stage, dtype, added_up_in in ((3, "bfloat16", "fp32"), (0, "bfloat16", "bf16"), (0, "float32", "fp32")):
+        config = deepspeed_config(Train(zero_stage=stage), dtype, workers=1)
+        assert config["data_types"] == {"grad_accum_dtype": added_up_in}
