@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from congrad_ray.config.printable import brief
 from congrad_ray.config.settings import Settings, SettingsError, apply_overrides, did_you_mean, read_yaml, validate
 
 Positive = Annotated[int, Field(ge=1)]
+
+# Arguments of vLLM's that have a place of their own, where the rest of the program knows them.
+_NOT_PASSED_ON = {
+    "model": "model.name in the recipe",
+    "max_model_len": "model.max_length, judge.max_length or evaluate.judge_max_length in the recipe",
+    "tensor_parallel_size": "tensor_parallel_size beside it",
+    "max_num_seqs": "max_num_seqs beside it",
+}
+PoolName = Literal["engines", "judge_engines"]
 
 # Tokens that an engine on a CPU may have to generate for a batch.
 _CPU_BATCH_TOKENS = 4096
@@ -45,7 +54,7 @@ class Placement(Settings):
 
 
 class Pool(Placement):
-    """An autoscaling pool of actors of one size. It is there while its stage runs; between stages it is gone."""
+    """An autoscaling pool of actors of one size."""
 
     min_actors: Positive = Field(1, description="actors that a stage needs to start")
     max_actors: Positive = Field(1, description="actors that a stage grows to")
@@ -60,7 +69,7 @@ class Pool(Placement):
 
 
 class Engines(Pool):
-    """The pool of vLLM engines that generate and judge."""
+    """The pool of vLLM engines that generate and judge. An engine serves all stages that ask its model."""
 
     tensor_parallel_size: Positive = Field(1, description="GPUs that share one engine")
     placement: Literal["STRICT_PACK", "PACK"] = Field(
@@ -74,6 +83,17 @@ class Engines(Pool):
         description="rows handed to an engine and written together; null: 64, on a CPU fewer of long answers",
     )
     enforce_eager: bool = Field(False, description="no CUDA graphs; start-up is faster")
+    engine_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further arguments of vLLM's AsyncEngineArgs, which go before ours: {quantization: fp8}",
+    )
+
+    @field_validator("engine_kwargs")
+    @classmethod
+    def _have_no_other_place(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given.keys() & _NOT_PASSED_ON.keys():
+            raise ValueError(f"{name} is not taken from here: set {_NOT_PASSED_ON[name]}")
+        return given
 
     def rows_per_batch(self, max_tokens: int) -> int:
         """`batch_size` for answers of up to this many tokens.
@@ -224,14 +244,17 @@ class Profile(Settings):
         "machine's cores, shared by the actors that a stage runs at once",
     )
     engines: Engines = Engines()
+    judge_engines: Engines | None = Field(
+        None, description="engines of a judge that is not the policy; null: as engines"
+    )
     sketchers: Pool = Pool()
     trainers: Workers = Workers()
     cluster: Cluster | None = Field(None, description="null: one machine, or a cluster that is there already")
 
     @model_validator(mode="after")
     def _device(self) -> Self:
-        for section in ("engines", "sketchers", "trainers"):
-            gpus = getattr(self, section).gpus
+        for section, pool in self._pools().items():
+            gpus = pool.gpus
             if (self.device == "cuda") != (gpus > 0):
                 raise ValueError(f"device is {self.device} but {section}.gpus is {gpus}")
         return self
@@ -239,12 +262,22 @@ class Profile(Settings):
     @model_validator(mode="after")
     def _nodes_are_there(self) -> Self:
         there = [node.name for node in self.cluster.workers] if self.cluster else []
-        for section in ("engines", "sketchers", "trainers"):
-            nodes = getattr(self, section).nodes
+        for section, pool in self._pools().items():
+            nodes = pool.nodes
             if nodes is not None and nodes not in there:
                 names = ", ".join(there) or "none: the profile has no section cluster"
                 raise ValueError(f"{section}.nodes is {nodes}, which is not in cluster.workers ({names})")
         return self
+
+    def _pools(self) -> dict[str, Pool | Workers]:
+        found: dict[str, Pool | Workers] = {"engines": self.engines}
+        if self.judge_engines is not None:
+            found["judge_engines"] = self.judge_engines
+        return found | {"sketchers": self.sketchers, "trainers": self.trainers}
+
+    def engines_of(self, pool: PoolName) -> Engines:
+        """The engines of a section; those of `engines` where it is null."""
+        return (self.judge_engines if pool == "judge_engines" else None) or self.engines
 
     def threads_of(self, pool: Pool | Workers) -> int:
         """Torch threads of each actor or worker of a stage."""

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -41,7 +41,8 @@ def cache_directory() -> Path:
 class ModelSource:
     """A checkpoint: a local path or hub name (`name`), or a folder of the run directory (`folder`).
 
-    With a `base` the folder holds an adapter for it.
+    With a `base` the folder holds an adapter for it. `longest`: tokens of the longest sequence that any stage of
+    the recipe asks of it, where that is known; `settings.max_length` is what the stage at hand asks.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ModelSource:
     folder: Folder | None = None
     fingerprint: str = ""
     base: ModelSource | None = None
+    longest: int = 0
 
     @property
     def is_made_here(self) -> bool:
@@ -343,7 +345,8 @@ def check_models(recipe: Recipe, chats: bool = False, present: bool = False) -> 
     a stage loads its tokenizer, before its actors start; with `present` one that this machine cannot find at all
     is refused here.
     """
-    for name in dict.fromkeys((recipe.model.name, recipe.judge.model, recipe.evaluate.judge)):
+    judges = (judge.model for judge in recipe.judge.judges.values())
+    for name in dict.fromkeys((recipe.model.name, *judges, recipe.evaluate.judge)):
         if name not in (BUILTIN_WORLD, "policy", "start"):
             _check_folder(name, settings_of(name, recipe), chats)
             if present:
@@ -401,7 +404,11 @@ def policy(recipe: Recipe, run: RunDirectory, iteration: int) -> ModelSource:
 
     That may be an adapter (`train.lora.merge: false`), always one for the recipe's own model.
     """
-    start = partial(named_model, recipe.model.name, recipe.model, recipe.seed)
+    longest = recipe.longest_asked("policy")
+
+    def start() -> ModelSource:
+        return replace(named_model(recipe.model.name, recipe.model, recipe.seed), longest=longest)
+
     if iteration == 0:
         return start()
     folder = run.stage("policy", iteration - 1)
@@ -410,7 +417,7 @@ def policy(recipe: Recipe, run: RunDirectory, iteration: int) -> ModelSource:
     made = f"{folder.path} {manifest.fingerprint} {manifest.finished_at}" if manifest else ""
     identity = hashlib.sha256(made.encode()).hexdigest()[:16] if made else ""
     base = start() if folder.exists(ADAPTER_CONFIG) else None
-    return ModelSource(folder.path, recipe.model, folder, identity, base)
+    return ModelSource(folder.path, recipe.model, folder, identity, base, longest)
 
 
 def policy_input(iteration: int) -> list[tuple[str, int | None]]:

@@ -151,6 +151,11 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     return _on_day(named["default"], day, tokenizer.name_or_path)
 
 
+def chat_template_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja text that every message of a run goes through, its date fixed. Raises MissingChatTemplate."""
+    return _template(tokenizer)
+
+
 @lru_cache(maxsize=8)  # so that what it says is said once a process
 def _on_day(template: str, day: str, model: str) -> str:
     """The template with the day in the place of every call that asks for today's.
@@ -219,6 +224,11 @@ def chat_prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> l
     ValueError where the template cannot render the messages.
     """
     return _apply_chat_template(tokenizer, messages, add_generation_prompt=True)
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Token ids of a whole conversation, without a generation prompt. Raises as `chat_prompt_ids`."""
+    return _apply_chat_template(tokenizer, messages, add_generation_prompt=False)
 
 
 def _common_prefix_length(first: list[int], second: list[int]) -> int:

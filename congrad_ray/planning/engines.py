@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from congrad_ray.config.profile import Profile
+from congrad_ray.config.profile import PoolName, Profile
 from congrad_ray.config.recipe import BUILTIN_WORLD, Recipe
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.estimate import Change, Replicas, with_changed
@@ -21,12 +21,24 @@ if TYPE_CHECKING:
 _ENGINE_BATCHED_TOKENS = 8192
 
 
-def engine_replicas(model: Callable[[Shapes], ModelShape]) -> Replicas:
-    """A stage's engines; `model` picks the one that sets their memory and work."""
+def policy_name(iteration: int) -> str:
+    """What `Replicas.asks` calls the policy that an iteration begins with."""
+    return f"M_{iteration}"
+
+
+def engine_replicas(
+    model: Callable[[Shapes], ModelShape],
+    asks: Callable[[Recipe, int], Sequence[str | None]] = lambda recipe, iteration: [None],
+    pool: PoolName = "engines",
+) -> Replicas:
+    """A stage's engines of the profile's section `pool`; `model` picks the one that sets their memory and work.
+
+    `asks(recipe, iteration)` names the models asked, in order, so that an engine that is up is not started again.
+    """
     return Replicas(
         model=model,
         memory=lambda planned, available: engine_memory(
-            model(planned.shapes), planned.recipe, planned.profile, planned.assumptions
+            model(planned.shapes), planned.recipe, planned.profile, planned.assumptions, pool
         ),
         flops=lambda planned, volume: engine_flops(model(planned.shapes), volume),
         mfu=lambda assumptions: (assumptions.prefill_mfu, assumptions.decode_mfu),
@@ -35,12 +47,15 @@ def engine_replicas(model: Callable[[Shapes], ModelShape]) -> Replicas:
         sequences=lambda planned, memory, available, tokens: sequences_that_fit(
             memory, available, model(planned.shapes), planned.recipe, tokens
         ),
+        asks=asks,
     )
 
 
-def engine_memory(shape: ModelShape, recipe: Recipe, profile: Profile, assumptions: Assumptions) -> Memory:
+def engine_memory(
+    shape: ModelShape, recipe: Recipe, profile: Profile, assumptions: Assumptions, pool: PoolName = "engines"
+) -> Memory:
     """The least a vLLM engine starts with: its longest sequence has to fit its KV cache."""
-    engines, width = profile.engines, BYTES[recipe.model.dtype]
+    engines, width = profile.engines_of(pool), BYTES[recipe.model.dtype]
     compared = recipe.comparison_length if recipe.prompts.evaluation.name != BUILTIN_WORLD else 0
     longest = max(recipe.model.max_length, recipe.judgement_length, compared)
     overhead = process_bytes(profile, assumptions, engines.tensor_parallel_size)

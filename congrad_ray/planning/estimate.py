@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,7 @@ class Replicas:
     replica works. `changes`: settings worth trying where one does not fit, in the order of what they cost; the
     later ones keep what the earlier ones changed. `sequences(planned, memory, available, tokens)`: how many
     sequences of that many tokens the KV cache of an engine holds. `min_replicas`: fewer cannot do the work.
+    `asks(recipe, iteration)`: the models whose engines it asks, in order; None stands for replicas of its own.
     """
 
     model: Callable[[Shapes], ModelShape]
@@ -59,6 +60,15 @@ class Replicas:
     changes: Callable[[Recipe, Profile], Iterator[Change]]
     sequences: Callable[[Planned, Memory, float, float], int] | None = None
     min_replicas: Callable[[Profile], int] = lambda profile: 1
+    asks: Callable[[Recipe, int], Sequence[str | None]] = lambda recipe, iteration: [None]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What servers elsewhere take for a stage's requests: seconds at least, and US dollars; None: no price."""
+
+    seconds: float = 0.0
+    dollars: float | None = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ class Estimate:
 
     `temporary(planned, volume)`: bytes on disk only while the stage runs. `measured(recipe, manifest, finished)`:
     fields of `Lengths` that the stage's manifest knows; `finished` are the manifests of the stages before it, by
-    folder.
+    folder. `served(planned, iteration)`: what is asked of servers. `note(recipe)`: what of it cannot be estimated,
+    for the person who reads the plan.
     """
 
     volume: Callable[[Planned, int], Volume]
@@ -77,6 +88,8 @@ class Estimate:
         lambda recipe, manifest, finished: {}
     )
     replicas: Replicas | None = None
+    served: Callable[[Planned, int], Served] = lambda planned, iteration: Served()
+    note: Callable[[Recipe], str | None] = lambda recipe: None
 
 
 def with_changed(settings: SettingsType, section: str, **values: object) -> SettingsType:

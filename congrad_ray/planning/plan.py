@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from congrad_ray.config.profile import NodeType, Profile
+from congrad_ray.config.profile import Engines, NodeType, Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.planning.assumptions import Assumptions
-from congrad_ray.planning.estimate import Estimate, Planned, Replicas
+from congrad_ray.planning.estimate import Estimate, Planned, Replicas, Served
 from congrad_ray.planning.memory import GIB, Memory
 from congrad_ray.runtime.resources import Demand, Machine
 
@@ -51,6 +51,7 @@ class StagePlan:
     dollars: float | None
     stored: float  # bytes
     temporary: float  # bytes on disk besides, only while it runs
+    starts: int = 0  # of its actors, over all iterations: engines that are up already are not among them
 
     @property
     def fits(self) -> bool:
@@ -80,12 +81,18 @@ class Plan:
 def make_plan(stages: Iterable[Plannable], planned: Planned, machine: Machine) -> Plan:
     """The plan of all iterations of a recipe. Runs nothing."""
     estimated = [(stage, stage.estimate) for stage in stages if stage.estimate is not None]
-    plans = [_stage_plan(stage, estimate, planned, machine) for stage, estimate in estimated]
+    starts = starts_by_stage([estimate for _, estimate in estimated], planned.recipe)
+    plans = [
+        _stage_plan(stage, estimate, planned, machine, of_stage)
+        for (stage, estimate), of_stage in zip(estimated, starts, strict=True)
+    ]
     advice = [
         f"{plan.stage}: {plan.needed.note}; the replica adapts when it starts"
         for plan in plans
         if plan.needed and plan.needed.note
     ]
+    notes = [(stage.name, estimate.note(planned.recipe)) for stage, estimate in estimated]
+    advice += [f"{name}: {note}" for name, note in notes if note]
     fewest = min((plan.sequences for plan in plans if plan.sequences), default=None)
     if fewest is not None and fewest < planned.profile.engines.max_num_seqs:
         advice.append(
@@ -101,14 +108,37 @@ def make_plan(stages: Iterable[Plannable], planned: Planned, machine: Machine) -
     return Plan(plans, planned.recipe.iterations, advice)
 
 
-def _stage_plan(stage: Plannable, estimate: Estimate, planned: Planned, machine: Machine) -> StagePlan:
+def starts_by_stage(estimates: Sequence[Estimate], recipe: Recipe) -> list[list[int]]:
+    """How often each stage waits for actors to start, by iteration.
+
+    An engine is there already where the one asked last was of the same model, with no stage between that takes
+    its room. This is from above: with room for two models beside each other both stay.
+    """
+    starts: list[list[int]] = [[] for _ in estimates]
+    up: str | None = None
+    for iteration in range(recipe.iterations):
+        for estimate, of_stage in zip(estimates, starts, strict=True):
+            if estimate.replicas is None:
+                of_stage.append(0)
+                continue
+            started = 0
+            for model in estimate.replicas.asks(recipe, iteration):
+                started += model is None or model != up
+                up = model
+            of_stage.append(started)
+    return starts
+
+
+def _stage_plan(
+    stage: Plannable, estimate: Estimate, planned: Planned, machine: Machine, starts: Sequence[int]
+) -> StagePlan:
     volumes = [estimate.volume(planned, iteration) for iteration in range(planned.recipe.iterations)]
     profile, assumptions = planned.profile, planned.assumptions
     demand = stage.demand(planned.recipe, profile)
     kinds = _kinds(profile, demand)
     needed = available = took = dollars = sequences = None
     flops, replicas = 0.0, 0
-    if estimate.replicas:
+    if estimate.replicas and demand.setting:  # a stage that only asks servers has none
         of_model = estimate.replicas
         work = [of_model.flops(planned, volume) for volume in volumes]
         flops = sum(sum(two) for two in work)
@@ -119,13 +149,19 @@ def _stage_plan(stage: Plannable, estimate: Estimate, planned: Planned, machine:
         if peak is not None and replicas:
             mfu, start = of_model.mfu(assumptions), of_model.start_s(assumptions)
             took = sum(
-                start + sum(part / share for part, share in zip(two, mfu, strict=True)) / (peak * replicas)
-                for two in work
+                start * started
+                + sum(part / share for part, share in zip(two, mfu, strict=True)) / (peak * replicas)
+                for two, started in zip(work, starts, strict=True)
             )
             dollars = _dollars(profile, assumptions, demand, kinds, replicas, took)
         if of_model.sequences and profile.device == "cuda" and available is not None:
             mean = sum(v.prefill + v.decode for v in volumes) / sum(v.requests for v in volumes)
             sequences = of_model.sequences(planned, needed, available, mean)
+    served = [estimate.served(planned, iteration) for iteration in range(planned.recipe.iterations)]
+    if any(part != Served() for part in served):
+        took = (took or 0.0) + sum(part.seconds for part in served)
+        costs = [part.dollars for part in served]
+        dollars = None if None in costs else (dollars or 0.0) + sum(cost or 0.0 for cost in costs)
     return StagePlan(
         stage.name,
         demand.what,
@@ -140,6 +176,7 @@ def _stage_plan(stage: Plannable, estimate: Estimate, planned: Planned, machine:
         dollars,
         sum(estimate.stored(planned, volume) for volume in volumes),
         estimate.temporary(planned, volumes[0]),
+        sum(starts),
     )
 
 
@@ -172,8 +209,9 @@ def _available(
         gib = min(memories, default=assumptions.gpu_memory_gib)
         if gib is None:
             return None
-        share = profile.engines.gpu_memory_utilization if demand.setting == "engines" else 1.0
-        bundles = profile.engines.tensor_parallel_size if demand.setting == "engines" else 1
+        engines = _engines(demand, profile)
+        share = engines.gpu_memory_utilization if engines else 1.0
+        bundles = _bundles(demand, profile)
         return gib * GIB * demand.actor_gpus * bundles * share
     # Each takes an equal part of its node's memory.
     shares = [kind.memory_gib / max(1, _on_one_node(kind, demand)) for kind in kinds]
@@ -186,12 +224,24 @@ def _available(
 def _most_replicas(demand: Demand, profile: Profile) -> int:
     if demand.setting == "trainers":
         return profile.trainers.num_workers
-    return profile.engines.max_actors if demand.setting == "engines" else profile.sketchers.max_actors
+    engines = _engines(demand, profile)
+    return engines.max_actors if engines else profile.sketchers.max_actors
+
+
+def _engines(demand: Demand, profile: Profile) -> Engines | None:
+    """The section of the profile that a stage's engines are of; None where it asks none."""
+    pool = getattr(profile, demand.setting, None) if demand.setting else None
+    return pool if isinstance(pool, Engines) else None
+
+
+def _bundles(demand: Demand, profile: Profile) -> int:
+    engines = _engines(demand, profile)
+    return engines.tensor_parallel_size if engines else 1
 
 
 def _replicas(demand: Demand, profile: Profile, machine: Machine, kinds: list[NodeType]) -> int:
     """How many of a stage's replicas run at once when all nodes are up."""
-    bundles = profile.engines.tensor_parallel_size if demand.setting == "engines" else 1
+    bundles = _bundles(demand, profile)
     if machine.nodes:
         room = sum(node.holds(demand) * node.count for node in machine.nodes)
     elif demand.actor_gpus:
@@ -209,7 +259,7 @@ def _peak_flops(profile: Profile, assumptions: Assumptions, demand: Demand, kind
         return assumptions.core_gigaflops * 1e9 * demand.actor_cpus
     rates = [kind.gpu_teraflops for kind in kinds if kind.gpu_teraflops is not None]
     teraflops = min(rates, default=assumptions.gpu_teraflops)
-    bundles = profile.engines.tensor_parallel_size if demand.setting == "engines" else 1
+    bundles = _bundles(demand, profile)
     return None if teraflops is None else teraflops * 1e12 * demand.actor_gpus * bundles
 
 
@@ -224,7 +274,7 @@ def _dollars(
     """The nodes that the replicas fill, and the head, for the time of the stage."""
     if profile.cluster is None:
         return None if assumptions.price_per_hour is None else assumptions.price_per_hour * took / 3600
-    bundles = profile.engines.tensor_parallel_size if demand.setting == "engines" else 1
+    bundles = _bundles(demand, profile)
     per_hour, left = profile.cluster.head.price_per_hour or 0.0, replicas * bundles
     for kind in kinds:
         if kind is profile.cluster.head:

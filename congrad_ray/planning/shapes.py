@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from congrad_ray.config.recipe import Recipe
@@ -14,11 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The models of a recipe: most recipes have one that is all three."""
+    """The models of a recipe: most recipes have one that is all three.
+
+    `judge`: the largest of `judges`, those that run here by the recipe's name; the policy where none does.
+    """
 
     policy: ModelShape
     judge: ModelShape
     evaluation_judge: ModelShape
+    judges: Mapping[str, ModelShape] = field(default_factory=dict)
 
 
 def read_shapes(recipe: Recipe) -> Shapes:
@@ -29,7 +34,10 @@ def read_shapes(recipe: Recipe) -> Shapes:
     policy = read_shape(recipe.model.name, recipe.model)
     found = {recipe.model.name: policy, "policy": policy, "start": policy}
     other = recipe.model.model_copy(update={"revision": None})
-    for name in (recipe.judge.model, recipe.evaluate.judge):
+    here = dict.fromkeys(judge.model for judge in recipe.judge.judges.values() if judge.endpoint is None)
+    for name in (*here, recipe.evaluate.judge):
         if name not in found:
             found[name] = read_shape(name, other)
-    return Shapes(policy, found[recipe.judge.model], found[recipe.evaluate.judge])
+    judges = {name: found[name] for name in here}
+    largest = max(judges.values(), key=lambda shape: shape.parameters, default=policy)
+    return Shapes(policy, largest, found[recipe.evaluate.judge], judges)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from congrad_ray.config.judging import OneJudge
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.planning.assumptions import Assumptions
 
@@ -64,11 +65,12 @@ def rows_of(recipe: Recipe) -> Rows:
     training = len(prompts.languages) * prompts.train_per_language
     evaluation = (len(prompts.languages) + len(prompts.unseen_languages)) * prompts.evaluation_per_language
     responses = training * recipe.generate.num_generations
+    judges = recipe.judge.judges.values()
     return Rows(
         training,
         evaluation,
         responses,
-        responses * (recipe.judge.samples if recipe.judge.method == "sampled" else 1),
+        training * sum(judge.judgements_of(recipe.generate.num_generations) for judge in judges),
         evaluation * (2 if recipe.evaluate.sampled else 1),
     )
 
@@ -77,16 +79,20 @@ def assumed_lengths(recipe: Recipe, assumptions: Assumptions) -> Lengths:
     """Lengths before anything has run."""
     room = recipe.model.max_length - recipe.generate.max_tokens
     response = assumptions.response_share * recipe.generate.max_tokens
-    by_distribution = recipe.judge.method == "expected_score"
     return Lengths(
         prompt=assumptions.prompt_share * room,
         response=response,
         paired_response=response,
         answer=assumptions.response_share * recipe.evaluate.max_tokens,
-        judgement=1.0 if by_distribution else assumptions.judgement_share * recipe.judge.max_tokens,
+        judgement=judgement_tokens(recipe.judge, assumptions),
         verdict=assumptions.judgement_share * recipe.evaluate.judge_max_tokens,
         pairs_per_prompt=assumptions.pairs_per_prompt,
     )
+
+
+def judgement_tokens(judge: OneJudge, assumptions: Assumptions) -> float:
+    """Mean tokens that a judge writes for one judgement, before anything has run."""
+    return judge.writes * assumptions.judgement_share if judge.writes > 1 else float(judge.writes)
 
 
 def pairs_of(recipe: Recipe, lengths: Lengths) -> float:

@@ -1,8 +1,8 @@
 """One way to ask a model: a Ray dataset of rows in, the rows with the model's completions out.
 
-The vLLM engines of `ray.data.llm` are the only actors. Chat templates and tokenisation run in Ray Data's own map
-tasks with the tokeniser of training (`chat_prompt_ids`), so what a model is asked and what it is trained on
-are the same ids, with the beginning-of-sequence token exactly once.
+The engines are those of `runtime.pools`. Chat templates and tokenisation run in Ray Data's own map tasks with
+the tokeniser of training (`chat_prompt_ids`), so what a model is asked and what it is trained on are the same ids,
+with the beginning-of-sequence token exactly once. One light actor of Ray Data sends the batches to the engines.
 """
 
 from __future__ import annotations
@@ -10,47 +10,47 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from congrad_ray.config.profile import Profile
+from congrad_ray.config.profile import PoolName, Profile
 from congrad_ray.config.recipe import Model, Recipe
 from congrad_ray.data.tables import FAILURE, FAILURE_FIELD, Message, failure, row_id, table_of
 from congrad_ray.modeling.source import ModelSource, named_model, settings_of
 from congrad_ray.modeling.tokenization import MissingChatTemplate, chat_prompt_ids
 from congrad_ray.runtime.attempts import attempts, killed_worker
+from congrad_ray.runtime.driver_actors import driver_actor
 from congrad_ray.runtime.notices import Notify
+from congrad_ray.runtime.pools import ENGINE_RESTARTS, engine_spec, engines_for, positions
 from congrad_ray.runtime.resources import pool_sizes
+from congrad_ray.runtime.vllm_engine import Answered, Asked, EngineLog
 
 if TYPE_CHECKING:
     from ray.data import Dataset
-    from ray.data.llm import vLLMEngineProcessorConfig
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["positions"]  # where the stages look for it
 
 Row = dict[str, Any]
 
-# What goes through Ray's processor, whose own columns are Python dictionaries without a schema: rows travel as
-# JSON text, so that no column of theirs can change its Arrow type from one block to the next.
+# Rows travel as JSON text, so that no column of theirs can change its Arrow type from one block to the next.
 _REQUESTS = pa.schema(
     [
         pa.field("row", pa.large_string()),
-        pa.field("failure", pa.string()),  # JSON; "" in a row that goes to the engine
-        pa.field("tokenized_prompt", pa.list_(pa.int32())),
+        pa.field("failure", pa.string()),  # JSON; "" in a row that goes to an engine
+        pa.field("ids", pa.list_(pa.int32())),
         pa.field("sampling", pa.string()),
     ]
 )
-# ray.data.llm: a row with this set bypasses the engine and the postprocess function.
-_ERROR = "__inference_error__"
-_KILLED = "killed_worker"  # its value in a row that must not be asked any more
-_CPU_BATCHED_TOKENS = 4096
 # Ray Data fuses maps that ask for the same resources, and would merge the blocks of the repartitioning again.
 _PREPARE: dict[str, Any] = {"num_cpus": 0.5}
-_ENGINE_RESTARTS = 20
+# In a row, of one engine; one more and it is given up.
+_FAILED_STARTS = 2
+_LOOK_AGAIN = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,21 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: Sequence[str] = ()
+    json_schema: str | None = None
+    """The answer can be nothing but JSON of this schema."""
 
 
 @dataclass(frozen=True)
 class Completion:
     """What came back.
 
-    `truncated`: generation stopped at `max_tokens` and not by an end of turn. `first_logprobs`: natural
-    log-probabilities, before temperature and top_p, of the scored tokens as the first generated one.
+    `truncated`: generation stopped at `max_tokens` and not by an end of turn or a text of `stop`.
+    `first_logprobs`: natural log-probabilities, before temperature and top_p, of the scored tokens as the first
+    generated one.
     """
 
     text: str
@@ -93,6 +100,8 @@ class Task:
     """Ids whose log-probabilities as the first generated token are wanted; only they are generated."""
     length_setting: str = "model.max_length"
     """Where the recipe has the source's `max_length`, for messages."""
+    scored_texts: Sequence[str] = ()
+    """`scored_tokens` for a server, whose ids nobody knows: `first_logprobs` are by the places of these texts."""
 
 
 class EngineFailed(ValueError):
@@ -109,7 +118,7 @@ def engine_failures() -> Iterator[None]:
     except RayError as error:
         raise EngineFailed(
             f"{str(error).strip()[-1500:]}\n\n"
-            f"The stage stopped in the cluster; an engine that ends is started again {_ENGINE_RESTARTS} times. "
+            f"The stage stopped in the cluster; an engine that ends is started again {ENGINE_RESTARTS} times. "
             "What vLLM said is in the worker-*.out and worker-*.err files of the engine's node, by default in "
             "/tmp/ray/session_latest/logs. If it ran out of memory, lower engines.max_num_seqs, "
             "gpu_memory_utilization or kv_cache_gib in the profile, or model.max_length in the recipe. Rows that "
@@ -134,21 +143,13 @@ def with_length(source: ModelSource, max_length: int) -> ModelSource:
     return replace(source, settings=source.settings.model_copy(update={"max_length": max_length}))
 
 
-def positions(source: ModelSource) -> int | None:
-    """How many positions a model's configuration says it has, where it does."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source.whole.files(), **source.whole.pretrained_arguments())
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
 def judge_source(name: str, recipe: Recipe) -> ModelSource:
     """A model that judges, by folder, hub name or builtin-world; with its own chat template and revision.
 
     What the recipe says of `model` besides (dtype, max_length, trust_remote_code) holds for the judge too.
     """
-    return named_model(name, settings_of(name, recipe), recipe.seed)
+    source = named_model(name, settings_of(name, recipe), recipe.seed)
+    return replace(source, longest=recipe.longest_asked(name))
 
 
 def end_of_turn_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -171,6 +172,8 @@ def complete(
     profile: Profile,
     task: Task,
     notify: Notify,
+    *,
+    pool: PoolName = "engines",
 ) -> Dataset:
     """Asks the model about all `rows`; the result has the columns of the task's schema and FAILURE, in any order.
 
@@ -179,12 +182,15 @@ def complete(
     the source's `max_length`; it is not sent to an engine), 'inference_error' and 'killed_worker' (its engines
     died repeatedly).
 
+    The engines are those of the profile's section `pool`, and stay up as `runtime.pools` says.
+
     Raises MissingChatTemplate or ModelError before any engine starts.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # otherwise importing it here reports what it lacks
-    from ray.data.llm import build_processor
+    import ray
+    from ray.data import ActorPoolStrategy
 
-    batch = profile.engines.rows_per_batch(task.max_tokens)
+    engines = profile.engines_of(pool)
+    batch = engines.rows_per_batch(task.max_tokens)
     tokenizer = load_chat_tokenizer(source)
     stop_ids = end_of_turn_ids(source, tokenizer)
     max_length = source.settings.max_length
@@ -197,28 +203,140 @@ def complete(
     def finish(batch: pa.Table) -> pa.Table:
         return _finish(batch.to_pylist(), task)
 
-    processor = build_processor(
-        _processor_config(source, profile, rows, batch),
-        preprocess=lambda row: {"sampling_params": json.loads(row["sampling"]), _ERROR: row["failure"]},
-        preprocess_map_kwargs=_PREPARE,
-        postprocess=lambda row: {
-            "row": row["row"],
-            "failure": "",
-            "completion": json.dumps(_completion(row, stop_ids)),
-        },
-    )
-    name = "vLLMEngineStage"
-    stage = processor.get_stage_by_name(name)
-    # Ray would restart for ever an engine that ends whatever it is asked.
-    stage.map_batches_kwargs["max_restarts"] = _ENGINE_RESTARTS
-    # A copy: assigning to the stage's field works its resources out again, without the placement group.
-    processor.stages[name] = stage.model_copy(update={"fn": _engine_class(stage.fn, source, attempts(), notify)})
+    sizes = pool_sizes(engines, profile, math.ceil(rows / max(batch, engines.max_num_seqs)))
+    log = driver_actor(EngineLog)
+    up = engines_for(engine_spec(source, profile, engines), *sizes, profile)
+    for engine in up.engines.values():
+        engine.begin.remote(notify, log)
+    # A batch is done when its last row is; meanwhile the rows of others fill the engine, which decodes
+    # max_num_seqs at once.
+    each = math.ceil(2 * engines.max_num_seqs / batch) + 1
+    at_once = each * len(up.engines)
     # Blocks of one engine batch: otherwise a small table is one block, and all of it goes to one engine as one
     # task whose rows come back together at the end.
     requests = dataset.repartition(target_num_rows_per_block=batch).map_batches(
         prepare, batch_format="pyarrow", batch_size=None, **_PREPARE
     )
-    return processor(requests).map_batches(finish, batch_format="pyarrow", batch_size=None)
+    answers = requests.map_batches(
+        AskEngines,
+        fn_constructor_args=(up.engines, each, log, attempts(), notify),
+        batch_format="pyarrow",
+        batch_size=None,
+        compute=ActorPoolStrategy(
+            size=1, max_tasks_in_flight_per_actor=at_once, max_concurrent_calls_per_actor=at_once
+        ),
+        num_cpus=0,
+        # It waits for engines on nodes that come and go.
+        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+    )
+    return answers.map_batches(finish, batch_format="pyarrow", batch_size=None)
+
+
+@dataclass
+class _Engine:
+    """What the actor that sends batches knows of an engine."""
+
+    name: str
+    actor: Any
+    batches: int = 0  # that it is at
+    ready: bool = False
+    life: int = 0  # one more each time that it is found to be gone
+
+
+class AskEngines:
+    """Sends batches to the engines that are up, to the least busy one first; for Ray Data's map_batches.
+
+    A batch whose engine ended is sent again, to whichever is ready next. Raises what the last engine ended by when
+    none is left.
+    """
+
+    def __init__(self, engines: Mapping[str, Any], each: int, log: Any, of_driver: Any, notify: Notify) -> None:
+        self._engines = [_Engine(name, actor) for name, actor in engines.items()]
+        self._each, self._log, self._of_driver, self._notify = each, log, of_driver, notify
+        self._changed: asyncio.Condition | None = None
+        self._error: Exception | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        """The rows with a column `answer`, an `Answered` as JSON; of a row with a failure it is empty."""
+        if self._changed is None:
+            self._changed = asyncio.Condition()
+            for engine in self._engines:
+                self._wake(engine)
+        rows = batch.select(["row", "failure", "ids", "sampling"]).to_pylist()
+        asked = [
+            Asked(row_id("request", row["row"]), row["ids"], row["sampling"]) for row in rows if not row["failure"]
+        ]
+        answers = iter(await self._ask(asked) if asked else [])
+        texts = ["" if row["failure"] else json.dumps(asdict(next(answers))) for row in rows]
+        kept = batch.select(["row", "failure"])
+        yield kept.append_column("answer", pa.array(texts, pa.large_string()))
+
+    async def _ask(self, asked: list[Asked]) -> list[Answered]:
+        from ray.exceptions import RayError, RayTaskError
+
+        while True:
+            engine = await self._free()
+            life = engine.life
+            try:
+                answers: list[Answered] = await engine.actor.ask.remote(asked, self._notify, self._of_driver)
+                return answers
+            except RayTaskError:  # an error in the code, not the end of an engine
+                raise
+            except RayError:
+                if engine.life == life:  # the first of its batches to find out
+                    engine.life, engine.ready = life + 1, False
+                    self._wake(engine)
+            finally:
+                engine.batches -= 1
+                await self._tell()
+
+    async def _free(self) -> _Engine:
+        """An engine with room for one more batch, which is counted as there."""
+        assert self._changed is not None
+        async with self._changed:
+            while True:
+                if not self._engines:
+                    assert self._error is not None
+                    raise self._error
+                ready = [engine for engine in self._engines if engine.ready and engine.batches < self._each]
+                if ready:
+                    engine = min(ready, key=lambda engine: engine.batches)
+                    engine.batches += 1
+                    return engine
+                await self._changed.wait()
+
+    async def _tell(self) -> None:
+        assert self._changed is not None
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _wake(self, engine: _Engine) -> None:
+        task = asyncio.get_running_loop().create_task(self._until_ready(engine))
+        self._tasks.add(task)  # the loop itself does not keep it
+        task.add_done_callback(self._tasks.discard)
+
+    async def _until_ready(self, engine: _Engine) -> None:
+        """Waits until an engine is up, or gives it up: one that does not start, or is not started again."""
+        from ray.exceptions import ActorDiedError, RayError
+
+        dead = 0
+        while not engine.ready:
+            try:
+                await engine.actor.ready.remote(self._notify, self._log)
+                engine.ready = True
+            except RayError as error:
+                # While Ray starts an actor again, calls may fail either way.
+                dead = dead + 1 if isinstance(error, ActorDiedError) else 0
+                if dead > _FAILED_STARTS or await self._log.failed_starts.remote(engine.name) > _FAILED_STARTS:
+                    self._error = error
+                    self._engines.remove(engine)
+                    if self._engines:
+                        said = str(error).strip().splitlines()
+                        self._notify(f"an engine is given up: {said[-1] if said else type(error).__name__}", 30)
+                    break
+                await asyncio.sleep(_LOOK_AGAIN)
+        await self._tell()
 
 
 def _prepare(
@@ -241,6 +359,7 @@ def _prepare(
             "temperature": float(asked.temperature),
             "top_p": float(asked.top_p),
             "seed": asked.seed,
+            **_further(asked),
         }
         if len(ids) + asked.max_tokens > max_length:
             failed = failure(
@@ -254,42 +373,49 @@ def _prepare(
     return {
         "row": json.dumps(row, ensure_ascii=False),
         "failure": json.dumps(failed) if failed else "",
-        "tokenized_prompt": ids,
+        "ids": ids,
         "sampling": json.dumps(sampling),
     }
 
 
-def _completion(row: Row, stop_ids: Sequence[int]) -> dict[str, Any]:
-    """The fields of a Completion from an output row of ray.data.llm, which has no finish reason."""
-    tokens = [int(token) for token in row["generated_tokens"]]
-    first = row["logprobs"][0] if row.get("logprobs") is not None and len(row["logprobs"]) else {}
-    max_tokens = json.loads(row["sampling"])["max_tokens"]
-    return {
-        "text": row["generated_text"],
-        "prompt_tokens": int(row["num_input_tokens"]),
-        "response_tokens": len(tokens),
-        "truncated": len(tokens) >= max_tokens and tokens[-1] not in stop_ids,
-        "first_logprobs": {str(token): float(entry["logprob"]) for token, entry in first.items()},
-    }
+def _further(asked: Request) -> dict[str, Any]:
+    """vLLM's names and values of what is not as vLLM has it by default."""
+    found: dict[str, Any] = {}
+    if asked.top_k is not None:
+        found["top_k"] = asked.top_k
+    if asked.min_p:
+        found["min_p"] = float(asked.min_p)
+    if asked.repetition_penalty != 1:
+        found["repetition_penalty"] = float(asked.repetition_penalty)
+    if asked.stop:
+        found["stop"] = list(asked.stop)
+    if asked.json_schema is not None:
+        found["structured_outputs"] = {"json": asked.json_schema}
+    return found
 
 
 def _finish(rows: Sequence[Row], task: Task) -> pa.Table:
     results = []
     for result in rows:
         row = json.loads(result["row"])
-        failed = None
-        if result.get("failure"):
-            failed = json.loads(result["failure"])
-        elif result.get(_ERROR):
-            failed = killed_worker() if result[_ERROR] == _KILLED else failure("inference_error", result[_ERROR])
+        failed = json.loads(result["failure"]) if result["failure"] else None
+        answered = None if failed else Answered(**json.loads(result["answer"]))
+        if answered and answered.outcome != "answered":
+            killed = answered.outcome == "killed"
+            failed = killed_worker() if killed else failure("inference_error", answered.error)
         if failed:
             results.append({name: row.get(name) for name in task.schema.names} | {FAILURE: failed})
             continue
-        values = json.loads(result["completion"])
-        values["first_logprobs"] = {int(token): value for token, value in values["first_logprobs"].items()}
-        results.append(task.answer(row, Completion(**values)) | {FAILURE: None})
+        assert answered is not None
+        results.append(task.answer(row, _completion(answered)) | {FAILURE: None})
     nullable = [column.with_nullable(True) for column in task.schema]
     return table_of(results, pa.schema([*nullable, FAILURE_FIELD]))
+
+
+def _completion(answered: Answered) -> Completion:
+    # JSON has no numbers as names.
+    first = {int(token): value for token, value in answered.first_logprobs.items()}
+    return Completion(answered.text, answered.prompt_tokens, answered.response_tokens, answered.truncated, first)
 
 
 _tokenizers: dict[tuple[str, str, Model], PreTrainedTokenizerBase] = {}
@@ -302,113 +428,3 @@ def _cached_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         _tokenizers.clear()  # a stage uses one model at a time
         _tokenizers[key] = source.load_tokenizer()
     return _tokenizers[key]
-
-
-def _processor_config(source: ModelSource, profile: Profile, rows: int, batch: int) -> vLLMEngineProcessorConfig:
-    from ray.data.llm import vLLMEngineProcessorConfig
-
-    engines, settings = profile.engines, source.settings
-    on_cpu = profile.device == "cpu"
-    engine_kwargs: dict[str, Any] = {
-        "dtype": settings.dtype,
-        "max_model_len": settings.max_length,
-        "max_num_seqs": engines.max_num_seqs,
-        "trust_remote_code": settings.trust_remote_code,
-        "enable_prefix_caching": True,
-        "enforce_eager": on_cpu or engines.enforce_eager,
-        "load_format": "safetensors",
-        "disable_log_stats": True,
-        "seed": 0,
-    }
-    if "revision" in source.pretrained_arguments():
-        engine_kwargs["revision"] = engine_kwargs["tokenizer_revision"] = settings.revision
-    bundle: dict[str, float] = {"CPU": engines.cpus / engines.tensor_parallel_size, **engines.resources}
-    if engines.memory_bytes:
-        bundle["memory"] = engines.memory_bytes // engines.tensor_parallel_size
-    environment: dict[str, str] = {}
-    if on_cpu:
-        environment = _cpu_environment(profile)
-        # vLLM 0.29 dies on a CPU ("CPU Generator does not use offset") when the prompt of a request with a seed
-        # is computed in chunks, which happens as soon as many requests arrive together.
-        engine_kwargs["enable_chunked_prefill"] = False
-        engine_kwargs["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, settings.max_length)
-    else:
-        engine_kwargs["tensor_parallel_size"] = engines.tensor_parallel_size
-        engine_kwargs["gpu_memory_utilization"] = engines.gpu_memory_utilization
-        bundle["GPU"] = engines.gpus / engines.tensor_parallel_size
-    return vLLMEngineProcessorConfig(
-        # Enough to read a configuration; engines put their node's own path in its place.
-        model_source=source.whole.files(),
-        engine_kwargs=engine_kwargs,
-        concurrency=pool_sizes(engines, profile, math.ceil(rows / max(batch, engines.max_num_seqs))),
-        batch_size=batch,
-        # Enough batches at once to fill the engine, and one more to be at hand when the first is done.
-        max_concurrent_batches=max(2, math.ceil(engines.max_num_seqs / batch) + 1),
-        placement_group_config={
-            "bundles": [dict(bundle) for _ in range(engines.tensor_parallel_size)],
-            "strategy": engines.placement,
-        },
-        runtime_env={"env_vars": environment} if environment else None,
-        should_continue_on_error=True,
-        log_engine_metrics=False,
-        chat_template_stage=False,
-        tokenize_stage=False,
-        detokenize_stage=False,
-        prepare_multimodal_stage=False,
-    )
-
-
-def _cpu_environment(profile: Profile) -> dict[str, str]:
-    """Variables of an engine's process on a CPU; each saves seconds at the start or time while running."""
-    return {
-        # vLLM would pin every engine of a node to the same cores; threads that wait for a busy core spin.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(profile.threads_of(profile.engines)),
-        # Decoding is many small products, between which threads should not sleep: libgomp's own default, which
-        # takes precedence over the waiting that session.connect sets for other workers.
-        "GOMP_SPINCOUNT": "300000",
-        # Without it the first request with log-probabilities waits for a C++ compilation of the sampler.
-        "TORCH_COMPILE_DISABLE": "1",
-    }
-
-
-def _engine_class(engine: type[Any], source: ModelSource, of_driver: Any, notify: Notify) -> type[Any]:
-    """The engine stage's class, for a node's own copy of the model and rows that may kill the engine.
-
-    A model on an object store is copied, and an adapter merged, where the engine is. `of_driver` is the actor of
-    `runtime.attempts`: rows that ended engines again and again are asked one at a time, and then no longer. Every
-    answer is reported by `notify`.
-    """
-
-    class Engine(engine):
-        def __init__(self, *arguments: Any, **named: Any) -> None:
-            if source.is_made_here:
-                named["model"] = source.local_path()
-            notify(f"starting vLLM for {source.name}")
-            super().__init__(*arguments, **named)
-            notify("vLLM is ready")
-            self._one_at_a_time = asyncio.Lock()
-
-        async def udf(self, batch: list[Row]) -> AsyncIterator[Row]:
-            keys = [row_id("request", row["row"]) for row in batch]
-            verdicts = await of_driver.begin.remote(keys)
-            asked = list(zip(keys, batch, verdicts, strict=True))
-            together = [row for _, row, verdict in asked if verdict == "together"]
-            if together:
-                async for output in super().udf(together):
-                    notify.computed(1)
-                    yield output
-                notify.computed(0, last=True)
-                await of_driver.end.remote([key for key, _, verdict in asked if verdict == "together"])
-            for key, row, verdict in asked:
-                if verdict == "alone":
-                    async with self._one_at_a_time:
-                        await of_driver.begin_alone.remote(key)
-                        async for output in super().udf([row]):
-                            yield output
-                        await of_driver.end.remote([key])
-                elif verdict == "never":
-                    yield {self.IDX_IN_BATCH_COLUMN: row[self.IDX_IN_BATCH_COLUMN], _ERROR: _KILLED}
-
-    Engine.__name__ = engine.__name__  # after which Ray names operator and actors
-    return Engine

@@ -126,8 +126,11 @@ def tasks_demand(stage: str, rows: int, profile: Profile) -> Demand:
 def pool_demand(stage: str, rows: int, what: str, setting: str, profile: Profile) -> Demand:
     """A pool's actors hold their CPUs all the time; reading and writing needs some beside them.
 
-    `setting`: the pool's section of the profile, such as "engines".
+    `setting`: the pool's section of the profile, such as "engines"; a section `judge_engines` that is null stands
+    for `engines`.
     """
+    if setting == "judge_engines" and profile.judge_engines is None:
+        setting = "engines"
     pool: Pool = getattr(profile, setting)
     bundles = pool.tensor_parallel_size if isinstance(pool, Engines) else 1
     return Demand(

@@ -1,8 +1,9 @@
 """Tokens a second of the stage `generate` against vLLM alone, on a CPU: generation.py MODEL PROMPTS
 
-The same requests with the same seeds, engine arguments and threads: first by the stage (Ray Data, its tasks and
-its writing), then by `vllm.LLM` in a process of its own; start-up is in neither. PROMPTS is JSONL with prompt and
-language. Prints a line of JSON for each, and their ratio.
+The same requests with the same seeds, engine arguments and threads: first by the stage (Ray Data, its tasks,
+its writing and the manifest), then by `vllm.LLM` in a process of its own; start-up is in neither. PROMPTS is JSONL
+with prompt and language. With `--threads 1 2` both are done for each number. Prints a line of JSON for each, and
+their ratio.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Ray's workers give way to every other process of the machine by default; vLLM alone would not.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
-def by_stage(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def by_stage(arguments: argparse.Namespace, threads: int, folder: Path) -> dict[str, Any]:
     """Runs prompts and generate; leaves what vLLM alone shall do in `folder`/requests.json."""
     from congrad_ray.config.profile import load_profile
     from congrad_ray.config.recipe import Recipe
@@ -33,7 +36,8 @@ def by_stage(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from congrad_ray.pipeline.runner import run_stage
     from congrad_ray.rundir.directory import RunDirectory
     from congrad_ray.runtime import notices
-    from congrad_ray.runtime.engines import _cpu_environment, _processor_config, end_of_turn_ids
+    from congrad_ray.runtime.engines import end_of_turn_ids
+    from congrad_ray.runtime.pools import engine_spec, keeping
 
     notices._LOOK_EVERY = 0.1  # "vLLM is ready" is the start of the clock
     source = {"name": str(arguments.prompts)}
@@ -54,27 +58,27 @@ def by_stage(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         },
         "generation",
     )
-    profile = load_profile("local", [f"threads={arguments.threads}", f"engines.max_num_seqs={arguments.seqs}"])
+    profile = load_profile("local", [f"threads={threads}", f"engines.max_num_seqs={arguments.seqs}"])
     run = RunDirectory.open(folder / "run")
     ready: list[float] = []
 
     class Clock(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             print(record.getMessage(), file=sys.stderr, flush=True)
-            if record.getMessage().endswith("vLLM is ready"):
+            if record.getMessage().startswith("vLLM is ready"):
                 ready.append(time.monotonic())
 
     package = logging.getLogger("congrad_ray")
     package.setLevel(logging.INFO)
-    package.addHandler(Clock())
+    package.handlers = [Clock()]
     run_stage(STAGES["prompts"], recipe, profile, run)
-    run_stage(STAGES["generate"], recipe, profile, run)
-    seconds = time.monotonic() - ready[0]
+    with keeping():  # ending the engine is not of the stage
+        run_stage(STAGES["generate"], recipe, profile, run)
+        seconds = time.monotonic() - ready[0]
     rows = run.stage("responses", 0).read_table().to_pylist()
     model = policy(recipe, run, 0)
     tokenizer = model.load_tokenizer()
-    batch = profile.engines.rows_per_batch(arguments.max_tokens)
-    engine = dict(_processor_config(model, profile, len(rows), batch).engine_kwargs)
+    spec = engine_spec(model, profile, profile.engines)
     sampling = recipe.generate
     stop = end_of_turn_ids(model, tokenizer)
     requests = [
@@ -90,9 +94,7 @@ def by_stage(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         }
         for row in rows
     ]
-    kv_cache = {"VLLM_CPU_KVCACHE_SPACE": str(max(1, round(profile.engines.kv_cache_gib)))}
-    environment = {**_cpu_environment(profile), **kv_cache}
-    described = {"model": model.local_path(), "engine": engine, "environment": environment}
+    described = {"model": model.local_path(), "engine": spec.engine_kwargs, "environment": spec.environment}
     (folder / "requests.json").write_text(json.dumps({**described, "requests": requests}))
     return _figures("congrad generate", [row["response_tokens"] for row in rows], seconds)
 
@@ -102,7 +104,7 @@ def alone(folder: Path) -> dict[str, Any]:
     from vllm import LLM, EngineArgs, SamplingParams
 
     asked = json.loads((folder / "requests.json").read_text())
-    known = {field.name for field in fields(EngineArgs)}  # Ray's processor adds some of its own
+    known = {field.name for field in fields(EngineArgs)}
     llm = LLM(asked["model"], **{name: value for name, value in asked["engine"].items() if name in known})
     prompts: Any = [{"prompt_token_ids": request["ids"]} for request in asked["requests"]]
     sampling = [SamplingParams(**request["sampling"]) for request in asked["requests"]]
@@ -122,24 +124,12 @@ def _figures(what: str, tokens: list[int], seconds: float) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Reads the command line and runs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a chat model")
-    parser.add_argument("prompts", type=Path)
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seqs", type=int, default=64, help="sequences decoded at once")
-    parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.alone:
-        print(json.dumps(alone(arguments.alone)), flush=True)
-        return
+def compare(arguments: argparse.Namespace, threads: int) -> None:
+    """Both, one after the other, with this number of torch threads."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        stage = by_stage(arguments, folder)
-        print(json.dumps(stage), flush=True)
+        stage = by_stage(arguments, threads, folder)
+        print(json.dumps({"threads": threads, **stage}), flush=True)
         import ray
 
         ray.shutdown()
@@ -149,8 +139,27 @@ def main() -> None:
             command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True
         )
         vllm = json.loads(result.stdout.splitlines()[-1])
-        print(json.dumps(vllm))
-        print(f"ratio {stage['tokens_per_second'] / vllm['tokens_per_second']:.3f}")
+        print(json.dumps({"threads": threads, **vllm}))
+        ratio = stage["tokens_per_second"] / vllm["tokens_per_second"]
+        print(json.dumps({"threads": threads, "ratio": round(ratio, 3)}), flush=True)
+
+
+def main() -> None:
+    """Reads the command line and runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a chat model")
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, nargs="+", default=[2])
+    parser.add_argument("--seqs", type=int, default=64, help="sequences decoded at once")
+    parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        print(json.dumps(alone(arguments.alone)), flush=True)
+        return
+    for threads in arguments.threads:
+        compare(arguments, threads)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ _ITERATION = "iteration-0"
 # What an engine writes may depend on which requests it computes together: its texts and scores are counted only.
 SAMPLED = (
     Table("prompts", "prompts", "prompt_id", ("language", "prompt", "split", "task"), True),
+    Table("baseline", "baseline", "answer_id", ("response", "true_score"), False),
     Table("responses", f"{_ITERATION}/responses", "response_id", ("prompt_id", "seed", "response"), False),
     Table("judgements", f"{_ITERATION}/judgements", "response_id", ("prompt_id", "score"), False),
 )

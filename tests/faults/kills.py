@@ -18,6 +18,7 @@ Kind = Literal["engine actor", "engine core", "data worker", "gradient actor", "
 _ENGINE_STAGE: tuple[Kind, ...] = ("engine actor", "engine core", "data worker", "node", "driver")
 KINDS: dict[str, tuple[Kind, ...]] = {
     "prompts": ("driver",),
+    "baseline": _ENGINE_STAGE,
     "generate": _ENGINE_STAGE,
     "judge": _ENGINE_STAGE,
     "pair": ("driver",),
@@ -28,16 +29,18 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "report": ("driver",),
 }
 _TITLES: dict[Kind, re.Pattern[str]] = {
-    "engine actor": re.compile(r"ray::MapWorker\(.*vLLMEngineStage"),
+    "engine actor": re.compile(r"ray::VLLMEngine"),
     "engine core": re.compile(r"VLLM::EngineCore"),
     "gradient actor": re.compile(r"ray::MapWorker\(.*SketchReplica"),
     "training rank": re.compile(r"ray::RayTrainWorker"),
-    # Tasks of Ray Data's operators, and the actors that read Parquet footers for them.
-    "data worker": re.compile(r"ray::(?!MapWorker)(ListFiles|FooterReader|Read\w+|FromItems|\w+\()"),
+    # Tasks of Ray Data's operators, the actors that read Parquet footers for them, and the one that asks engines.
+    "data worker": re.compile(
+        r"ray::(MapWorker\(.*AskEngines|(?!MapWorker)(ListFiles|FooterReader|Read\w+|FromItems|\w+\())"
+    ),
 }
 _ACTORS: tuple[Kind, ...] = ("engine actor", "gradient actor", "training rank")
 # An engine or gradient actor that is past its constructor and has had a batch.
-_AT_WORK = re.compile(r"ray::MapWorker\(.*\.submit")
+_AT_WORK = re.compile(r"ray::(VLLMEngine\.ask|MapWorker\(.*SketchReplica.*\.submit)")
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,12 @@ class Phase:
     copied: tuple[str, ...] = ()
 
 
-SAMPLING = Phase("sampling", ("prompts", "generate", "judge"), until="judge")
+SAMPLING = Phase("sampling", ("prompts", "baseline", "generate", "judge"), until="judge")
 # The same responses and judgements as in the undisturbed run, so that all that follows is determined.
 REST = Phase(
     "rest",
     ("pair", "sketch", "select", "train", "evaluate", "report"),
-    copied=("prompts", "iteration-0/responses", "iteration-0/judgements"),
+    copied=("prompts", "baseline", "iteration-0/responses", "iteration-0/judgements"),
 )
 WHOLE = Phase("whole", (*SAMPLING.stages, *REST.stages))
 

@@ -80,7 +80,7 @@ def _work(results: Results) -> Screen:
         "rows a batch",
         title="Work done more than once, at most",
     )
-    for stage, (_, rows) in COMPUTING.items():
+    for stage, (*_, rows) in COMPUTING.items():
         [needed] = [record["batches"] for record in results.of("work", round=UNDISTURBED, stage=stage)][-1:] or [0]
         visits = [record for record in results.of("work", stage=stage, whole=True) if record["kills"]]
         again = [visit["batches"] - needed for visit in visits]

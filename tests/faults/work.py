@@ -19,16 +19,16 @@ from typing import Any
 from faults.command import ENGINE_BATCH, SAVE_STEPS, SKETCH_BATCH
 from faults.compare import POLICY
 
-# The stages with actors that compute batches of rows: a part of the task's name, and the rows of a batch.
+# The stages with actors that compute batches of rows: parts of the task's name, and the rows of a batch.
 COMPUTING = {
-    "generate": ("vLLMEngineStage", ENGINE_BATCH),
-    "judge": ("vLLMEngineStage", ENGINE_BATCH),
-    "sketch": ("SketchReplica", SKETCH_BATCH),
-    "evaluate": ("vLLMEngineStage", ENGINE_BATCH),
+    "baseline": ("VLLMEngine", "ask", ENGINE_BATCH),
+    "generate": ("VLLMEngine", "ask", ENGINE_BATCH),
+    "judge": ("VLLMEngine", "ask", ENGINE_BATCH),
+    "sketch": ("SketchReplica", "submit", SKETCH_BATCH),
+    "evaluate": ("VLLMEngine", "ask", ENGINE_BATCH),
 }
 _ENGINE_START = 10.0  # seconds; batches follow each other within less, and no engine starts so fast
 _RUNNING = 8  # Ray's TaskStatus.RUNNING
-_SUBMITTED = "submit"  # the method of Ray Data's actors that computes a batch
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Computed:
 
 def computed(stage: str, events: Iterable[Any], since: float, until: float) -> Computed:
     """`since` and `until` in seconds since the epoch; the stage is one of COMPUTING."""
-    name, _ = COMPUTING[stage]
+    name, method, _ = COMPUTING[stage]
     begun = set()
     times = []
     for event in events:
-        if name not in event.task_info.name or not event.task_info.name.endswith(_SUBMITTED):
+        if name not in event.task_info.name or not event.task_info.name.endswith(method):
             continue
         started = event.state_updates.state_ts_ns.get(_RUNNING, 0) / 1e9
         if since <= started <= until:
@@ -86,6 +86,7 @@ def rows_written(run: Path, stage: str) -> int:
     import pyarrow.parquet as pq
 
     folders = {
+        "baseline": "../baseline",
         "generate": "responses",
         "judge": "judgements/samples",
         "sketch": "sketches",

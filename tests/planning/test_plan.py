@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from congrad_ray.config.endpoint import Endpoint
 from congrad_ray.config.profile import load_profile
 from congrad_ray.config.recipe import Model, Recipe
 from congrad_ray.config.settings import SettingsError
@@ -16,13 +17,14 @@ from congrad_ray.modeling.shape import ModelShape, read_shape
 from congrad_ray.modeling.source import ModelError
 from congrad_ray.pipeline.order import ITERATED, STAGES
 from congrad_ray.pipeline.plan import make_plan
+from congrad_ray.planning import plan as plans
 from congrad_ray.planning.assumptions import Assumptions, load_assumptions
 from congrad_ray.planning.engines import kv_bytes_per_token
 from congrad_ray.planning.estimate import Estimate, Planned
 from congrad_ray.planning.flops import forward_flops
 from congrad_ray.planning.lengths import with_measured
 from congrad_ray.planning.memory import GIB
-from congrad_ray.planning.plan import Plan
+from congrad_ray.planning.plan import Plan, starts_by_stage
 from congrad_ray.planning.shapes import Shapes
 from congrad_ray.planning.storage import file_bytes, measured_row_bytes
 from congrad_ray.planning.volume import Lengths, Volume, assumed_lengths
@@ -109,10 +111,22 @@ def test_tokens_follow_the_recipe_and_the_lengths(recipe: Recipe, llama: ModelSh
     assert counts["sketch"].trained == pytest.approx(180 * (153.6 + 512))
     assert counts["train"].rows == 90
     assert counts["train"].trained == pytest.approx(90 * (153.6 + 2 * 256))
-    assert counts["evaluate"].rows == 30 * 2 * 2
-    assert counts["evaluate"].requests == 120 + 60  # and both orders of 30 greedy answers
+    assert counts["baseline"].rows == counts["evaluate"].rows == 30 * 2
+    assert counts["evaluate"].requests == 60 + 60  # and both orders of 30 greedy answers
+    both = changed(recipe, "evaluate", baselines=["start", "previous"], references="answers.jsonl")
+    assert volumes(given(both, llama, lengths))["evaluate"].requests == 60 + 2 * 60  # M_0 is both
+    assert volumes(given(both, llama, lengths), iteration=1)["evaluate"].requests == 60 + 3 * 60
+    asked = Endpoint(url="http://here/v1", model="m", requests_per_minute=30, input_price=2.0)
+    served = given(changed(recipe, "evaluate", endpoint=asked), llama, lengths)
+    assert volumes(served)["evaluate"].requests == 60
+    estimate = STAGES["evaluate"].estimate
+    assert estimate is not None
+    whole, alone = (volumes(given(recipe, llama, lengths))["evaluate"], volumes(served)["evaluate"])
+    assert estimate.served(served, 0).seconds == 60 * 60 / 30
+    assert estimate.served(served, 0).dollars == pytest.approx((whole.prefill - alone.prefill) * 2 / 1e6)
     later = volumes(given(recipe, llama, lengths), iteration=1)
-    assert later["evaluate"].rows == 60  # M_0's answers are there
+    assert later["evaluate"].rows == 60
+    assert later["baseline"].rows == 0
     assert later["prompts"].rows == 0
     everything = volumes(given(changed(recipe, "select", strategy="all"), llama, lengths))
     assert everything["train"].rows == 180
@@ -255,17 +269,59 @@ def test_replicas_time_and_cost(llama: ModelShape, recipe: Recipe) -> None:
     plan = planned(recipe, llama, "aws-a100")
     stages = {stage.stage: stage for stage in plan.stages}
     assert {name: stage.replicas for name, stage in stages.items() if stage.needed} == dict.fromkeys(
-        ("generate", "judge", "sketch", "train", "evaluate"), 16
+        ("baseline", "generate", "judge", "sketch", "train", "evaluate"), 16
     )
     generate = stages["generate"]
     assert generate.available == pytest.approx(39.5 * GIB * 0.9)
     assert generate.seconds is not None and generate.dollars is not None
     assert generate.dollars == pytest.approx((2 * 21.96 + 0.384) * generate.seconds / 3600)
-    assert generate.seconds > ASSUMED.engine_start_s
+    assert stages["baseline"].seconds is not None
+    assert stages["baseline"].seconds > ASSUMED.engine_start_s > generate.seconds  # whose engine is up
     half = planned(recipe, llama, "aws-a100", ["engines.max_actors=4"])
-    assert half.stages[1].replicas == 4
-    assert half.stages[1].dollars is not None and half.stages[1].seconds is not None
-    assert half.stages[1].dollars == pytest.approx((21.96 + 0.384) * half.stages[1].seconds / 3600)
+    generate = next(stage for stage in half.stages if stage.stage == "generate")
+    assert generate.replicas == 4
+    assert generate.dollars is not None and generate.seconds is not None
+    assert generate.dollars == pytest.approx((21.96 + 0.384) * generate.seconds / 3600)
+
+
+def test_what_each_kind_of_judge_reads_writes_and_costs(llama: ModelShape, recipe: Recipe) -> None:
+    lengths = assumed_lengths(recipe, ASSUMED)
+    training, n = (
+        len(recipe.prompts.languages) * recipe.prompts.train_per_language,
+        recipe.generate.num_generations,
+    )
+
+    def of(**judge: Any) -> tuple[Plan, Volume]:
+        values = recipe.model_dump()
+        chosen = Recipe.model_validate(values | {"judge": judge})
+        volume = volumes(given(chosen, llama, assumed_lengths(chosen, ASSUMED)))["judge"]
+        where = load_profile("aws-a10g")
+        assert where.cluster is not None
+        asked = Planned(chosen, where, Shapes(llama, llama, llama), assumed_lengths(chosen, ASSUMED), ASSUMED)
+        return plans.make_plan([STAGES["judge"]], asked, cluster_machine(where.cluster)), volume
+
+    def judged(plan: Plan) -> Any:
+        return plan.stages[0]
+
+    _, reward = of(model="reward", method="reward_model")
+    assert (reward.requests, reward.decode) == (training * n, 0)
+    assert reward.prefill == pytest.approx(training * n * (lengths.prompt + lengths.response))
+    _, pairwise = of(method="pairwise", comparisons=n, max_tokens=100, max_length=8192)
+    assert pairwise.requests == training * 2 * n
+    assert pairwise.decode == pytest.approx(pairwise.requests * 100 * ASSUMED.judgement_share)
+    server = {"url": "http://localhost/v1", "model": "m", "requests_per_minute": 600}
+    free, volume = of(endpoint=server, samples=1, max_tokens=100)
+    assert judged(free).seconds == pytest.approx(recipe.iterations * training * n / 10)
+    assert (judged(free).dollars, judged(free).needed, judged(free).flops) == (None, None, 0)
+    priced, _ = of(endpoint=server | {"input_price": 2.0, "output_price": 8.0}, samples=1, max_tokens=100)
+    cost = recipe.iterations * (2 * volume.prefill + 8 * volume.decode) / 1e6
+    assert judged(priced).dollars == pytest.approx(cost)
+    both, together = of(method="expected_score", also=[{"endpoint": server, "samples": 2}])
+    assert together.requests == training * n * 3
+    alone, _ = of(method="expected_score")
+    extra = recipe.iterations * 2 * training * n / 10
+    assert judged(both).flops == pytest.approx(judged(alone).flops)
+    assert judged(both).seconds == pytest.approx(judged(alone).seconds + extra)
 
 
 def test_what_is_short_is_reported_with_the_setting_that_fixes_it(llama: ModelShape, recipe: Recipe) -> None:
@@ -312,3 +368,29 @@ def test_a_wrong_assumption_is_refused_with_what_is_allowed() -> None:
         load_assumptions(["response_shares=0.2"])
     with pytest.raises(SettingsError, match="prefill_mfu"):
         load_assumptions(["prefill_mfu=2"])
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        # M_0 answers first; then its engine is up. M_1 answers in evaluate, and generates in the next iteration.
+        ({}, {"baseline": [1, 0], "sketch": [1, 1], "train": [1, 1], "evaluate": [1, 1]}),
+        (
+            {"judge": {"model": "another"}},
+            {"baseline": [1, 0], "judge": [1, 1], "sketch": [1, 1], "train": [1, 1], "evaluate": [1, 1]},
+        ),
+        # M_0 compares last, so that M_1 starts again.
+        (
+            {"prompts": {"languages": ["en"], "evaluation": {"name": "prompts.jsonl"}}},
+            {"baseline": [1, 0], "generate": [0, 1], "sketch": [1, 1], "train": [1, 1], "evaluate": [2, 2]},
+        ),
+    ],
+)
+def test_engines_that_are_up_are_not_started_again(
+    sections: dict[str, Any], expected: dict[str, list[int]]
+) -> None:
+    values = {"name": "x", "iterations": 2, "prompts": {"languages": ["en"]}} | sections
+    recipe = Recipe.model_validate(values)
+    estimates = {name: estimate_of(name) for name in STAGES if STAGES[name].estimate is not None}
+    starts = dict(zip(estimates, starts_by_stage(list(estimates.values()), recipe), strict=True))
+    assert {name: of_stage for name, of_stage in starts.items() if any(of_stage)} == expected

@@ -21,7 +21,7 @@ from congrad_ray.planning.estimate import Planned
 from congrad_ray.planning.shapes import read_shapes
 from congrad_ray.planning.volume import Volume
 from congrad_ray.rundir.directory import RunDirectory
-from congrad_ray.stages.judge.estimate import rubric_bytes
+from congrad_ray.stages.judge.estimate import instruction_bytes
 from congrad_ray.stages.judge.rubric import load_rubric
 from congrad_ray.stages.sketch.estimate import sketch_memory
 from congrad_ray.stages.train.estimate import training_memory
@@ -74,7 +74,9 @@ def bytes_per_token_of(run: RunDirectory, recipe: Recipe) -> tuple[float, float]
     rubric = load_rubric(recipe.judge.rubric)
     blank = [{"role": "user", "content": ""}]
     texts = [rubric.fill(language, recipe.judge.method, blank, "") for language in recipe.prompts.languages]
-    instruction = rubric_bytes(recipe) / (sum(len(tokenizer(text)["input_ids"]) for text in texts) / len(texts))
+    instruction = instruction_bytes(recipe, recipe.judge) / (
+        sum(len(tokenizer(text)["input_ids"]) for text in texts) / len(texts)
+    )
     responses = run.stage("responses", 0).read_table(["response", "response_tokens"])
     written = sum(len(text.encode()) for text in responses["response"].to_pylist())
     return instruction, written / pc.sum(responses["response_tokens"]).as_py()

@@ -1,15 +1,15 @@
 """What happens to a row around the engine, without an engine."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Model
-from congrad_ray.data.tables import FAILURE
+from congrad_ray.data.tables import FAILURE, Message
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.modeling.tokenization import MissingChatTemplate
 from congrad_ray.runtime import engines as engine
@@ -21,6 +21,7 @@ from congrad_ray.runtime.engines import (
     load_chat_tokenizer,
     sampling_seed,
 )
+from congrad_ray.runtime.vllm_engine import Answered
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("text", pa.string(), nullable=False)])
 
@@ -44,7 +45,7 @@ def _prepare(folder: Path, content: Any, max_tokens: int) -> dict[str, Any]:
 def test_a_prepared_row_has_one_beginning_of_sequence_and_its_sampling(tiny_model: Path) -> None:
     prepared = _prepare(tiny_model, "The quick brown fox", 8)
     assert prepared["failure"] == ""
-    assert prepared["tokenized_prompt"].count(0) == 1
+    assert prepared["ids"].count(0) == 1
     assert json.loads(prepared["sampling"]) == {
         "max_tokens": 8,
         "temperature": 0.7,
@@ -57,7 +58,7 @@ def test_a_prepared_row_has_one_beginning_of_sequence_and_its_sampling(tiny_mode
 
 
 def test_a_prompt_fits_to_the_last_token_and_not_beyond(tiny_model: Path) -> None:
-    tokens = len(_prepare(tiny_model, "The quick brown fox", 1)["tokenized_prompt"])
+    tokens = len(_prepare(tiny_model, "The quick brown fox", 1)["ids"])
     assert _prepare(tiny_model, "The quick brown fox", 64 - tokens)["failure"] == ""
     failed = json.loads(_prepare(tiny_model, "The quick brown fox", 65 - tokens)["failure"])
     assert failed["reason"] == "prompt_too_long"
@@ -79,39 +80,37 @@ def test_messages_that_cannot_be_rendered_fail_alone(tiny_model: Path) -> None:
     assert "roles must alternate" in failed["detail"]
 
 
-@pytest.mark.parametrize(
-    ("tokens", "truncated"), [([5, 6, 7], True), ([5, 6, 1], False), ([5, 1], False), ([1], False)]
-)
-def test_truncated_means_stopped_by_the_limit(tokens: list[int], truncated: bool) -> None:
-    row = {
-        "generated_tokens": tokens,
-        "generated_text": "x",
-        "num_input_tokens": 4,
-        "sampling": json.dumps({"max_tokens": 3}),
-        "logprobs": [{7: {"logprob": -0.5, "rank": 1, "decoded_token": "a"}}, {8: {"logprob": -9.0}}],
-    }
-    completion = engine._completion(row, [1])
-    assert completion["truncated"] is truncated
-    assert completion["response_tokens"] == len(tokens)
-    assert completion["first_logprobs"] == {"7": -0.5}
+def test_only_sampling_that_differs_from_the_default_goes_to_vllm(tiny_model: Path) -> None:
+    source = _source(tiny_model)
+    tokenizer = load_chat_tokenizer(source)
+    messages: list[Message] = [{"role": "user", "content": "fox"}]
+
+    def sampling(asked: Request) -> dict[str, Any]:
+        task = Task(lambda row: asked, lambda row, completion: row, SCHEMA, 8)
+        found: dict[str, Any] = json.loads(engine._prepare({"id": "r"}, task, tokenizer, 64, [1])["sampling"])
+        return found
+
+    plain = sampling(Request(messages, 8))
+    assert plain.keys() == {"max_tokens", "temperature", "top_p", "seed", "stop_token_ids"}
+    further = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "stop": ["END"]}
+    assert sampling(Request(messages, 8, **further)) == plain | further  # type: ignore[arg-type]
 
 
 def test_finished_rows_have_one_type_whether_they_failed_or_not() -> None:
+    def answered(*values: Any, **named: Any) -> str:
+        return json.dumps(asdict(Answered(*values, **named)))
+
     good = {
         "row": json.dumps({"id": "a"}),
         "failure": "",
-        "completion": json.dumps(
-            {
-                "text": "hi",
-                "prompt_tokens": 1,
-                "response_tokens": 1,
-                "truncated": False,
-                "first_logprobs": {"7": -1.0},
-            }
-        ),
+        "answer": answered("answered", "hi", 1, 1, False, {7: -1.0}),
     }
-    too_long = {"row": json.dumps({"id": "b"}), "failure": json.dumps({"reason": "r", "detail": "d"})}
-    broken = {"row": json.dumps({"id": "c"}), "failure": "", "__inference_error__": "ValueError: x"}
+    too_long = {
+        "row": json.dumps({"id": "b"}),
+        "failure": json.dumps({"reason": "r", "detail": "d"}),
+        "answer": "",
+    }
+    broken = {"row": json.dumps({"id": "c"}), "failure": "", "answer": answered("failed", error="ValueError: x")}
 
     def answer(row: dict[str, Any], completion: Completion) -> dict[str, Any]:
         assert completion.first_logprobs == {7: -1.0}
@@ -156,33 +155,3 @@ def test_seeds_are_stable_and_of_31_bits() -> None:
     assert len(seeds) == 1000
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert sampling_seed(0, "a") == sampling_seed(0, "a") != sampling_seed(1, "a")
-
-
-def test_engines_on_a_cpu_compute_whole_prompts(tiny_model: Path) -> None:
-    config = engine._processor_config(_source(tiny_model), Profile(name="local", threads=3), 1000, 8)
-    assert config.engine_kwargs["enable_chunked_prefill"] is False
-    assert config.engine_kwargs["max_num_batched_tokens"] >= config.engine_kwargs["max_model_len"] == 64
-    assert config.runtime_env is not None
-    assert config.runtime_env["env_vars"]["OMP_NUM_THREADS"] == "3"
-    # Not the waiting that replicas are configured with: decoding would take a third longer and more.
-    assert int(config.runtime_env["env_vars"]["GOMP_SPINCOUNT"]) > 0
-
-
-def test_engine_settings_on_gpus_share_the_bundle_over_tensor_parallel_workers(tiny_model: Path) -> None:
-    gpu = {"min_actors": 1, "max_actors": 2, "cpus": 8.0, "gpus": 4.0, "tensor_parallel_size": 4}
-    profile = Profile.model_validate(
-        {
-            "name": "x",
-            "device": "cuda",
-            "engines": gpu,
-            "sketchers": {"gpus": 1.0},
-            "trainers": {"gpus": 1.0},
-        }
-    )
-    config = engine._processor_config(_source(tiny_model), profile, 1000, 64)
-    assert config.placement_group_config is not None
-    assert config.placement_group_config["bundles"] == [{"CPU": 2.0, "GPU": 1.0}] * 4
-    assert config.engine_kwargs["tensor_parallel_size"] == 4
-    assert config.engine_kwargs["enforce_eager"] is False
-    assert config.concurrency == (1, 2)
-    assert config.runtime_env is None

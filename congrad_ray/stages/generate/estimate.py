@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.planning.engines import engine_replicas
+from congrad_ray.planning.engines import engine_replicas, policy_name
 from congrad_ray.planning.estimate import Estimate, Planned
 from congrad_ray.planning.storage import ID_BYTES, number_bytes, table_bytes, text_bytes
 from congrad_ray.planning.volume import Volume, rows_of
@@ -44,5 +44,5 @@ ESTIMATE = Estimate(
     volume=_volume,
     stored=_stored,
     measured=_measured,
-    replicas=engine_replicas(lambda shapes: shapes.policy),
+    replicas=engine_replicas(lambda shapes: shapes.policy, lambda recipe, iteration: [policy_name(iteration)]),
 )

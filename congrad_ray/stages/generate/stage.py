@@ -46,7 +46,17 @@ def run(context: Context) -> Outcome:
             }
 
     def request(row: Row) -> Request:
-        return Request(row["prompt"], sampling.max_tokens, sampling.temperature, sampling.top_p, row["seed"])
+        return Request(
+            row["prompt"],
+            sampling.max_tokens,
+            sampling.temperature,
+            sampling.top_p,
+            row["seed"],
+            sampling.top_k,
+            sampling.min_p,
+            sampling.repetition_penalty,
+            sampling.stop,
+        )
 
     def answer(row: Row, completion: Completion) -> Row:
         return {
