@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from congrad_ray.config.endpoint import Endpoint
-from congrad_ray.config.profile import Profile
+from congrad_ray.config.profile import PoolName, Profile
 from congrad_ray.modeling.source import ModelSource
+from congrad_ray.runtime.endpoint import ask_endpoint, endpoint_key
 from congrad_ray.runtime.engines import Task, complete
 from congrad_ray.runtime.notices import Notify
 
@@ -21,8 +22,13 @@ def ask(
     profile: Profile,
     task: Task,
     notify: Notify,
+    *,
+    pool: PoolName = "engines",
 ) -> Dataset:
-    """As `complete`, of a model or an endpoint."""
+    """As `complete`, of a model or an endpoint; see `ask_endpoint` for what becomes of its rows.
+
+    Raises SettingsError where the endpoint's key is not in the environment.
+    """
     if isinstance(judge, Endpoint):
-        raise NotImplementedError
-    return complete(dataset, rows, judge, profile, task, notify)
+        return ask_endpoint(dataset, rows, judge, endpoint_key(judge), task, notify)
+    return complete(dataset, rows, judge, profile, task, notify, pool=pool)

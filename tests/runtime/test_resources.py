@@ -34,13 +34,14 @@ def test_rows_follow_the_recipe() -> None:
     rows = {need.stage: need.rows for need in demands(RECIPE, load_profile("local"))}
     assert rows == {
         "prompts": 500,
+        "baseline": 600,
         "generate": 800,
         "judge": 2400,
         "pair": 200,
         "sketch": 200,
         "select": 200,
         "train": 100,
-        "evaluate": 1200,
+        "evaluate": 600,
         "report": 300,
     }
 

@@ -409,6 +409,27 @@ def test_moving_averages_and_weights(sketched: RunDirectory, tiny_model: Path) -
         selected(sketched, tiny_model, min_pairs=21)
 
 
+def test_the_gradient_of_a_language_whose_judges_disagree_counts_less(
+    sketched: RunDirectory, tiny_model: Path
+) -> None:
+    judging = sketched.stage("judgements", 0)
+    agreement = {tag: {"tau": tau, "prompts": 9, "left_out": 0} for tag, tau in (("de", 0.2), ("fr", -1.0))}
+    judging.commit("judge", 0, "judgements", None, {}, 1, 0.0, {"agreement": agreement})
+    weighted, _ = selected(sketched, tiny_model, language_weights={"de": 0.5 * 0.2})
+    also = [{"model": str(tiny_model), "max_tokens": 16}]
+    judge = {"max_tokens": 16, "also": also, "min_agreement": 0.5, "disagreement": "weight"}
+    recipe = recipe_for(tiny_model, select={"language_weights": {"de": 0.5}}, judge=judge)
+    run_stage(select.STAGE, recipe, Profile(name="test"), sketched, redo=True)
+    folder = sketched.stage("selection", 0)
+    found = {row["pair_id"]: row for row in folder.read_table(name="scores.parquet").to_pylist()}
+    assert {name: row["score"] for name, row in found.items()} == {
+        name: row["score"] for name, row in weighted.items()
+    }
+    kept = recipe.model_copy(update={"judge": recipe.judge.model_copy(update={"disagreement": "keep"})})
+    assert select.STAGE.settings(kept, 0) == kept.select.model_dump(mode="json")
+    assert select.STAGE.settings(recipe, 0) != select.STAGE.settings(kept, 0)
+
+
 def test_a_setting_that_does_not_fit_the_pairs_leaves_no_claim(tmp_path: Path, tiny_model: Path) -> None:
     run = RunDirectory.open(tmp_path / "run")
     write_sketches(run.stage("sketches", 0), 20, seed=1)

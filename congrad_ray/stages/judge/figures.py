@@ -16,7 +16,14 @@ from congrad_ray.stages.view import Figures, Step
 def figures(folder: StageFolder) -> list[Figures]:
     """The judgements by language; none before the stage is done."""
     manifest = folder.manifest()
-    return [judgements(manifest.counters)] if manifest and "judgements" in manifest.counters else []
+    if manifest is None or "judgements" not in manifest.counters:
+        return []
+    found = [judgements(manifest.counters)]
+    if manifest.counters.get("judges"):
+        found.append(judges(manifest.counters))
+    if manifest.counters.get("agreement"):
+        found.append(agreement(manifest.counters["agreement"]))
+    return found
 
 
 def judgements(counters: Mapping[str, Any]) -> Figures:
@@ -36,7 +43,45 @@ def judgements(counters: Mapping[str, Any]) -> Figures:
         (*heads, "mass") if masses else heads,
         rows,
         caption="score: the mean; mass: mean probability of the score tokens" if masses else "score: the mean",
-        notes=unreadable_note({language: row["unreadable"] for language, row in counters["judgements"].items()}),
+        notes=[
+            *unreadable_note({language: row["unreadable"] for language, row in counters["judgements"].items()}),
+            *([f"cost: ${counters['cost_usd']:.2f}"] if counters.get("cost_usd") is not None else []),
+        ],
+    )
+
+
+def judges(counters: Mapping[str, Any]) -> Figures:
+    """Several judges beside each other, each in its own units."""
+    rows = [
+        [
+            name,
+            f"{row['asked']:,}",
+            f"{row['readable']:,}",
+            "" if row["mean_score"] is None else f"{row['mean_score']:.2f}",
+            f"{row['prompt_tokens'] + row['output_tokens']:,}",
+            "" if row["cost_usd"] is None else f"${row['cost_usd']:.2f}",
+        ]
+        for name, row in counters["judges"].items()
+    ]
+    return Figures("judges", ("judge", "asked", "readable", "score", "tokens", "cost"), rows, brief=False)
+
+
+def agreement(counts: Mapping[str, Any]) -> Figures:
+    """How far the judges agree, by language."""
+    rows = [
+        [
+            language,
+            "" if row["tau"] is None else f"{row['tau']:.2f}",
+            f"{row['prompts']:,}",
+            f"{row['left_out']:,}",
+        ]
+        for language, row in counts.items()
+    ]
+    return Figures(
+        "agreement of the judges",
+        ("language", "tau", "prompts", "left out"),
+        rows,
+        caption="tau: mean Kendall's tau-b over prompts; left out: prompts with ties everywhere, or one response",
     )
 
 

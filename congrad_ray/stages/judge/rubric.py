@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from congrad_ray.config.judging import Ending
 from congrad_ray.config.printable import brief
 from congrad_ray.config.recipe import BUILTIN_WORLD
 from congrad_ray.config.settings import local_path
 from congrad_ray.data.tables import Message
-
-Method = Literal["expected_score", "sampled"]
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _BUILT_IN = Path(__file__).resolve().parent / "rubrics"
 _FALLBACK = "en"
 _PLACEHOLDER = re.compile(r"\{(prompt|response)\}")
 _ENDING = re.compile(r"^=== (\w+)[ \t]*\n", re.MULTILINE)
-_METHODS: tuple[str, ...] = ("expected_score", "sampled")
+_ENDINGS: tuple[str, ...] = ("expected_score", "sampled", "structured")
 
 
 class RubricError(ValueError):
@@ -39,11 +38,13 @@ class Rubric:
         """Which template a language gets: its own, its primary subtag's, or English."""
         return next(tag for tag in (language, language.split("-")[0], _FALLBACK) if tag in self.templates)
 
-    def fill(self, language: str, method: Method, prompt: Sequence[Message], response: str) -> str:
+    def fill(self, language: str, ending: Ending, prompt: Sequence[Message], response: str) -> str:
         """The judge's instruction. The texts are put in at once, so braces in one of them stay what they are."""
         body, endings = _split(self.templates[self.language_of(language)])
         texts = {"prompt": conversation_text(prompt), "response": response}
-        return _PLACEHOLDER.sub(lambda match: texts[match[1]], body + endings.get(method, ""))
+        if ending == "structured" and ending not in endings:
+            endings[ending] = f"\n{_structured(self.language_of(language))}"
+        return _PLACEHOLDER.sub(lambda match: texts[match[1]], body + endings.get(ending, ""))
 
     def digest(self) -> str:
         """Hash of all templates: changes when a rubric file does."""
@@ -54,8 +55,9 @@ class Rubric:
 def load_rubric(name: str) -> Rubric:
     """A built-in rubric by name, the built-in world's, or that of a folder of `<language>.txt` files.
 
-    A file holds the placeholders {prompt} and {response}. Its end may differ by method: what follows a line
-    `=== sampled` or `=== expected_score` is added for that method only.
+    A file holds the placeholders {prompt} and {response}. Its end may differ: what follows a line
+    `=== sampled`, `=== expected_score` or `=== structured` (`judge.structured`) is added for that method only; a
+    rubric without the last one ends with a sentence of ours.
 
     Raises RubricError: no such rubric, no English file (the fallback), a placeholder that is missing.
     """
@@ -77,13 +79,24 @@ def load_rubric(name: str) -> Rubric:
         missing = {"prompt", "response"} - set(_PLACEHOLDER.findall(body))
         if missing:
             raise RubricError(f"judge.rubric {name}: {tag}.txt lacks {{{'} and {'.join(sorted(missing))}}}")
-        unknown = sorted(set(endings) - set(_METHODS))
+        unknown = sorted(set(endings) - set(_ENDINGS))
         if unknown:
             raise RubricError(
-                f"judge.rubric {name}: {tag}.txt has endings for {', '.join(unknown)}; methods are "
-                f"{', '.join(_METHODS)}"
+                f"judge.rubric {name}: {tag}.txt has endings for {', '.join(unknown)}; known are "
+                f"{', '.join(_ENDINGS)}"
             )
     return Rubric(name, templates)
+
+
+def structured_endings() -> dict[str, str]:
+    """What a rubric that says nothing of `structured` ends with, by the language of its text."""
+    texts: dict[str, str] = json.loads((Path(__file__).parent / "structured.json").read_text(encoding="utf-8"))
+    return texts
+
+
+def _structured(language: str) -> str:
+    texts = structured_endings()
+    return texts.get(language, texts[_FALLBACK])
 
 
 def conversation_text(messages: Sequence[Message]) -> str:

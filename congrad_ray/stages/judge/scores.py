@@ -125,6 +125,13 @@ def score_token_ids(vocabulary: Mapping[str, int]) -> list[list[int]]:
     return found
 
 
+def score_texts() -> list[list[str]]:
+    """For each score 0..5 the texts of tokens that spell it, for servers whose vocabulary nobody knows."""
+    return [
+        [mark + chr(ord(zero) + score) for zero in _ZEROS for mark in ("", " ")] for score in range(MAXIMUM + 1)
+    ]
+
+
 def _statements(text: str, language: str) -> Iterator[float | None]:
     """What all statements say that have a primary label, are in [[...]] or in a JSON object; None: no score."""
     labels = {*_labels(language, primary=True), "final score", "total score", "overall score", "overall rating"}

@@ -28,8 +28,8 @@ class BestAndWorst:
     rejected: JudgedResponse
 
 
-# Why a prompt gave no pair, in the order in which they are looked at.
-NoPair = Literal["too_few_judged", "all_identical", "none_may_be_chosen", "tie_or_small_margin"]
+# Why a prompt gave no pair, in the order in which they are looked at; judges_disagree: see judge.disagreement.
+NoPair = Literal["judges_disagree", "too_few_judged", "all_identical", "none_may_be_chosen", "tie_or_small_margin"]
 
 
 def best_and_worst(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
@@ -69,11 +69,13 @@ def pair_responses(
     languages: Sequence[str],
     iteration: int,
     progressed: Callable[[], None] = lambda: None,
+    left_out: Collection[str] = (),
 ) -> tuple[pa.Table, Counts]:
     """The pairs (PAIRS) of all prompts that have responses here, and what became of the others.
 
     `responses` has RESPONSE_COLUMNS, all responses of each of its prompts, in any order; `scores` has response_id
-    and score, and a response that it lacks has no score. `languages` are those of the run, for the language check.
+    and score, and a response that it lacks has no score. `languages` are those of the run,
+    for the language check; no pairs are made of the languages `left_out`.
     """
     counts = Counts(responses=len(responses))
     pairs, found = [], []
@@ -86,7 +88,9 @@ def pair_responses(
             if row["verdict"] in ("wrong", "unknown"):
                 said = counts.wrong_language if row["verdict"] == "wrong" else counts.unknown_language
                 said[row["language"]] += 1
-        pair = _best_and_worst(of_prompt, settings)
+        pair: BestAndWorst | NoPair = "judges_disagree"
+        if first["language"] not in left_out:
+            pair = _best_and_worst(of_prompt, settings)
         if isinstance(pair, BestAndWorst):
             found.append(_row(pair, first, identifier, iteration))
             counts.pairs[first["language"]] += 1

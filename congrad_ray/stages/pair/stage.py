@@ -8,7 +8,7 @@ all, they are read here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.resources import tasks_demand
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.generate.schema import RESPONSES
+from congrad_ray.stages.judge.combine import disagreeing, disagreement_settings
 from congrad_ray.stages.judge.schema import JUDGEMENTS
 from congrad_ray.stages.pair.estimate import ESTIMATE
 from congrad_ray.stages.pair.pairing import RESPONSE_COLUMNS, Counts, pair_responses
@@ -77,6 +78,7 @@ def run(context: Context) -> Outcome:
             output,
             parts[0],
             context.progressed,
+            _left_out(context),
         )
     elif missing:
         _pair_on_ray(context, parts, missing)
@@ -129,6 +131,7 @@ def _pair_on_ray(context: Context, parts: Sequence[str], missing: Sequence[int])
 
     number, wanted = len(parts), np.array(missing, np.int32)
     recipe, iteration, output = context.recipe, context.iteration, context.output
+    left_out = _left_out(context)
 
     folders = {name: context.input(name) for name in _READ}
 
@@ -142,7 +145,9 @@ def _pair_on_ray(context: Context, parts: Sequence[str], missing: Sequence[int])
             of_bucket = rows.filter(pc.equal(rows["bucket"], bucket))
             is_response = of_bucket["prompt"].is_valid()
             scores = of_bucket.filter(pc.invert(is_response))
-            _pair_bucket(of_bucket.filter(is_response), scores, recipe, iteration, output, parts[bucket])
+            _pair_bucket(
+                of_bucket.filter(is_response), scores, recipe, iteration, output, parts[bucket], left_out=left_out
+            )
         return pa.table({"bucket": buckets})
 
     files = [{"folder": name, "path": path} for name in _READ for path in folders[name].files(".parquet")]
@@ -181,9 +186,12 @@ def _pair_bucket(
     output: Folder,
     name: str,
     progressed: Callable[[], None] = lambda: None,
+    left_out: Collection[str] = (),
 ) -> None:
     """Writes the pairs of these responses as one part, with what became of the prompts in its metadata."""
-    table, counts = pair_responses(responses, scores, recipe.pair, recipe.prompts.languages, iteration, progressed)
+    table, counts = pair_responses(
+        responses, scores, recipe.pair, recipe.prompts.languages, iteration, progressed, left_out
+    )
     schema = PAIRS.with_metadata({_COUNTS: counts.to_json()})
     with (
         output.output_stream(name) as sink,
@@ -205,10 +213,19 @@ def _counts(output: Folder) -> Counts:
     return total
 
 
+def _left_out(context: Context) -> frozenset[str]:
+    """Languages whose judges disagree, where the recipe leaves these out."""
+    judge, manifest = context.recipe.judge, context.input("judgements").manifest()
+    if judge.disagreement != "leave_out" or manifest is None:
+        return frozenset()
+    return frozenset(disagreeing(manifest.counters.get("agreement", {}), judge.min_agreement))
+
+
 def _settings(recipe: Recipe, iteration: int) -> Any:
     return [
         recipe.pair.model_dump(mode="json"),
         recipe.prompts.languages if recipe.pair.language_check else [],
+        *disagreement_settings(recipe.judge, "leave_out"),
     ]
 
 

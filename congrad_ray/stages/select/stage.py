@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from congrad_ray.config.names import JUDGED
+from congrad_ray.config.recipe import Recipe, Select
 from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import Folder, RunDirectoryError
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.resources import tasks_demand
 from congrad_ray.stages.base import Stage
+from congrad_ray.stages.judge.combine import agreement_weights, disagreement_settings
 from congrad_ray.stages.select.estimate import ESTIMATE
 from congrad_ray.stages.select.figures import STEP, figures
 from congrad_ray.stages.select.schema import SCORES, SELECTED, TOKENS
@@ -35,8 +37,9 @@ def run(context: Context) -> Outcome:
     Raises SelectionError where nothing could be kept or a setting asks for what is not there, and
     RunDirectoryError where there are no sketches.
     """
-    settings, folder = context.recipe.select, context.input("sketches")
+    folder = context.input("sketches")
     pairs = _pairs(context)
+    settings = _weighted(context, set(pc.unique(pairs["language"]).to_pylist()))
     layout = Layout.of(context.recipe.sketch, languages_of(pairs))
     shares = pair_shares(settings, layout.rows_of(pairs))
     selection = select_from(settings, pairs, StreamedSketches(folder, layout, pairs, shares, context.progressed))
@@ -56,6 +59,21 @@ def run(context: Context) -> Outcome:
             "conflicting_share": round(selection.conflicting, 4),
         },
     )
+
+
+def _weighted(context: Context, languages: set[str]) -> Select:
+    """The settings, with less weight for the gradients of languages whose judges disagree, where it is asked."""
+    select, judge = context.recipe.select, context.recipe.judge
+    if judge.disagreement != "weight":
+        return select
+    manifest = context.input("judgements").manifest()
+    agreement = manifest.counters.get("agreement", {}) if manifest else {}
+    weights = dict(select.language_weights)
+    for language, weight in agreement_weights(agreement, judge.min_agreement).items():
+        if language in languages:
+            weights[language] = weights.get(language, 1.0) * weight
+            logger.info(f"{language}: the judges disagree, so its gradient counts {weights[language]:.2f}")
+    return select.model_copy(update={"language_weights": weights})
 
 
 def read_scores(selection: Folder) -> pa.Table:
@@ -162,13 +180,19 @@ def _write_direction(folder: Folder, selection: Selection) -> None:
     folder.write_bytes("direction.safetensors", save(tensors, metadata={"languages": languages}))
 
 
+def _settings(recipe: Recipe, iteration: int) -> Any:
+    select = recipe.select.model_dump(mode="json")
+    more = disagreement_settings(recipe.judge, "weight")
+    return [select, *more] if more else select
+
+
 STAGE = Stage(
     name="select",
     folder="selection",
     summary="Keep the pairs that agree with the languages' common direction",
     example="select.direction=mean",
     inputs=lambda iteration: [("pairs", iteration), ("sketches", iteration)],
-    settings=lambda recipe, iteration: recipe.select.model_dump(mode="json"),
+    settings=_settings,
     run=run,
     demand=lambda recipe, profile: tasks_demand("select", rows_of(recipe).training, profile),
     schema=lambda recipe: SCORES,

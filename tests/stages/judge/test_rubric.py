@@ -53,7 +53,11 @@ def test_a_folder_is_used_verbatim_and_its_digest_follows_its_text(tmp_path: Pat
     [
         ("en", "only {prompt}", r"en.txt lacks \{response\}"),
         ("de", "{prompt} {response}", "needs en.txt"),
-        ("en", "{prompt} {response}\n=== guessed\nx", "endings for guessed; methods are expected_score, sampled"),
+        (
+            "en",
+            "{prompt} {response}\n=== guessed\nx",
+            "endings for guessed; known are expected_score, sampled, structured",
+        ),
     ],
 )
 def test_a_wrong_folder_is_refused_with_the_reason(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -115,6 +115,10 @@ def _context(tmp_path: Path, recipe: Recipe) -> Context:
     return Context(recipe, Profile(name="local"), run, 0, run.stage("judgements", 0))
 
 
+# What versions wrote before there could be several judges.
+OF_ONE_JUDGE = pa.schema([field for field in JUDGEMENT_SAMPLES if field.name not in ("judge", "compared_with")])
+
+
 def _write_samples(context: Context, unreadable: Callable[[int], str | None]) -> None:
     rows = [
         {
@@ -131,7 +135,7 @@ def _write_samples(context: Context, unreadable: Callable[[int], str | None]) ->
         }
         for number in range(40)
     ]
-    (context.output / "samples").write_table("part-0.parquet", table_of(rows, JUDGEMENT_SAMPLES))
+    (context.output / "samples").write_table("part-0.parquet", table_of(rows, OF_ONE_JUDGE))
 
 
 def test_the_judge_stage_stops_where_most_is_unreadable_and_says_why(tmp_path: Path) -> None:
@@ -189,11 +193,13 @@ def _how_it_asks(context: Context, monkeypatch: pytest.MonkeyPatch) -> tuple[Tas
     """The judge stage's task for the engine, which is not started, and the judge's longest sequence."""
     found: list[tuple[Task, int]] = []
 
-    def complete(dataset: Any, rows: int, source: ModelSource, profile: Any, task: Task, notify: Any) -> None:
+    def complete(
+        dataset: Any, rows: int, source: ModelSource, profile: Any, task: Task, notify: Any, pool: str
+    ) -> None:
         found.append((task, source.settings.max_length))
         raise Asked
 
-    monkeypatch.setattr(judge, "complete", complete)
+    monkeypatch.setattr(judge, "ask", complete)
     monkeypatch.setattr(judge, "read_requests", lambda *arguments: None)
     monkeypatch.setattr(Context, "notify", lambda context: None)
     with pytest.raises(Asked):
