@@ -57,17 +57,9 @@ def plain(text: str) -> str:
     return escape(printable(text, lines=True))
 
 
-def steps_of(recipe: Recipe) -> list[tuple[Stage, int | None]]:
-    """The stages of a run in order, each with its iteration where it has one."""
-    from congrad_ray.pipeline.order import FIRST, ITERATED, LAST
-
-    steps: list[tuple[Stage, int | None]] = [(stage, None) for stage in FIRST]
-    steps += [(stage, number) for number in range(recipe.iterations) for stage in ITERATED]
-    return steps + [(stage, None) for stage in LAST]
-
-
 def show_run(directory: RunDirectory, recipe: Recipe) -> None:
     """The stages of a run and how far each is, and what the evaluations found."""
+    from congrad_ray.pipeline.order import steps_of
     from congrad_ray.runtime.progress import duration
 
     table = _table(plain(directory.path), ("stage", "iteration", "state", "rows", "time"), texts=3)
@@ -80,6 +72,8 @@ def show_run(directory: RunDirectory, recipe: Recipe) -> None:
             table.add_row(stage.name, label, "[green]done[/green]", f"{manifest.rows:,}", time)
         elif folder.begun():
             table.add_row(stage.name, label, "[yellow]begun[/yellow]", f"{folder.rows_so_far():,}", "")
+        elif (rows := stage.adopted(recipe, directory)) is not None:  # an older version's, in another folder
+            table.add_row(stage.name, label, "[green]done[/green]", f"{len(rows):,}", "")
         else:
             table.add_row(stage.name, label, "", "", "")
     show(table)

@@ -155,7 +155,7 @@ def status(run: RunUri, profile: ProfileName = "local", as_json: AsJson = False)
 
 def _status_values(directory: RunDirectory, recipe: Recipe) -> dict[str, Any]:
     """The status as --json gives it: `state` is done, begun or waiting."""
-    from congrad_ray.cli.display import steps_of
+    from congrad_ray.pipeline.order import steps_of
 
     stages = []
     for stage, iteration in steps_of(recipe):
@@ -167,6 +167,8 @@ def _status_values(directory: RunDirectory, recipe: Recipe) -> dict[str, Any]:
             values |= {"finished_at": manifest.finished_at, "counters": manifest.counters}
         elif folder.begun():
             values |= {"state": "begun", "rows": folder.rows_so_far()}
+        elif (rows := stage.adopted(recipe, directory)) is not None:  # an older version's, in another folder
+            values |= {"state": "done", "rows": len(rows), "seconds": 0.0}
         else:
             values |= {"state": "waiting"}
         stages.append(values)

@@ -14,8 +14,7 @@ import pyarrow.fs as pafs
 
 from congrad_ray.config.names import ExportFormat
 from congrad_ray.config.printable import without_keys
-from congrad_ray.config.recipe import Select
-from congrad_ray.data.exports.card import ExportFacts
+from congrad_ray.data.exports.card import ExportFacts, keep_rule
 from congrad_ray.data.exports.push import push
 from congrad_ray.data.exports.write import Exported, Rows, write_export
 from congrad_ray.pipeline.filtering import Filtered, FilterSettings
@@ -78,7 +77,7 @@ def _facts(reading: Reading, settings: FilterSettings, filtered: Filtered) -> Ex
     return ExportFacts(
         model=settings.model.name,
         sources=[source.name for source in reading.sources],
-        keep=_keep_rule(settings.select),
+        keep=keep_rule(settings.select),
         direction=settings.select.direction,
         pairs_by_language={tag: (numbers["pairs"], numbers["kept"]) for tag, numbers in of_language.items()},
         max_length=settings.model.max_length,
@@ -92,13 +91,3 @@ def _facts(reading: Reading, settings: FilterSettings, filtered: Filtered) -> Ex
             **({} if train.loss_type == "sigmoid" else {"loss_type": train.loss_type}),
         },
     )
-
-
-def _keep_rule(select: Select) -> str:
-    rules = {
-        "per_language": f"top {select.keep:.0%} of each language",
-        "overall": f"top {select.keep:.0%} of all",
-        "threshold": f"scores above {select.threshold:g}",
-        "token_budget": f"the best in {select.token_budget} tokens",
-    }
-    return rules[select.keep_rule]

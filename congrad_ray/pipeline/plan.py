@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.pipeline.order import ITERATED, STAGES
+from congrad_ray.pipeline.order import ITERATED, wanted_stages
 from congrad_ray.planning import lengths, plan
 from congrad_ray.planning.assumptions import Assumptions
 from congrad_ray.planning.estimate import Planned
@@ -16,7 +16,7 @@ from congrad_ray.runtime.session import connect, machine, this_machine
 
 def demands(recipe: Recipe, profile: Profile) -> list[Demand]:
     """What every stage asks for, in order."""
-    return [stage.demand(recipe, profile) for stage in STAGES.values()]
+    return [stage.demand(recipe, profile) for stage in wanted_stages(recipe)]
 
 
 def max_cpus(recipe: Recipe, profile: Profile) -> float:
@@ -31,7 +31,7 @@ def known_lengths(recipe: Recipe, assumptions: Assumptions, run: RunDirectory | 
 
 def make_plan(planned: Planned, there_is: Machine) -> plan.Plan:
     """The plan of all stages and iterations. Runs nothing."""
-    return plan.make_plan(STAGES.values(), planned, there_is)
+    return plan.make_plan(wanted_stages(planned.recipe), planned, there_is)
 
 
 def where_it_runs(recipe: Recipe, profile: Profile, assumptions: Assumptions) -> Machine:

@@ -6,8 +6,11 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import pyarrow as pa
 
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import BUILTIN_WORLD, Recipe
@@ -24,6 +27,7 @@ from congrad_ray.runtime.lock import only_writer
 from congrad_ray.runtime.logs import about, stage_label
 from congrad_ray.runtime.merging import merge_parts
 from congrad_ray.runtime.metrics import Meter
+from congrad_ray.runtime.pools import engine_starts, keeping, let_go
 from congrad_ray.runtime.progress import duration
 from congrad_ray.runtime.resources import DoesNotFit, check_fits
 from congrad_ray.runtime.session import connect, connected, machine, this_machine
@@ -35,8 +39,12 @@ logger = logging.getLogger(__name__)
 
 def input_fingerprints(stage: Stage, run: RunDirectory, iteration: int) -> dict[str, str]:
     """The fingerprints of a stage's inputs. Raises RunDirectoryError naming the first that is not finished."""
+    return _fingerprints(stage, stage.inputs(iteration), run)
+
+
+def _fingerprints(stage: Stage, inputs: Sequence[tuple[str, int | None]], run: RunDirectory) -> dict[str, str]:
     found = {}
-    for folder, of_iteration in stage.inputs(iteration):
+    for folder, of_iteration in inputs:
         manifest = run.stage(folder, of_iteration).manifest()
         place = folder if of_iteration is None else f"iteration-{of_iteration}/{folder}"
         if manifest is None:
@@ -62,7 +70,7 @@ def run_stage(
     to do.
     """
     number = iteration if stage.each_iteration else None
-    with only_writer(run), about(run.path, stage.name, number):
+    with only_writer(run), keeping(), about(run.path, stage.name, number):
         return _locked_stage(stage, recipe, profile, run, iteration, redo)
 
 
@@ -74,9 +82,12 @@ def _locked_stage(
     inputs = input_fingerprints(stage, run, iteration)
     settings = stage.settings(recipe, iteration)
     output = run.stage(stage.folder, number)
-    identity = _made_before(settings, inputs, output) or fingerprint(stage.name, settings, inputs)
+    made_of = [inputs, *_older_inputs(stage, run, iteration)]
+    identity = _made_before(settings, made_of, output) or fingerprint(stage.name, settings, inputs)
     if stage.always:
         output.delete()
+    if not output.exists() and (rows := stage.adopted(recipe, run)) is not None:
+        return _adopt(stage, rows, output, Claim(identity, settings, inputs))
 
     def check() -> None:
         check_models(recipe, stage.chats, present=loads_models(stage, recipe, iteration))
@@ -100,12 +111,42 @@ def _locked_stage(
         raise
 
 
-def _made_before(settings: Any, inputs: dict[str, str], output: StageFolder) -> str | None:
-    """The fingerprint of a finished result whose settings differ from these only in ones that are gone since."""
+def _made_before(settings: Any, made_of: Sequence[dict[str, str]], output: StageFolder) -> str | None:
+    """The fingerprint of a finished result of one of these inputs, by an older version too.
+
+    Its settings differ from these at most in ones that are gone since.
+    """
     manifest = output.manifest()
-    if manifest is None or not isinstance(manifest.settings, dict) or manifest.inputs != inputs:
+    if manifest is None or not isinstance(manifest.settings, dict) or manifest.inputs not in made_of:
         return None
     return manifest.fingerprint if without_gone(Recipe, manifest.settings) == settings else None
+
+
+def _older_inputs(stage: Stage, run: RunDirectory, iteration: int) -> list[dict[str, str]]:
+    """The fingerprints of the inputs that the stage had in older versions; none where not all are finished."""
+    if stage.older_inputs is None:
+        return []
+    try:
+        return [_fingerprints(stage, stage.older_inputs(iteration), run)]
+    except RunDirectoryError:
+        return []
+
+
+def _adopt(stage: Stage, rows: pa.Table, output: StageFolder, claim: Claim) -> Manifest:
+    """Commits what an older version has elsewhere as the stage's result."""
+    output.write_table("adopted.parquet", rows)
+    manifest = output.commit(
+        stage.name,
+        None,
+        claim.fingerprint,
+        claim.settings,
+        claim.inputs,
+        len(rows),
+        0.0,
+        {"adopted": len(rows), "engine_starts": 0},
+    )
+    logger.info(f"taken over from an older version's result ({manifest.rows} rows)")
+    return manifest
 
 
 def loads_models(stage: Stage, recipe: Recipe, iteration: int) -> bool:
@@ -184,7 +225,11 @@ def _do(
     run.write_bytes("recipe.yaml", to_yaml(recipe).encode())
     if stage.uses_ray:
         connect(profile, max_cpus(recipe, profile))
-        check_fits(stage.demand(recipe, profile), machine(), profile.cluster)
+        demand = stage.demand(recipe, profile)
+        check_fits(demand, machine(), profile.cluster)
+        if demand.setting and not stage.chats:
+            let_go(f"{stage.name} needs its room")
+    starts = engine_starts() if stage.chats else 0
     before = time.monotonic()
     meter = Meter(run.path, stage.name, number)
     context = Context(recipe, profile, run, iteration, output, meter)
@@ -194,6 +239,8 @@ def _do(
     finally:
         meter.set("congrad_stage_running", 0)
     counters = {key: value for key, value in outcome.counters.items() if value not in ({}, None)}
+    if stage.chats:
+        counters["engine_starts"] = engine_starts() - starts
     seconds = time.monotonic() - before
     manifest = output.commit(
         stage.name, number, claim.fingerprint, claim.settings, claim.inputs, outcome.rows, seconds, counters

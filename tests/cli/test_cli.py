@@ -24,7 +24,7 @@ from congrad_ray.stages.select.schema import SCORES
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "jobs" / "recipes" / "demo.yaml"
 OLD = ROOT / "tests" / "pipeline" / "old-run"
-_STAGES = "prompts generate judge pair sketch select train evaluate report"
+_STAGES = "prompts baseline generate judge pair sketch select train benchmark evaluate report"
 VERBS = f"run plan status {_STAGES} filter init doctor render submit"
 
 Command = Callable[..., Ended]
@@ -75,16 +75,17 @@ def test_plan_shows_the_stages_and_refuses_what_does_not_fit(congrad: Command, t
     profile.write_text("name: small\nlocal_cpus: 2\nengines: {cpus: 2}\n")
     result = congrad("plan", DEMO, "--profile", profile)
     assert result.code == 2
-    assert "generate" in result.err and "at least 3 CPUs, there are 2" in result.err
+    assert "baseline" in result.err and "at least 3 CPUs, there are 2" in result.err
 
 
 def test_json_is_all_that_is_on_standard_output(congrad: Command, tmp_path: Path) -> None:
     plan = json.loads(congrad("plan", DEMO, "--json").out)
-    assert plan["fits"] and [stage["stage"] for stage in plan["stages"]][:2] == ["prompts", "generate"]
+    assert plan["fits"] and [stage["stage"] for stage in plan["stages"]][:3] == ["prompts", "baseline", "generate"]
     assert plan["stages"][1]["needed"]["peak"] > 0
     status = json.loads(congrad("status", "--run", OLD / "run", "--json").out)
     assert {stage["state"] for stage in status["stages"]} == {"done"}
-    assert [stage["stage"] for stage in status["stages"]] == VERBS.split()[3:12]
+    done = _STAGES.replace(" benchmark", "").split()  # the run does not ask for it
+    assert [stage["stage"] for stage in status["stages"]] == done
     doctor = json.loads(congrad("doctor", "--json").out)
     assert {"what", "found", "fix"} == doctor["findings"][0].keys() and isinstance(doctor["ok"], bool)
     folder = tmp_path / "old-run"

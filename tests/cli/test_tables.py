@@ -90,16 +90,28 @@ def test_judgements(shown: Shown) -> None:
 def test_an_evaluation(shown: Shown) -> None:
     change = {"decoding": "sampled", "count": 100, "before": 2.345, "after": 2.567, "change": 0.222}
     rate = {"prompts": 100, "win_rate": 0.5678, "asked": 200, "readable": 190, "unreadable": {"no_verdict": 10}}
+    rate |= {"low": 0.45, "high": 0.65, "lc_win_rate": 0.5432, "lc_low": 0.41, "lc_high": 0.66, "ties": 7}
+    answer = {"model": "M_1", "decoding": "sampled", "count": 100, "mean_tokens": 123.4, "truncated_share": 0.05}
+    answer |= {"seen": False, "wrong_language_share": 0.1, "repeated_share": 0.02}
     summary = {
         "model": "M_1",
         "baseline": "M_0",
         "score_changes": [
             {"language": name, "seen": False, **change, "low": 0.123, "high": 0.345} for name in LANGUAGES
         ],
-        "win_rates": [{"language": name, "seen": False, **rate, "low": 0.45, "high": 0.65} for name in LANGUAGES],
+        "win_rates": [
+            {"baseline": "M_0", "language": name, "seen": False, "consistent": 0.8, **rate} for name in LANGUAGES
+        ],
+        "answers": [{"language": name, **answer} for name in LANGUAGES],
     }
     lines = shown(lambda: show_all(evaluation(summary)))
-    assert rows_of(lines)[:24] == LANGUAGES * 2
+    assert rows_of(lines)[:36] == LANGUAGES * 3
+    older = {**rate, "unreadable": 10}  # one baseline, and nothing but the raw rate
+    for name in ("lc_win_rate", "lc_low", "lc_high", "ties", "asked", "readable"):
+        del older[name]
+    summary["win_rates"] = [{"language": name, "seen": False, "consistent": None, **older} for name in LANGUAGES]
+    del summary["answers"]
+    assert rows_of(shown(lambda: show_all(evaluation(summary))))[:36] == LANGUAGES * 3
 
 
 def test_a_plan(shown: Shown) -> None:
@@ -121,4 +133,4 @@ def test_a_status(shown: Shown) -> None:
 
     recipe = recipe_of_run((OLD / "run" / "recipe.yaml").read_bytes(), "recipe.yaml")
     lines = shown(lambda: display.show_run(RunDirectory.open(OLD / "run"), recipe))
-    assert sum(" done " in line for line in lines) == 9
+    assert sum(" done " in line for line in lines) == 10

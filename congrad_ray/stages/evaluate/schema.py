@@ -30,10 +30,12 @@ COMPARISONS = pa.schema(
         LANGUAGE,
         field("seen", pa.bool_(), "whether prompts of this language are trained on"),
         field("model", pa.string(), "the model compared"),
-        field("baseline", pa.string(), "the model compared with"),
+        field("baseline", pa.string(), "the model compared with, or 'references'"),
         field("order", pa.string(), "'model_first' or 'baseline_first'"),
         field("win", pa.float32(), "1 model wins, 0.5 tie, 0 baseline wins; null unreadable", nullable=True),
         field("output", pa.string(), "what the judge wrote", nullable=True),
         field("unreadable", pa.string(), "why there is no verdict", nullable=True),
+        field("prompt_tokens", pa.int32(), "of what the judge was asked", nullable=True),
+        field("output_tokens", pa.int32(), "of what it wrote", nullable=True),
     ]
 )

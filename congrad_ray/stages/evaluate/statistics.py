@@ -8,18 +8,25 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import numpy as np
+from congrad_ray.stages.evaluate.bootstrap import bootstrap_interval
+from congrad_ray.stages.evaluate.length_control import (
+    in_deviations,
+    length_controlled_interval,
+    length_controlled_rate,
+)
 
 Row = Mapping[str, Any]
 
 EVERY_LANGUAGE = "*"
-# Numbers that a bootstrap holds at once; how many does not change the draws.
-_NUMBERS_AT_A_TIME = 2**20
 
 
 @dataclass(frozen=True)
 class AnswerSummary:
-    """Answers of one model in one language: means over its answers; `true_score` in 0..1 where there is one."""
+    """Answers of one model in one language: means over its answers; `true_score` in 0..1 where there is one.
+
+    `wrong_language_share`: those surely in another language than their prompt. `repeated_share`: those of whose
+    4-grams more than half are there before.
+    """
 
     model: str
     language: str
@@ -29,6 +36,8 @@ class AnswerSummary:
     true_score: float | None
     mean_tokens: float
     truncated_share: float
+    wrong_language_share: float
+    repeated_share: float
 
 
 @dataclass(frozen=True)
@@ -48,49 +57,32 @@ class ScoreChange:
 
 @dataclass(frozen=True)
 class WinRate:
-    """Share of prompts won against the baseline, a tie counting half; None of too few prompts.
+    """Share of prompts won against a baseline, a tie counting half; None of too few prompts.
 
-    `prompts`: those with a verdict that could be read. `asked`: comparisons, of which `readable` have a verdict
-    and the others are counted in `unreadable` by reason. `consistent`: share of prompts with the same verdict in
-    both orders.
+    `prompts`: those with a verdict that could be read. `asked`: comparisons, of which `readable` have a verdict,
+    `ties` of them that neither is better, and the others are counted in `unreadable` by reason. `lc_*`: the
+    length-controlled rate (`length_control`). `consistent`: share of prompts with the same verdict in both orders.
     """
 
+    baseline: str
     language: str
     seen: bool
     prompts: int
     asked: int
     readable: int
     unreadable: dict[str, int]
+    ties: int
     win_rate: float | None
     low: float | None
     high: float | None
+    lc_win_rate: float | None
+    lc_low: float | None
+    lc_high: float | None
     consistent: float | None
 
 
-def bootstrap_interval(
-    values: Sequence[float], seed: int = 0, confidence: float = 0.95, resamples: int = 1000
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron 1979). Raises ValueError where there is no value."""
-    if not values:
-        raise ValueError("a bootstrap interval needs at least one value")
-    if len(values) == 1:  # which scipy refuses
-        return float(values[0]), float(values[0])
-    from scipy.stats import bootstrap
-
-    interval = bootstrap(
-        (np.asarray(values, dtype=np.float64),),
-        np.mean,
-        n_resamples=resamples,
-        batch=max(1, _NUMBERS_AT_A_TIME // len(values)),
-        confidence_level=confidence,
-        method="percentile",
-        rng=seed,
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
 def summarise_answers(answers: Sequence[Row]) -> list[AnswerSummary]:
-    """ANSWERS by model, decoding, language and whether it is trained on."""
+    """ANSWERS with `wrong_language` and `repeated`, by model, decoding, language and whether it is trained on."""
     groups = _grouped(answers, lambda row: (row["model"], row["decoding"], not row["seen"], row["language"]))
     summaries = []
     for (model, decoding, unseen, language), rows in groups:
@@ -105,6 +97,8 @@ def summarise_answers(answers: Sequence[Row]) -> list[AnswerSummary]:
                 fmean(scores) if scores else None,
                 fmean(row["response_tokens"] for row in rows),
                 fmean(row["truncated"] for row in rows),
+                fmean(row["wrong_language"] for row in rows),
+                fmean(row["repeated"] for row in rows),
             )
         )
     return summaries
@@ -147,47 +141,76 @@ def score_changes(answers: Sequence[Row], before: str, after: str, seed: int = 0
     return changes
 
 
-def win_rates(comparisons: Sequence[Row], seed: int = 0, min_prompts: int = 1) -> list[WinRate]:
-    """COMPARISONS of one model with one baseline, by language and over all (language '*').
+def win_rates(
+    comparisons: Sequence[Row],
+    lengths: Mapping[tuple[str, str], int],
+    seed: int = 0,
+    min_prompts: int = 1,
+) -> list[WinRate]:
+    """COMPARISONS of one model by baseline, for each by language and over all (language '*').
 
-    A prompt's win is the mean over the orders that could be read; the rate is the mean over prompts with a win,
-    its interval a bootstrap over prompts. There is none where fewer than `min_prompts` have one.
+    `lengths`: characters of every answer by its model and prompt id. A prompt's win is the mean over the orders
+    that could be read; the rate is the mean over prompts with a win, its interval a bootstrap over prompts. There
+    is none where fewer than `min_prompts` have one. Lengths differ by language, so the differences are divided by
+    the standard deviation of their language's own.
     """
-    prompts = []
-    for _, rows in _grouped(comparisons, lambda row: (row["prompt_id"],)):
+    prompts: list[dict[str, Any]] = []
+    for _, rows in _grouped(comparisons, lambda row: (row["baseline"], row["prompt_id"])):
         wins = [row["win"] for row in rows if row["win"] is not None]
+        first = rows[0]
+        of_model, of_baseline = (lengths[first[who], first["prompt_id"]] for who in ("model", "baseline"))
         prompts.append(
             {
-                **rows[0],
+                **first,
                 "win": fmean(wins) if wins else None,
                 "asked": len(rows),
                 "readable": len(wins),
+                "ties": wins.count(0.5),
                 "reasons": [row["unreadable"] for row in rows if row["win"] is None],
                 "consistent": float(len(set(wins)) == 1) if len(wins) > 1 else None,
+                "longer": of_model - of_baseline,
             }
         )
-    rates = []
-    for (_, unseen, language), group in _by_language_and_all(prompts, lambda row: ""):
-        wins = [row["win"] for row in group if row["win"] is not None]
-        consistent = [row["consistent"] for row in group if row["consistent"] is not None]
-        enough = len(wins) >= max(1, min_prompts)
-        low, high = bootstrap_interval(wins, seed) if enough else (None, None)
-        reasons = Counter(reason for row in group for reason in row["reasons"])
-        rates.append(
-            WinRate(
-                language,
-                not unseen,
-                len(wins),
-                sum(row["asked"] for row in group),
-                sum(row["readable"] for row in group),
-                dict(reasons.most_common()),
-                fmean(wins) if enough else None,
-                low,
-                high,
-                fmean(consistent) if consistent else None,
-            )
-        )
-    return rates
+    for kind in {(row["baseline"], row["seen"], row["language"]) for row in prompts}:
+        read = [
+            row
+            for row in prompts
+            if (row["baseline"], row["seen"], row["language"]) == kind and row["win"] is not None
+        ]
+        for row, deviation in zip(read, in_deviations([row["longer"] for row in read]), strict=True):
+            row["longer"] = deviation
+    return [
+        _win_rate(baseline, language, not unseen, group, seed, max(1, min_prompts))
+        for (baseline, unseen, language), group in _by_language_and_all(prompts, lambda row: row["baseline"])
+    ]
+
+
+def _win_rate(
+    baseline: str, language: str, seen: bool, prompts: Sequence[Row], seed: int, min_prompts: int
+) -> WinRate:
+    read = [row for row in prompts if row["win"] is not None]
+    wins, longer = [row["win"] for row in read], [row["longer"] for row in read]
+    consistent = [row["consistent"] for row in prompts if row["consistent"] is not None]
+    enough = len(wins) >= min_prompts
+    low, high = bootstrap_interval(wins, seed) if enough else (None, None)
+    lc_low, lc_high = length_controlled_interval(wins, longer, seed) if enough else (None, None)
+    return WinRate(
+        baseline=baseline,
+        language=language,
+        seen=seen,
+        prompts=len(wins),
+        asked=sum(row["asked"] for row in prompts),
+        readable=sum(row["readable"] for row in prompts),
+        unreadable=dict(Counter(reason for row in prompts for reason in row["reasons"]).most_common()),
+        ties=sum(row["ties"] for row in prompts),
+        win_rate=fmean(wins) if enough else None,
+        low=low,
+        high=high,
+        lc_win_rate=length_controlled_rate(wins, longer) if enough else None,
+        lc_low=lc_low,
+        lc_high=lc_high,
+        consistent=fmean(consistent) if consistent else None,
+    )
 
 
 def _grouped(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from congrad_ray.cli.display import console, show_figures
+from congrad_ray.config.endpoint import Endpoint
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.data.tables import prompt_id, table_of
@@ -16,15 +17,18 @@ from congrad_ray.pipeline.runner import run_stage
 from congrad_ray.rundir.directory import RunDirectory, RunDirectoryError
 from congrad_ray.runtime.context import Context
 from congrad_ray.runtime.engines import Completion, Task
-from congrad_ray.stages.evaluate import stage as evaluate
+from congrad_ray.stages.baseline.stage import STAGE as BASELINE
+from congrad_ray.stages.evaluate import comparing
+from congrad_ray.stages.evaluate.comparing import Baseline, compare, cost_of, judge_of, warnings_of
 from congrad_ray.stages.evaluate.figures import evaluation
-from congrad_ray.stages.evaluate.pairwise import ORDERS
 from congrad_ray.stages.evaluate.schema import ANSWERS, COMPARISONS
 from congrad_ray.stages.evaluate.stage import STAGE, run
 from congrad_ray.stages.evaluate.statistics import win_rates
+from congrad_ray.stages.judge.pairwise import ORDERS
 from congrad_ray.stages.prompts.schema import PROMPTS
 from congrad_ray.world.score import true_score
 from congrad_ray.world.tasks import world_prompts
+from judge_server import Reply, chat, serving
 
 
 def _row(language: str, content: str, split: str, seen: bool, task: str | None) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def test_the_judge_has_room_for_two_answers_as_far_as_it_has_positions(tiny_mode
     def length(**settings: Any) -> int:
         recipe = _recipe(tiny_model, **settings)
         context = Context(recipe, Profile(name="local"), directory, 0, directory.stage("evaluation", 0))
-        source = evaluate._judge(context)
+        source = judge_of(context)
         assert source is not None
         return source.settings.max_length
 
@@ -93,7 +97,7 @@ def test_nothing_is_compared_where_all_have_a_true_score(tiny_model: Path, tmp_p
     task = world_prompts("en", 1, 0, "evaluation")[0].task
     _write_prompts(directory, [_row("en", "x", "evaluation", True, task), _row("en", "y", "train", True, None)])
     recipe = _recipe(tiny_model, judge_max_tokens=5000)  # which would never fit
-    assert evaluate._judge(Context(recipe, Profile(name="local"), directory, 0, directory)) is None  # type: ignore[arg-type]
+    assert judge_of(Context(recipe, Profile(name="local"), directory, 0, directory)) is None  # type: ignore[arg-type]
 
 
 def _comparisons(read: int, of: int, language: str = "en") -> list[dict[str, Any]]:
@@ -102,6 +106,8 @@ def _comparisons(read: int, of: int, language: str = "en") -> list[dict[str, Any
             "prompt_id": f"{language}{number // 2}",
             "language": language,
             "seen": True,
+            "model": "M_1",
+            "baseline": "M_0",
             "order": ORDERS[number % 2],
             "win": 1.0 if number < read else None,
             "output": "Verdict: A" if number < read else "A is longer",
@@ -111,14 +117,18 @@ def _comparisons(read: int, of: int, language: str = "en") -> list[dict[str, Any
     ]
 
 
+def _lengths(rows: list[dict[str, Any]]) -> dict[tuple[str, str], int]:
+    return {(model, row["prompt_id"]): 10 for row in rows for model in ("M_0", "M_1")}
+
+
 def test_mostly_unreadable_comparisons_are_reported_with_examples_and_no_rate(
     tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "_width", 200)
     recipe = _recipe(tiny_model)
     rows = _comparisons(1, 32)
-    rates = win_rates(rows, 0, recipe.evaluate.min_prompts)
-    warnings = evaluate._warnings(recipe, rows, rates)
+    rates = win_rates(rows, _lengths(rows), 0, recipe.evaluate.min_prompts)
+    warnings = warnings_of(recipe, rows, rates)
     assert "31 of 32 comparisons cannot be read" in warnings[0]
     assert "A is longer" in warnings[0] and "evaluate.judge that follows instructions" in warnings[0]
     assert "fewer than evaluate.min_prompts (10)" in warnings[1] and "en (1)" in warnings[1]
@@ -132,7 +142,7 @@ def test_mostly_unreadable_comparisons_are_reported_with_examples_and_no_rate(
 
 def test_readable_comparisons_give_no_warning(tiny_model: Path) -> None:
     rows = _comparisons(24, 30)
-    assert evaluate._warnings(_recipe(tiny_model), rows, win_rates(rows, 0, 10)) == []
+    assert warnings_of(_recipe(tiny_model), rows, win_rates(rows, _lengths(rows), 0, 10)) == []
 
 
 def test_a_comparison_that_is_cut_off_is_not_read(
@@ -142,11 +152,11 @@ def test_a_comparison_that_is_cut_off_is_not_read(
 
     found: dict[str, Any] = {}
 
-    def complete(dataset: Any, rows: int, source: Any, profile: Any, task: Task, notify: Any) -> None:
+    def ask(dataset: Any, rows: int, source: Any, profile: Any, task: Task, notify: Any, pool: str) -> None:
         found["answer"] = task.answer
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "complete", complete)
+    monkeypatch.setattr(comparing, "ask", ask)
     monkeypatch.setattr(ray.data, "from_arrow", lambda table: None)
     monkeypatch.setattr(Context, "notify", lambda context: None)
     directory = RunDirectory.open(tmp_path / "run")
@@ -157,7 +167,8 @@ def test_a_comparison_that_is_cut_off_is_not_read(
         for model in ("M_0", "M_1")
     ]
     with pytest.raises(KeyboardInterrupt):
-        evaluate._compare(context, ModelSource("none", context.recipe.model), answers, "M_1")
+        baseline = Baseline("M_0", {answers[0]["prompt_id"]: answers[0]})
+        compare(context, ModelSource("none", context.recipe.model), answers[1:], [baseline])
     row = {"order": "model_first"}
     for text, truncated, expected in (
         ("Verdict: A", False, (1.0, None)),
@@ -185,12 +196,13 @@ def test_two_iterations_against_the_start(tiny_model: Path, tmp_path: Path) -> N
     _commit_policy(directory, 1, tiny_model)
     recipe, profile = _recipe(tiny_model), Profile(name="local")
 
+    assert run_stage(BASELINE, recipe, profile, directory).rows == 2 * 8  # decodings, prompts
     manifest = run_stage(STAGE, recipe, profile, directory)
     output = directory.stage("evaluation", 0)
     table = output.read_table()
     assert table.schema.equals(ANSWERS)
     answers = table.to_pylist()
-    assert len(answers) == manifest.rows == 2 * 2 * 8  # models, decodings, prompts
+    assert len(answers) == manifest.rows == 2 * 8
     task_of = {row["prompt_id"]: row["task"] for row in rows}
     for answer in answers:
         task = task_of.get(answer["prompt_id"])
@@ -215,8 +227,66 @@ def test_two_iterations_against_the_start(tiny_model: Path, tmp_path: Path) -> N
     assert counters["greedy_seen_after"] == pytest.approx(counters["greedy_seen_before"], abs=0.05)
 
     manifest = run_stage(STAGE, recipe, profile, directory, iteration=1)
-    assert manifest.rows == 2 * 8  # M_0 answered in iteration 0
+    assert manifest.rows == 2 * 8
     summary = directory.stage("evaluation", 1).read_json("summary.json")
     assert summary["model"] == "M_2"
     assert {row["model"] for row in summary["answers"]} == {"M_0", "M_2"}
     assert sum(change["count"] for change in summary["score_changes"] if change["language"] == "*") == 2 * 6
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_ray")
+def test_a_server_compares_and_what_it_costs_is_counted(tiny_model: Path, tmp_path: Path) -> None:
+    """The server is a double that prefers what comes first, and refuses one of the messages."""
+    from congrad_ray.runtime.session import connect
+
+    def reply(request: dict[str, Any], before: int) -> Reply:
+        text = request["messages"][-1]["content"]
+        return Reply(400, {"error": {"message": "no"}}) if "bad" in text else Reply(body=chat("Verdict: A"))
+
+    directory = RunDirectory.open(tmp_path / "run")
+    rows = [_row("en", word, "evaluation", True, None) for word in ("fox", "dog", "bad")]
+    _write_prompts(directory, rows)
+    answers = [
+        {
+            **row,
+            "decoding": "greedy",
+            "true_score": None,
+            "model": model,
+            "answer_id": f"{model}{row['prompt_id']}",
+        }
+        | {"response": f"{model} says", "seen": True}
+        for model in ("M_0", "M_1")
+        for row in rows
+    ]
+    with serving(reply) as server:
+        endpoint = {
+            "url": server.url,
+            "model": "double",
+            "max_retries": 0,
+            "input_price": 1e6,
+            "output_price": 2e6,
+        }
+        recipe = _recipe(tiny_model, endpoint=endpoint)
+        profile = Profile(name="local")
+        connect(profile, 3)
+        context = Context(recipe, profile, directory, 0, directory.stage("evaluation", 0))
+        judge = judge_of(context)
+        assert isinstance(judge, Endpoint)
+        baseline = Baseline("M_0", {row["prompt_id"]: row for row in answers[:3]})
+        found = compare(context, judge, answers[3:], [baseline])
+        asked = len(server.asked)
+        assert compare(context, judge, answers[3:], [baseline]) == found  # from what is there
+        assert len(server.asked) == asked == 1 + 6
+    assert sorted((row["order"], row["win"], row["unreadable"]) for row in found if row["win"] is not None) == [
+        ("baseline_first", 0.0, None),
+        ("baseline_first", 0.0, None),
+        ("model_first", 1.0, None),
+        ("model_first", 1.0, None),
+    ]
+    assert [row["unreadable"] for row in found if row["win"] is None] == ["bad_request"] * 2
+    assert cost_of(recipe.evaluate, found) == 4 * (7 + 2 * 3)
+    lengths = {(row["model"], row["prompt_id"]): len(row["response"]) for row in answers}
+    rate = win_rates(found, lengths, 0, 1)[0]
+    assert (rate.prompts, rate.asked, rate.readable, rate.consistent) == (2, 6, 4, 0.0)
+    assert rate.win_rate == 0.5 and rate.unreadable == {"bad_request": 2}

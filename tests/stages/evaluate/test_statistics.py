@@ -3,14 +3,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from congrad_ray.stages.evaluate.statistics import bootstrap_interval, score_changes, summarise_answers, win_rates
+from congrad_ray.stages.evaluate.bootstrap import bootstrap_interval
+from congrad_ray.stages.evaluate.statistics import WinRate, score_changes, summarise_answers
+from congrad_ray.stages.evaluate.statistics import win_rates as win_rates_of
 
 
 def _answer(
     prompt: str, language: str, seen: bool, model: str, score: float | None, **more: Any
 ) -> dict[str, Any]:
     row = {"prompt_id": prompt, "language": language, "seen": seen, "model": model, "true_score": score}
-    return {**row, "decoding": "greedy", "response_tokens": 10, "truncated": False} | more
+    checks = {"truncated": False, "wrong_language": False, "repeated": False}
+    return {**row, "decoding": "greedy", "response_tokens": 10, **checks} | more
 
 
 def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says() -> None:
@@ -53,13 +56,14 @@ def test_score_changes_are_paired_by_prompt() -> None:
 def test_summaries_keep_models_and_decodings_apart() -> None:
     answers = [
         _answer("p1", "de", True, "M_0", 0.2, truncated=True),
-        _answer("p2", "de", True, "M_0", 0.4, response_tokens=20),
+        _answer("p2", "de", True, "M_0", 0.4, response_tokens=20, wrong_language=True),
         _answer("p1", "de", True, "M_0", 0.9, decoding="sampled"),
         _answer("p1", "de", True, "M_1", None),
     ]
     found = {(row.model, row.decoding): row for row in summarise_answers(answers)}
     greedy = found["M_0", "greedy"]
     assert (greedy.count, greedy.mean_tokens, greedy.truncated_share) == (2, 15, 0.5)
+    assert (greedy.wrong_language_share, greedy.repeated_share) == (0.5, 0.0)
     assert greedy.true_score == pytest.approx(0.3)
     assert found["M_1", "greedy"].true_score is None
 
@@ -68,7 +72,13 @@ def _comparison(
     prompt: str, order: str, win: float | None, language: str = "de", seen: bool = True
 ) -> dict[str, Any]:
     row = {"prompt_id": prompt, "order": order, "win": win, "language": language, "seen": seen}
+    row |= {"model": "M_1", "baseline": "M_0"}
     return {**row, "unreadable": "truncated" if win is None else None}
+
+
+def win_rates(rows: list[dict[str, Any]], min_prompts: int = 1) -> list[WinRate]:
+    lengths = {(row[who], row["prompt_id"]): 10 for row in rows for who in ("model", "baseline")}
+    return win_rates_of(rows, lengths, 0, min_prompts)
 
 
 def test_win_rate_averages_orders_first_and_counts_what_was_unreadable() -> None:

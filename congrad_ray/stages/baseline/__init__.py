@@ -1,0 +1,1 @@
+"""Answers of the starting model, which later ones are compared with."""

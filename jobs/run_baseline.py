@@ -1,0 +1,8 @@
+"""`congrad baseline` as the entrypoint of `ray job submit`: the same arguments, the same exit codes."""
+
+import sys
+
+from congrad_ray.cli.main import main
+
+if __name__ == "__main__":
+    main(["baseline", *sys.argv[1:]])
