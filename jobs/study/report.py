@@ -10,9 +10,8 @@ from statistics import fmean
 
 from markupsafe import Markup
 
-from congrad_ray.stages.report import pictures
 from congrad_ray.stages.report.html import duration, page_environment
-from study import analysis
+from study import analysis, pictures
 from study.analysis import (
     NOTHING,
     RANDOM,

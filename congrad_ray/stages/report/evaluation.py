@@ -1,107 +1,292 @@
-"""The evaluation's summary as one row per language: before and after."""
+"""What was measured of a model: true scores, win rates, answers, benchmarks and held-out preferences.
+
+Every number may be missing: of an older run, of a run without a judge, of prompts without a true score.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from congrad_ray.rundir.directory import Folder
 from congrad_ray.stages.evaluate.statistics import EVERY_LANGUAGE
-from congrad_ray.stages.judge.unreadable import by_reason
+
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class EvaluationRow:
-    """One language (or all seen or unseen ones), a model against its starting point; None where not measured.
+class Place:
+    """A language, or all ('*') of those trained on (`seen`) or of the others."""
 
-    `decoding`: 'greedy' or 'sampled' answers. `score_*`: their mean true score, 0..1 (built-in world); `change_*`
-    bound the mean change with 95 % confidence. `tokens_*`: their mean length. The win rate is that of greedy
-    answers; it counts ties half and both orders. It is of `judged` prompts; of `asked` comparisons some were
-    `readable`, and `unreadable` says why the others were not.
-    """
-
-    decoding: str
     language: str
     seen: bool
-    model: str
-    baseline: str
+
+    @property
+    def name(self) -> str:
+        """The language's tag, or 'all seen'."""
+        if self.language != EVERY_LANGUAGE:
+            return self.language
+        return f"all {'seen' if self.seen else 'unseen'}"
+
+    @property
+    def total(self) -> bool:
+        return self.language == EVERY_LANGUAGE
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number between its 95 % bounds, which are None where they are not known."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def verdict(self, no_change: float) -> str:
+        """'up' or 'down' only where the interval leaves out `no_change`; else 'soft'."""
+        if self.low is not None and self.low > no_change:
+            return "up"
+        return "down" if self.high is not None and self.high < no_change else "soft"
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """Mean true scores, 0..1, of the same prompts before and after, and their change."""
+
+    place: Place
+    count: int
+    before: float
+    after: float
+    change: Interval
+
+
+@dataclass(frozen=True)
+class RateRow:
+    """Win rates against one baseline, a tie counting half; None of too few prompts.
+
+    `asked` comparisons, of which `readable` have a verdict, `ties` of them a tie; the others are counted by reason
+    in `unreadable` (or there is their number, in older runs).
+    """
+
+    place: Place
     prompts: int
-    score_before: float | None
-    score_after: float | None
-    change_low: float | None
-    change_high: float | None
-    tokens_before: float | None
-    tokens_after: float | None
-    win_rate: float | None
-    win_low: float | None
-    win_high: float | None
-    judged: int
     asked: int
     readable: int
-    unreadable: str
+    unreadable: Mapping[str, int] | int
+    raw: Interval | None
+    length_controlled: Interval | None
+    ties: int | None
+    consistent: float | None
 
 
-def evaluation_rows(folder: Folder) -> list[EvaluationRow]:
-    """By decoding: seen languages and their total, then unseen ones; none where nothing was evaluated."""
+_Row = TypeVar("_Row", ScoreRow, RateRow)
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """Means over the answers of a model before and after; shares in 0..1, None where not measured."""
+
+    place: Place
+    count: int
+    before: Mapping[str, float | None]
+    after: Mapping[str, float | None]
+
+
+ANSWER_MEASURES = {
+    "mean_tokens": "tokens",
+    "truncated_share": "truncated",
+    "wrong_language_share": "wrong language",
+    "repeated_share": "repeated text",
+}
+
+
+@dataclass(frozen=True)
+class EvaluationFacts:
+    """evaluation/summary.json."""
+
+    model: str
+    baseline: str
+    scores: Mapping[str, list[ScoreRow]] = field(default_factory=dict)  # by decoding, sampled answers first
+    rates: Mapping[str, list[RateRow]] = field(default_factory=dict)  # by baseline
+    answers: Mapping[str, list[AnswerRow]] = field(default_factory=dict)  # by decoding
+    warnings: Sequence[str] = ()
+
+    def total(self, seen: bool) -> ScoreRow | None:
+        """The change of sampled answers, or of greedy ones, over all seen or unseen languages."""
+        totals = [total_of(rows, seen) for rows in self.scores.values()]
+        return next((found for found in totals if found is not None), None)
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A benchmark task in one language: before, after, and the change of its metric."""
+
+    task: str
+    metric: str
+    language: str
+    """'*': over all; '' for a task of no language."""
+    count: int | None
+    before: float
+    after: float
+    change: Interval | None
+    """None of what is no number."""
+
+    @property
+    def name(self) -> str:
+        """The language's tag, 'all', or the task's own name where it is of no language."""
+        return "all" if self.language == EVERY_LANGUAGE else self.language or self.task
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """Held-out preference pairs: share where the model is for the chosen response, and the implicit margin."""
+
+    model: str
+    place: Place
+    pairs: int
+    accuracy: Interval | None
+    """None for the model that the reward is against."""
+    logp_accuracy: float | None
+    """By log-probabilities alone."""
+    margin: Interval | None
+
+
+@dataclass(frozen=True)
+class BenchmarkFacts:
+    """benchmarks/summary.json."""
+
+    model: str
+    baseline: str
+    tasks: Sequence[TaskRow] = ()
+    preferences: Sequence[PreferenceRow] = ()
+    warnings: Sequence[str] = ()
+
+
+def evaluation_facts(folder: Folder) -> EvaluationFacts | None:
+    """What the evaluation's summary holds; None where nothing was evaluated."""
     summary = folder.read_json("summary.json")
     if not summary:
-        return []
-    decodings = sorted({row["decoding"] for row in summary["answers"]})
-    return [row for decoding in decodings for row in _rows(summary, decoding)]
+        return None
+    model, baseline = summary["model"], summary.get("baseline", "M_0")
+    answers, changes, rates = (summary.get(name) or [] for name in ("answers", "score_changes", "win_rates"))
+    baselines = dict.fromkeys(row.get("baseline", baseline) for row in rates)
+    decodings = sorted({row["decoding"] for row in changes}, reverse=True)
+    return EvaluationFacts(
+        model,
+        baseline,
+        {name: _ordered([_score(row) for row in changes if row["decoding"] == name]) for name in decodings},
+        {
+            name: _ordered([_rate(row) for row in rates if row.get("baseline", baseline) == name])
+            for name in baselines
+        },
+        {name: _answers(answers, model, baseline, name) for name in sorted({row["decoding"] for row in answers})},
+        summary.get("warnings") or [],
+    )
 
 
-def _rows(summary: dict[str, Any], decoding: str) -> list[EvaluationRow]:
-    answers = [row for row in summary["answers"] if row["decoding"] == decoding]
-    changes = {(r["seen"], r["language"]): r for r in summary["score_changes"] if r["decoding"] == decoding}
-    rates = {(row["seen"], row["language"]): row for row in summary["win_rates"]} if decoding == "greedy" else {}
-    rows = []
+def benchmark_facts(folder: Folder) -> BenchmarkFacts | None:
+    """What the benchmarks' summary holds; None where none was run."""
+    summary = folder.read_json("summary.json")
+    if not summary:
+        return None
+    return BenchmarkFacts(
+        summary["model"],
+        summary.get("baseline", "M_0"),
+        [_task(row) for row in summary.get("changes") or []],
+        sorted(
+            (_preference(row) for row in summary.get("preferences") or []),
+            key=lambda row: (*_order(row.place), row.model),
+        ),
+        summary.get("warnings") or [],
+    )
+
+
+def _order(place: Place) -> tuple[bool, bool, str]:
+    return not place.seen, place.total, place.language
+
+
+def _ordered(rows: list[Any]) -> list[Any]:
+    """Seen languages and their total, then unseen ones; a total of one language would say nothing new."""
+    single = Counter(row.place.seen for row in rows if not row.place.total)
+    kept = [row for row in rows if not row.place.total or single[row.place.seen] > 1]
+    return sorted(kept, key=lambda row: _order(row.place))
+
+
+def total_of(rows: Sequence[_Row], seen: bool) -> _Row | None:
+    """The row over all seen or unseen languages, or that of the only one."""
+    found = [row for row in rows if row.place.seen == seen]
+    return found[-1] if found else None
+
+
+def _place(row: Row) -> Place:
+    return Place(row["language"], bool(row.get("seen", True)))
+
+
+def _interval(row: Row, value: str, low: str, high: str) -> Interval | None:
+    """None where the value is not known: missing, null or not a number."""
+    numbers = [row.get(name) for name in (value, low, high)]
+    known = [number if number is not None and math.isfinite(number) else None for number in numbers]
+    return None if known[0] is None else Interval(known[0], known[1], known[2])
+
+
+def _score(row: Row) -> ScoreRow:
+    change = Interval(row["change"], row.get("low"), row.get("high"))
+    return ScoreRow(_place(row), row["count"], row["before"], row["after"], change)
+
+
+def _rate(row: Row) -> RateRow:
+    return RateRow(
+        _place(row),
+        row["prompts"],
+        row["asked"],
+        row["readable"],
+        row["unreadable"],
+        _interval(row, "win_rate", "low", "high"),
+        _interval(row, "lc_win_rate", "lc_low", "lc_high"),
+        row.get("ties"),
+        row.get("consistent"),
+    )
+
+
+def _answers(answers: Sequence[Row], model: str, baseline: str, decoding: str) -> list[AnswerRow]:
+    rows = [row for row in answers if row["decoding"] == decoding]
+    found = []
     for seen in (True, False):
-        languages = sorted({row["language"] for row in answers if row["seen"] == seen})
-        # A total of one language would say nothing new.
-        for language in languages + ([EVERY_LANGUAGE] if len(languages) > 1 else []):
-            change = changes.get((seen, language), {})
-            rate = rates.get((seen, language), {})
-            before = _answers(answers, summary["baseline"], seen, language)
-            after = _answers(answers, summary["model"], seen, language)
-            rows.append(
-                EvaluationRow(
-                    decoding=decoding,
-                    language=language if language != EVERY_LANGUAGE else f"all {'seen' if seen else 'unseen'}",
-                    seen=seen,
-                    model=summary["model"],
-                    baseline=summary["baseline"],
-                    prompts=sum(row["count"] for row in after),
-                    score_before=change.get("before"),
-                    score_after=change.get("after"),
-                    change_low=change.get("low"),
-                    change_high=change.get("high"),
-                    tokens_before=_mean_tokens(before),
-                    tokens_after=_mean_tokens(after),
-                    win_rate=rate.get("win_rate"),
-                    win_low=rate.get("low"),
-                    win_high=rate.get("high"),
-                    judged=rate.get("prompts", 0),
-                    asked=rate.get("asked", 0),
-                    readable=rate.get("readable", 0),
-                    unreadable=_unreadable(rate.get("unreadable", {})),
-                )
-            )
-    return rows
+        languages = sorted({row["language"] for row in rows if bool(row["seen"]) == seen})
+        for language in [*languages, EVERY_LANGUAGE]:
+            place = Place(language, seen)
+            here = [row for row in rows if row["seen"] == seen and language in (row["language"], EVERY_LANGUAGE)]
+            before, after = ([row for row in here if row["model"] == name] for name in (baseline, model))
+            if after:
+                count = sum(row["count"] for row in after)
+                found.append(AnswerRow(place, count, _means(before), _means(after)))
+    return _ordered(found)
 
 
-def _unreadable(counts: dict[str, int] | int) -> str:
-    """By reason; older runs know their number alone."""
-    return str(counts) if isinstance(counts, int) else by_reason(counts)
+def _means(rows: Sequence[Row]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for name in ANSWER_MEASURES:
+        known = [row for row in rows if row.get(name) is not None and row["count"]]
+        count = sum(row["count"] for row in known)
+        found[name] = sum(row[name] * row["count"] for row in known) / count if count else None
+    return found
 
 
-def _answers(summaries: list[dict[str, Any]], model: str, seen: bool, language: str) -> list[dict[str, Any]]:
-    return [
-        row
-        for row in summaries
-        if row["model"] == model and row["seen"] == seen and language in (row["language"], EVERY_LANGUAGE)
-    ]
+def _task(row: Row) -> TaskRow:
+    change = _interval(row, "change", "low", "high")
+    return TaskRow(
+        row["task"], row["metric"], row["language"] or "", row.get("count"), row["before"], row["after"], change
+    )
 
 
-def _mean_tokens(summaries: list[dict[str, Any]]) -> float | None:
-    count = sum(row["count"] for row in summaries)
-    return sum(row["mean_tokens"] * row["count"] for row in summaries) / count if count else None
+def _preference(row: Row) -> PreferenceRow:
+    return PreferenceRow(
+        row["model"],
+        _place(row),
+        row["pairs"],
+        _interval(row, "accuracy", "accuracy_low", "accuracy_high"),
+        row.get("logp_accuracy"),
+        _interval(row, "margin", "margin_low", "margin_high"),
+    )

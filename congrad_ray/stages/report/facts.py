@@ -3,58 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from congrad_ray.rundir.directory import Folder, Manifest, RunDirectory
-from congrad_ray.stages.report.evaluation import EvaluationRow, evaluation_rows
-from congrad_ray.stages.train.metrics import Row, read_metrics
+from congrad_ray.rundir.directory import RunDirectory
+from congrad_ray.stages.evaluate.statistics import EVERY_LANGUAGE
+from congrad_ray.stages.report.evaluation import (
+    BenchmarkFacts,
+    EvaluationFacts,
+    benchmark_facts,
+    evaluation_facts,
+)
+from congrad_ray.stages.report.ledger import NoPair, StageFact, judge_agreement, judge_counts, no_pair, stage_fact
+from congrad_ray.stages.report.pairs import BUDGET, PairTable, pair_table
+from congrad_ray.stages.report.selection import Scored, SelectionFacts, read_scored, selection_facts
+from congrad_ray.stages.select.keep import TOKENS
+from congrad_ray.stages.train.metrics import Row, read_evaluations, read_metrics
 
 if TYPE_CHECKING:
     from congrad_ray.stages.base import Stage
-
-_BINS = 20
-
-
-@dataclass(frozen=True)
-class StageFact:
-    """A stage and its manifest; no manifest means unfinished."""
-
-    iteration: int | None
-    folder: str
-    manifest: Manifest | None
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Counts of pairs by cosine with the multilingual direction, in `_BINS` equal bins from -limit to limit."""
-
-    language: str
-    limit: float
-    kept: list[int]
-    dropped: list[int]
-    mean: float
-    conflicting: float  # share of pairs with a cosine below 0
-
-
-@dataclass(frozen=True)
-class SamplePair:
-    """A pair for the reader, with why it is where it is."""
-
-    language: str
-    kept: bool
-    cosine: float
-    chosen_score: float
-    rejected_score: float
-    prompt: str
-    chosen: str
-    rejected: str
 
 
 @dataclass(frozen=True)
@@ -63,12 +31,16 @@ class IterationFacts:
 
     number: int
     funnel: dict[str, dict[str, int]]  # language -> step -> count; a step that is missing was not done
-    selection: dict[str, Any] | None  # selection/summary.json
-    histograms: list[Histogram] = field(default_factory=list)
-    samples: list[tuple[SamplePair, SamplePair]] = field(default_factory=list)  # best kept, worst dropped
+    no_pair: NoPair | None = None
+    judges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # numbers of each of several
+    agreement: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of several judges, by language
+    selection: SelectionFacts | None = None
+    pairs: PairTable | None = None
     metrics: list[Row] = field(default_factory=list)
-    evaluation: list[EvaluationRow] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)  # of the evaluation
+    held_out: list[Row] = field(default_factory=list)  # metrics of held-out pairs, by step
+    trained_tokens: int | None = None  # of the kept pairs, prompts counted once, as often as they were trained on
+    evaluation: EvaluationFacts | None = None
+    benchmarks: BenchmarkFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -80,40 +52,99 @@ class RunFacts:
     stages: list[StageFact]
     iterations: list[IterationFacts]
 
+    @property
+    def seconds(self) -> float:
+        """Of all finished stages."""
+        return sum(stage.manifest.seconds for stage in self.stages if stage.manifest)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the packages that the stages were run with."""
+        found: dict[str, set[str]] = {}
+        for stage in self.stages:
+            for package, version in (stage.manifest.versions if stage.manifest else {}).items():
+                found.setdefault(package, set()).add(version)
+        return {package: ", ".join(sorted(versions)) for package, versions in sorted(found.items())}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out pairs of one language, or all ('*'), in training: at the first and at the last look."""
+
+    language: str
+    loss: tuple[float, float]
+    accuracy: tuple[float, float]  # share of pairs whose reward margin is above 0
+
+
+def held_out_by_language(rows: Sequence[Row]) -> list[HeldOut]:
+    """From the metrics of held-out pairs (`eval_loss`, `eval_de_loss`, ...); none without any."""
+    if not rows:
+        return []
+    first, last = rows[0], rows[-1]
+    names = [name for name in last if name.endswith("_rewards/accuracies") and name in first]
+    found = []
+    for name in names:
+        start = name.removesuffix("rewards/accuracies")
+        loss, language = f"{start}loss", start.removeprefix("eval_").rstrip("_") or EVERY_LANGUAGE
+        if loss in first and loss in last:
+            found.append(HeldOut(language, (first[loss], last[loss]), (first[name], last[name])))
+    return sorted(found, key=lambda row: (row.language == EVERY_LANGUAGE, row.language))
+
 
 def gather(run: RunDirectory, stages: Sequence[Stage]) -> RunFacts:
     """Everything the report shows of these stages. Reads only what is there, and of the big tables only the
     columns it counts."""
     once = [stage for stage in stages if not stage.each_iteration]
     iterated = [stage for stage in stages if stage.each_iteration]
-    found = [StageFact(None, stage.folder, run.stage(stage.folder, None).manifest()) for stage in once]
-    iterations = []
-    number = 0
-    while run.exists(f"iteration-{number}"):
+    begun = [stage for stage in once if run.exists(stage.folder)]
+    found = [stage_fact(run.stage(stage.folder, None), stage.folder, None) for stage in begun]
+    count = 0
+    while run.exists(f"iteration-{count}"):
         found += [
-            StageFact(number, stage.folder, run.stage(stage.folder, number).manifest())
+            stage_fact(run.stage(stage.folder, count), stage.folder, count)
             for stage in iterated
-            if run.exists(f"iteration-{number}/{stage.folder}")
+            if run.exists(f"iteration-{count}/{stage.folder}")
         ]
-        iterations.append(_iteration(run, number, stages))
-        number += 1
+        count += 1
+    iterations = [_iteration(run, number, stages, BUDGET // count) for number in range(count)]
+    found = [
+        replace(fact, tokens=iterations[fact.iteration].trained_tokens)
+        if fact.folder == "policy" and fact.iteration is not None
+        else fact
+        for fact in found
+    ]
     recipe = run.read_bytes("recipe.yaml").decode() if run.exists("recipe.yaml") else None
     return RunFacts(run.path, recipe, found, iterations)
 
 
-def _iteration(run: RunDirectory, number: int, stages: Sequence[Stage]) -> IterationFacts:
-    selection, evaluation = run.stage("selection", number), run.stage("evaluation", number)
-    scores = selection.read_table(name="scores.parquet") if selection.exists("scores.parquet") else None
+def _iteration(run: RunDirectory, number: int, stages: Sequence[Stage], budget: int) -> IterationFacts:
+    names = ("judgements", "pairs", "sketches", "selection", "policy", "evaluation", "benchmarks")
+    judgements, pairs, sketches, selection, policy, evaluation, benchmarks = (
+        run.stage(name, number) for name in names
+    )
+    scored = read_scored(selection, pairs, sketches)
+    summary, audit = selection.read_json("summary.json"), (sketches.read_json("summary.json") or {}).get("audit")
+    metrics = read_metrics(policy)
     return IterationFacts(
         number=number,
         funnel=_funnel(run, number, stages),
-        selection=selection.read_json("summary.json"),
-        histograms=_histograms(scores) if scores is not None else [],
-        samples=_samples(run.stage("pairs", number), scores) if scores is not None else [],
-        metrics=read_metrics(run.stage("policy", number)),
-        evaluation=evaluation_rows(evaluation),
-        warnings=(evaluation.read_json("summary.json") or {}).get("warnings", []),
+        no_pair=no_pair(pairs.manifest()),
+        judges=judge_counts(judgements.manifest()),
+        agreement=judge_agreement(judgements.manifest()),
+        selection=selection_facts(scored, summary, audit) if scored and summary else None,
+        pairs=pair_table(scored, pairs, budget) if scored else None,
+        metrics=metrics,
+        held_out=read_evaluations(policy),
+        trained_tokens=_trained_tokens(scored, metrics) if scored else None,
+        evaluation=evaluation_facts(evaluation),
+        benchmarks=benchmark_facts(benchmarks),
     )
+
+
+def _trained_tokens(scored: Scored, metrics: list[Row]) -> int | None:
+    if not metrics or "epoch" not in metrics[-1] or not scored.has(*TOKENS):
+        return None
+    return round(metrics[-1]["epoch"] * sum(float(scored.column(name)[scored.kept].sum()) for name in TOKENS))
 
 
 def _funnel(run: RunDirectory, number: int, stages: Sequence[Stage]) -> dict[str, dict[str, int]]:
@@ -125,59 +156,3 @@ def _funnel(run: RunDirectory, number: int, stages: Sequence[Stage]) -> dict[str
                 counts[stage.step.name] = found
     languages = sorted({language for counter in counts.values() for language in counter})
     return {language: {step: counter[language] for step, counter in counts.items()} for language in languages}
-
-
-def _histograms(scores: pa.Table) -> list[Histogram]:
-    cosine = scores["cosine"].to_numpy()
-    kept = np.array(scores["kept"].to_pylist(), dtype=bool)
-    languages = np.array(scores["language"].to_pylist())
-    # One scale for all languages, or their pictures could not be compared.
-    limit = max(0.05, float(np.ceil(np.abs(cosine).max(initial=0.0) * 20) / 20))
-    found = []
-    for language in sorted(set(languages.tolist())):
-        here = languages == language
-        counts = [
-            np.histogram(cosine[here & part], bins=_BINS, range=(-limit, limit))[0].tolist()
-            for part in (kept, ~kept)
-        ]
-        mean, conflicting = float(cosine[here].mean()), float((cosine[here] < 0).mean())
-        found.append(Histogram(language, limit, counts[0], counts[1], mean, conflicting))
-    return found
-
-
-def _samples(pairs: Folder, scores: pa.Table) -> list[tuple[SamplePair, SamplePair]]:
-    """Of every language the kept pair with the highest cosine and the dropped one with the lowest."""
-    chosen: list[tuple[str, str]] = []
-    rows = sorted(scores.to_pylist(), key=lambda row: row["cosine"])
-    by_id = {row["pair_id"]: row for row in rows}
-    for language in sorted({row["language"] for row in rows}):
-        kept = [row["pair_id"] for row in rows if row["language"] == language and row["kept"]]
-        dropped = [row["pair_id"] for row in rows if row["language"] == language and not row["kept"]]
-        if kept and dropped:
-            chosen.append((kept[-1], dropped[0]))
-    wanted = pa.array([identifier for two in chosen for identifier in two], type=pa.string())
-    texts: dict[str, dict[str, Any]] = {}
-    for path in pairs.files(".parquet"):
-        table = pq.read_table(path, filesystem=pairs.filesystem, filters=pc.field("pair_id").isin(wanted))
-        texts.update({row["pair_id"]: row for row in table.to_pylist()})
-    return [
-        (_sample(texts[best], by_id[best]), _sample(texts[worst], by_id[worst]))
-        for best, worst in chosen
-        if best in texts and worst in texts
-    ]
-
-
-def _sample(pair: dict[str, Any], score: dict[str, Any]) -> SamplePair:
-    def text(messages: list[dict[str, str]]) -> str:
-        return "\n".join(message["content"] for message in messages)
-
-    return SamplePair(
-        language=pair["language"],
-        kept=score["kept"],
-        cosine=score["cosine"],
-        chosen_score=pair["chosen_score"],
-        rejected_score=pair["rejected_score"],
-        prompt=text(pair["prompt"]),
-        chosen=text(pair["chosen"]),
-        rejected=text(pair["rejected"]),
-    )

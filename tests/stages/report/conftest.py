@@ -1,33 +1,31 @@
-"""A finished run of six languages whose gradients conflict: synthetic tables, the real select stage."""
+"""A finished run of six languages whose gradients conflict: synthetic tables, a real selection."""
 
 from __future__ import annotations
 
+import functools
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from congrad_ray.config.evaluation import Evaluate
-from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Model, Prompts, Recipe
 from congrad_ray.config.settings import to_yaml
-from congrad_ray.data.tables import pair_id, prompt_id, response_id, row_id, table_of
+from congrad_ray.data.tables import pair_id, prompt_id, response_id, table_of
 from congrad_ray.rundir.directory import RunDirectory
-from congrad_ray.runtime.context import Context
 from congrad_ray.stages.evaluate.statistics import score_changes, summarise_answers, win_rates
 from congrad_ray.stages.generate.schema import RESPONSES
 from congrad_ray.stages.judge.schema import JUDGEMENTS
 from congrad_ray.stages.pair.schema import PAIRS
 from congrad_ray.stages.prompts.schema import PROMPTS
-from congrad_ray.stages.select import stage as select
+from congrad_ray.stages.select.selection import select_pairs
 from congrad_ray.stages.sketch.schema import sketch_bytes, sketches_schema
 from congrad_ray.stages.train.metrics import MetricsWriter
-from heads import connect_shared
 
 TEXTS = {
     "en": ("Why is the sky blue?", "Air scatters blue light more than red.", "It just is."),
@@ -57,24 +55,18 @@ def _commit(run: RunDirectory, folder: str, iteration: int | None, rows: int, se
     run.stage(folder, iteration).commit(folder, iteration, f"{folder}-print", {}, {}, rows, seconds, {})
 
 
-@pytest.fixture(scope="session")
-def selections(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where selections are kept that were made once."""
-    return tmp_path_factory.mktemp("selections")
-
-
-def _selection(run: RunDirectory, recipe: Recipe, kept: Path) -> None:
-    """The real selection from the run's tables, made once for the same texts."""
+def _selection(run: RunDirectory, recipe: Recipe) -> None:
+    """What the select stage writes, by the same code in this process."""
+    sketches = run.stage("sketches", 0).read_table()
+    selection = select_pairs(recipe.select, sketches)
     output = run.stage("selection", 0)
-    if not kept.exists():
-        connect_shared()
-        select.STAGE.run(Context(recipe, Profile(name="test"), run, 0, output))
-        shutil.copytree(output.path, kept)
-    shutil.copytree(kept, output.path, dirs_exist_ok=True)
+    output.write_table("scores.parquet", selection.scores)
+    output.write_table("selected.parquet", selection.scores.filter(pa.array(selection.kept)).select(["pair_id"]))
+    output.write_json("summary.json", {"expected_overlap": None, **selection.summary()})
 
 
 @pytest.fixture
-def make_run(selections: Path) -> Callable[..., tuple[RunDirectory, Recipe]]:
+def make_run() -> Callable[..., tuple[RunDirectory, Recipe]]:
     """Builds a run in `folder` up to and with the stage folder `until`; `texts` may be hostile."""
 
     def make(
@@ -90,7 +82,7 @@ def make_run(selections: Path) -> Callable[..., tuple[RunDirectory, Recipe]]:
             if step in tables:
                 _write(run, step, None if step == "prompts" else 0, tables[step])
             elif step == "selection":
-                _selection(run, recipe, selections / row_id(sorted(texts.items())))
+                _selection(run, recipe)
             elif step == "policy":
                 _curves(run)
             else:
@@ -186,24 +178,47 @@ def _curves(run: RunDirectory) -> None:
 
 def _answers(run: RunDirectory, languages: list[str]) -> None:
     """Greedy true scores 0.25 before and 0.50 after (0.20 unseen); of 8 4 won, 2 tied, 1 lost, 1 unread."""
-    answers, comparisons = [], []
+    answers = []
     for language in [*languages, "is"]:
         seen = language != "is"
         for row in range(8):
-            identifier = prompt_id(language, [{"role": "user", "content": f"evaluation {row}"}])
-            base = {"prompt_id": identifier, "language": language, "seen": seen}
+            base = {"prompt_id": f"{language} {row}", "language": language, "seen": seen}
             for model, score in (("M_0", 0.25), ("M_1", 0.5 if seen else 0.2)):
                 text = {"response_tokens": 10 if model == "M_0" else 13, "truncated": False}
+                text |= {"wrong_language": False, "repeated": False}
                 answers.append({"model": model, **base, **text, "decoding": "greedy", "true_score": score})
-            win = None if row == 7 else (0.0 if row == 0 else 0.5 if row in (1, 2) else 1.0)
-            why = "truncated" if win is None else None
-            comparisons.append({**base, "order": "model_first", "win": win, "unreadable": why})
+    every_seen, seen_one, *unseen = _rates(len(languages))
+    totals = [row for row in (every_seen, *unseen) if row["language"] == "*"]
+    ones = [{**seen_one, "language": language} for language in languages]
     summary = {
         "model": "M_1",
         "baseline": "M_0",
         "answers": [asdict(row) for row in summarise_answers(answers)],
         "score_changes": [asdict(row) for row in score_changes(answers, "M_0", "M_1")],
-        "win_rates": [asdict(row) for row in win_rates(comparisons)],
+        "win_rates": [*totals, *ones, *(row for row in unseen if row["language"] != "*")],
         "warnings": [],
     }
     run.stage("evaluation", 0).write_json("summary.json", summary)
+
+
+@functools.cache
+def _rates(seen: int) -> list[dict[str, Any]]:
+    """Win rates over so many seen languages, of one of them, and of the unseen one: all have the same answers.
+
+    Made once: the intervals of length-controlled rates take a second each.
+    """
+    comparisons, lengths = [], {}
+    for number in range(seen + 1):
+        language = "is" if number == seen else f"l{number}"
+        for row in range(8):
+            base = {"prompt_id": f"{number} {row}", "language": language, "seen": number < seen}
+            win = None if row == 7 else (0.0 if row == 0 else 0.5 if row in (1, 2) else 1.0)
+            compared = {"model": "M_1", "baseline": "M_0", "order": "model_first", "win": win}
+            comparisons.append({**base, **compared, "unreadable": "truncated" if win is None else None})
+            lengths |= {("M_0", base["prompt_id"]): 40, ("M_1", base["prompt_id"]): 50 + row}
+    merged = [row | {"language": "l"} if row["seen"] else row for row in comparisons]
+    of_one = [row for row in comparisons if row["language"] == "l0"]
+    every = [asdict(row) for row in win_rates(merged, lengths)]
+    one = next(asdict(row) for row in win_rates(of_one, lengths) if row.language == "l0")
+    total = next(row for row in every if row["language"] == "*" and row["seen"])
+    return [total, one, *(row for row in every if not row["seen"])]

@@ -1,24 +1,32 @@
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe
+from congrad_ray.data.tables import QUARANTINE, table_of
 from congrad_ray.pipeline.order import FIRST, ITERATED, LAST
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.context import Context
 from congrad_ray.stages.report.facts import gather
-from congrad_ray.stages.report.html import duration, render
-from congrad_ray.stages.report.pictures import conflict_matrix, histogram, line_chart
-from pages import Page, words
+from congrad_ray.stages.report.figures import figures
+from congrad_ray.stages.report.html import duration, render, script_hash
+from congrad_ray.stages.report.vega import bundle
+from pages import ATTACK, Page, words
 
 MakeRun = Callable[..., tuple[RunDirectory, Recipe]]
 REPORTED = (*FIRST, *ITERATED)
 STEPS = ["prompts", "responses", "judgements", "pairs", "sketches", "selection", "policy", "evaluation"]
+
+
+def quarantine_of(reason: str) -> pa.Table:
+    return table_of([{"row_id": "1", "language": "en", "reason": reason, "detail": ""}], QUARANTINE)
 
 
 def report_of(run: RunDirectory, recipe: Recipe) -> str:
@@ -41,34 +49,68 @@ def test_numbers_are_those_of_the_tables(tmp_path: Path, make_run: MakeRun) -> N
     assert f"{kept} pairs kept" in text
     between = [summary["cosine_before"][i][j] for i in range(6) for j in range(i)]
     assert f"{sum(v < 0 for v in between)} of 15 pairs of languages in conflict" in text
-    for histogram_facts in facts.histograms:
-        assert sum(histogram_facts.kept) + sum(histogram_facts.dropped) == 27
-        expected = summary["per_language"][histogram_facts.language]
-        assert histogram_facts.mean == pytest.approx(expected["mean_cosine"])
-        assert histogram_facts.conflicting == pytest.approx(expected["conflicting"])
-    best, worst = facts.samples[0]
-    assert best.kept and not worst.kept and best.cosine > worst.cosine
-    assert f"{facts.metrics[-1]['loss']:.3f} final training loss" in text
+    assert facts.selection is not None
+    for row in facts.selection.languages[:-1]:
+        assert row.pairs == 27 == sum(sum(counts) for counts in row.bins.values())
+        expected = summary["per_language"][row.language]
+        assert row.kept == expected["kept"]
+        assert row.mean == pytest.approx(expected["mean_cosine"])
+        assert (row.conflict + row.kept_in_conflict) / 27 == pytest.approx(expected["conflicting"])
+    everything = facts.selection.all
+    assert f"dropped: {everything.quota} to the quota, {everything.conflict} in conflict" in text
+    assert f"{everything.opposing} pairs oppose at least one language" in text
+    assert facts.pairs is not None and len(facts.pairs.rows) == facts.pairs.total == 6 * 27
+    # Everything a stage's manifest says of its time is in the table.
+    assert "1 min 35 s" in text and "48 s" in text
 
 
 def test_evaluation_is_averaged_per_language(tmp_path: Path, make_run: MakeRun) -> None:
     run, recipe = make_run(tmp_path)
-    rows = {row.language: row for row in gather(run, REPORTED).iterations[0].evaluation}
-    assert list(rows) == ["ar", "de", "en", "he", "ru", "sw", "all seen", "is"]
+    evaluation = gather(run, REPORTED).iterations[0].evaluation
+    assert evaluation is not None
+    scores = {row.place.name: row for row in evaluation.scores["greedy"]}
+    rates = {row.place.name: row for row in evaluation.rates["M_0"]}
+    answers = {row.place.name: row for row in evaluation.answers["greedy"]}
+    names = ["ar", "de", "en", "he", "ru", "sw", "all seen", "is"]
+    assert list(scores) == list(rates) == list(answers) == names
     for language, after in (("de", 0.5), ("all seen", 0.5), ("is", 0.2)):
-        assert rows[language].score_before == pytest.approx(0.25)
-        assert rows[language].score_after == pytest.approx(after)
+        assert scores[language].before == pytest.approx(0.25)
+        assert scores[language].after == pytest.approx(after)
         # 1 loss, 2 ties, 4 wins of 7 readable
-        assert rows[language].win_rate == pytest.approx(5 / 7)
-        assert 0 < rows[language].win_low < 5 / 7 < rows[language].win_high <= 1
-    assert (rows["all seen"].asked, rows["all seen"].readable, rows["all seen"].prompts) == (48, 42, 48)
-    assert (rows["all seen"].tokens_before, rows["all seen"].tokens_after) == (10, 13)
+        found = rates[language].raw
+        assert found is not None and found.value == pytest.approx(5 / 7)
+        assert found.low is not None and found.high is not None and 0 < found.low < 5 / 7 < found.high <= 1
+    assert (rates["all seen"].asked, rates["all seen"].readable, answers["all seen"].count) == (48, 42, 48)
+    assert answers["all seen"].before["mean_tokens"] == 10
+    assert answers["all seen"].after["mean_tokens"] == 13
     text = words(report_of(run, recipe))
     assert "0.250 → 0.500" in text
     assert "0.250 → 0.200" in text
     assert "+0.250 [+0.250, +0.250]" in text
-    assert re.search(r"71 % \[\d+ %, \d+ %\] 48 42 readable, unreadable 6: truncated 6", text)
+    assert re.search(
+        r"71 % \[\d+ %, \d+ %\] 50 % \[50 %, 50 %\] 12 – 48 42 readable, unreadable 6: truncated 6", text
+    )
     assert "10.0 → 13.0" in text
+
+
+def test_the_headline_prefers_sampled_answers_and_colours_only_what_is_sure(
+    tmp_path: Path, make_run: MakeRun
+) -> None:
+    run, recipe = make_run(tmp_path)
+    folder = run.stage("evaluation", 0)
+    summary = folder.read_json("summary.json")
+    sampled = [{**row, "decoding": "sampled"} for row in summary["score_changes"]]
+    for row in sampled:
+        row |= {"change": 0.093, "low": 0.077, "high": 0.111}
+    for row in summary["score_changes"]:
+        row |= {"change": -0.01, "low": -0.03, "high": 0.01}
+    folder.write_json("summary.json", {**summary, "score_changes": [*summary["score_changes"], *sampled]})
+    page = report_of(run, recipe)
+    tile = '<b class="up">+0.093</b><span>true score, sampled answers, seen</span>'
+    assert f"{tile}<small>+0.077 to +0.111" in page
+    assert "true score, greedy answers, seen" not in page
+    # Greedy: below zero, but its interval holds no change.
+    assert '<b class="soft">−0.010</b>' in page
 
 
 def test_an_evaluation_that_could_hardly_be_read_says_so(tmp_path: Path, make_run: MakeRun) -> None:
@@ -77,7 +119,7 @@ def test_an_evaluation_that_could_hardly_be_read_says_so(tmp_path: Path, make_ru
     summary = folder.read_json("summary.json")
     for rate in summary["win_rates"]:
         rate |= {"prompts": 1, "readable": 1, "unreadable": {"no_verdict": rate["asked"] - 1}}
-        rate |= {"win_rate": None, "low": None, "high": None}
+        rate |= dict.fromkeys(("win_rate", "low", "high", "lc_win_rate", "lc_low", "lc_high")) | {"ties": 0}
     message = "47 of 48 comparisons cannot be read: <A> is longer"
     folder.write_json("summary.json", summary | {"warnings": [message]})
     page = report_of(run, recipe)
@@ -85,8 +127,8 @@ def test_an_evaluation_that_could_hardly_be_read_says_so(tmp_path: Path, make_ru
     text = words(page)
     assert "47 of 48 comparisons cannot be read" in text
     assert "&lt;A&gt; is longer" in page
-    assert "none win rate 1 of 48 comparisons could be read" in text
-    assert "– of 1 prompts 8 1 readable, unreadable 7: no_verdict 7" in text
+    assert "none win rate against M_0, seen 1 of 48 comparisons could be read" in text
+    assert re.search(r"– of 1 prompts 0 – 8 1 readable, unreadable 7: no_verdict 7", text)
 
 
 @pytest.mark.parametrize("until", STEPS)
@@ -97,7 +139,8 @@ def test_a_run_that_stopped_early_shows_what_exists(tmp_path: Path, make_run: Ma
     reached = STEPS.index(until)
     for number, heading in (
         (5, "How the languages pull against each other"),
-        (5, "Pairs that were kept and dropped"),
+        (5, "<h3>The pairs</h3>"),
+        (5, "What the dropped pairs have in common"),
         (6, ">Training<"),
         (7, "What came of it"),
     ):
@@ -110,34 +153,49 @@ def test_a_run_that_has_only_a_recipe(tmp_path: Path, make_run: MakeRun) -> None
 
 
 def test_hostile_text_stays_text(tmp_path: Path, make_run: MakeRun) -> None:
-    attack = '</dd></style><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}" onclick="x'
-    texts = {"en": (attack, attack + " good", attack + " bad"), "de": ("Frage", "gut", "schlecht")}
+    texts = {"en": (ATTACK, ATTACK + " good", ATTACK + " bad"), "de": ("Frage", "gut", "schlecht")}
     run, recipe = make_run(tmp_path, texts=texts, name="</title><script>alert(3)</script>")
+    (run.stage("policy", 0)).quarantine.write_table("part.parquet", quarantine_of(ATTACK))
     page = report_of(run, recipe)
-    elements = Page(page).elements
-    assert not [tag for tag, _ in elements if tag in ("script", "img", "iframe", "link", "object")]
+    found = Page(page)
+    elements = found.elements
+    assert not [tag for tag, _ in elements if tag in ("img", "iframe", "link", "object")]
     assert not [key for _, attributes in elements for key in attributes if key.startswith("on")]
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3
-    assert "{{ 7 * 7 }}" in page
-    # Pictures take language tags from the tables, which may hold anything as well.
-    picture = str(conflict_matrix(["<b>", '"x'], [[1.0, -0.5], [-0.5, 1.0]], "<i>"))
-    assert "<b>" not in picture and "<i>" not in picture
-    Page(picture)
+    # The page's own two scripts run, and no other; the rest are data.
+    scripts = [attributes for tag, attributes in elements if tag == "script"]
+    assert [attributes.get("type") for attributes in scripts].count(None) == 2
+    assert {attributes.get("type") for attributes in scripts} == {None, "application/json"}
+    assert "&lt;script&gt;alert(3)&lt;/script&gt;" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page  # the reason in quarantine
+    pairs = json.loads(found.texts["0-pairs"])
+    at = pairs["columns"].index("prompt")
+    assert sum(row[at] == ATTACK for row in pairs["rows"]) == 27
+    data = page[page.index('id="0-pairs"') :]
+    assert "<" not in data[data.index(">") + 1 : data.index("</script>")]
+
+
+def test_only_the_pages_own_scripts_may_run(tmp_path: Path, make_run: MakeRun) -> None:
+    found = Page(report_of(*make_run(tmp_path, until="pairs")))
+    policy = next(
+        attributes["content"]
+        for tag, attributes in found.elements
+        if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"
+    )
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert "unsafe" not in rules["script-src"]
+    assert rules["script-src"].split() == [f"'{script_hash(script)}'" for script in found.scripts]
+    assert found.scripts[0] == bundle()
+    assert "\r" not in bundle() and "\0" not in bundle()  # a browser would hash another text
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path, make_run: MakeRun) -> None:
     page = report_of(*make_run(tmp_path))
     for _, attributes in Page(page).elements:
         assert not {"src", "href", "srcset", "data"} & attributes.keys()
-    assert "url(" not in page and "@import" not in page
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "url(" not in style and "@import" not in style
     assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
-
-
-def test_samples_know_their_language_and_direction(tmp_path: Path, make_run: MakeRun) -> None:
-    elements = Page(report_of(*make_run(tmp_path))).elements
-    arabic = [attributes for tag, attributes in elements if tag == "dd" and attributes.get("lang") == "ar"]
-    assert len(arabic) == 6
-    assert all(attributes["dir"] == "auto" for attributes in arabic)
 
 
 def test_several_iterations_newest_first(tmp_path: Path, make_run: MakeRun) -> None:
@@ -146,15 +204,6 @@ def test_several_iterations_newest_first(tmp_path: Path, make_run: MakeRun) -> N
     text = words(report_of(run, recipe))
     assert text.index("Iteration 1") < text.index("Iteration 0")
     assert "1 / responses not finished" in text
-
-
-def test_pictures_of_odd_data() -> None:
-    assert "nan" not in str(line_chart([1, 2, 3], [1.0, float("nan"), 2.0], "loss"))
-    assert "nan" not in str(line_chart([5], [0.7], "one point"))
-    assert "nan" not in str(line_chart([1, 2], [0.0, 0.0], "flat", at_zero=True))
-    assert "rect" not in str(histogram([0] * 4, [0] * 4, 0.5, "empty"))
-    many = [f"l{number}" for number in range(30)]
-    assert str(conflict_matrix(many, [[0.1] * 30] * 30, "many")).count("<rect") == 900
 
 
 def test_durations() -> None:
@@ -170,5 +219,32 @@ def test_durations() -> None:
 def test_render_is_the_same_twice(tmp_path: Path, make_run: MakeRun) -> None:
     run, recipe = make_run(tmp_path)
     steps = [stage.step for stage in REPORTED if stage.step]
-    pages = [render(gather(run, REPORTED), steps, recipe) for _ in range(2)]
+    found = [gather(run, REPORTED) for _ in range(2)]
+    pages = [render(facts, figures(facts), steps, recipe, "") for facts in found]
     assert pages[0] == pages[1]
+
+
+def test_what_is_written_beside_the_page(tmp_path: Path, make_run: MakeRun) -> None:
+    run, recipe = make_run(tmp_path)
+    stale = run.stage("report", None) / "figures"
+    stale.write_bytes("9-gone.svg", b"<svg/>")
+    report_of(run, recipe)
+    figures_of = {path.rpartition("/")[2] for path in stale.files(".svg")}
+    assert figures_of == {
+        "0-fates.svg",
+        "0-histograms.svg",
+        "0-matrix-before.svg",
+        "0-matrix-after.svg",
+        "0-traits.svg",
+        "0-training.svg",
+        "0-scores.svg",
+        "0-win-rates-0.svg",
+    }
+    picture = stale.read_bytes("0-histograms.svg").decode()
+    assert picture.startswith("<svg") and "var(--" not in picture
+    for language in ("ar", "sw"):
+        assert f">{language}</text>" in picture
+    listed = {path.rpartition("/")[2] for path in (run.stage("report", None) / "tables").files(".csv")}
+    assert {"selection.csv", "true_scores.csv", "win_rates.csv", "stages.csv", "training.csv"} <= listed
+    assert run.read_bytes("model_card.md").startswith(b"---\n")
+    assert b"selected.parquet" in run.read_bytes("dataset_card.md")
