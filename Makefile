@@ -46,13 +46,13 @@ docs: install
 # uv looks on PyPI, and in what UV_INDEX and UV_FIND_LINKS name.
 lock: install
 	printf 'torchvision; sys_platform=="never"\ntorchaudio; sys_platform=="never"\ntorchcodec; sys_platform=="never"\ntriton; sys_platform=="never"\ntorch==2.13.0+cpu\n' > .lock-overrides
-	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --extra docs --override .lock-overrides \
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra benchmark --extra dev --extra docs --override .lock-overrides \
 	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --output-file requirements-cpu.lock
 	rm .lock-overrides
 	grep -v '^torch' requirements-cpu.lock | sort -s -u -t= -k1,1 - requirements-gpu.lock > .lock-start
 	mv .lock-start requirements-gpu.lock
 	printf 'torch!=2.13.0+cpu\n' > .lock-constraints
-	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra launcher --constraint .lock-constraints --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra benchmark --extra launcher --constraint .lock-constraints --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --output-file requirements-gpu.lock
 	rm .lock-constraints
 

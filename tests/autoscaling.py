@@ -38,7 +38,7 @@ from heads import Head, Workers, end_in_order, head_environment, ray_head
 from tiny_models import TEXTS, make_tiny_model
 
 WORKERS = Workers(most=3, cpus=2, idle_seconds=8.0)
-STAGES = ("prompts", "generate", "judge", "pair", "sketch", "select", "train", "evaluate", "report")
+STAGES = ("prompts", "baseline", "generate", "judge", "pair", "sketch", "select", "train", "evaluate", "report")
 # One worker node has the CPUs for every stage; the pool of `sketch` takes all but one, which is for data.
 PROFILE = {
     "name": "autoscaling",

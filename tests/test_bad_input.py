@@ -36,7 +36,7 @@ from congrad_ray.modeling.tokenization import MissingChatTemplate, chat_prompt_i
 from congrad_ray.pipeline.preferences import Reading, read_preferences
 from congrad_ray.rundir.directory import RunDirectory, fingerprint
 from congrad_ray.runtime.context import Context
-from congrad_ray.stages.evaluate.pairwise import read_win
+from congrad_ray.stages.judge.pairwise import read_win
 from congrad_ray.stages.judge.rubric import RubricError, load_rubric
 from congrad_ray.stages.judge.scores import expected_score, read_score
 from congrad_ray.stages.pair.best_and_worst import BestAndWorst, JudgedResponse, best_and_worst

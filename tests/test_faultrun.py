@@ -25,7 +25,17 @@ def test_kills_lose_nothing_double_nothing_and_change_nothing_that_is_determined
     records: list[dict[str, Any]] = [json.loads(line) for line in results.read_text().splitlines()]
     assert sum(record["event"] == "kill" for record in records) == KILLS
     compared = [record for record in records if record["event"] == "compare"]
-    names = {"prompts", "responses", "judgements", "pairs", "sketches", "scores", "selected", "answers"}
+    names = {
+        "prompts",
+        "responses",
+        "judgements",
+        "pairs",
+        "sketches",
+        "scores",
+        "selected",
+        "baseline",
+        "answers",
+    }
     assert names <= {record["table"] for record in compared}
     assert [(record["table"], record["lost"], record["doubled"]) for record in compared] == [
         (record["table"], 0, 0) for record in compared

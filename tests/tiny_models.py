@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. 0 1 2 3 4 5 6 7 8 9",
@@ -64,4 +65,18 @@ def make_tiny_model(
     )
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
+    return folder
+
+
+def make_reward_model(base: Path, folder: Path, labels: int = 1, pad: int | None = None) -> Path:
+    """The base's body with a random head of so many labels, saved whole."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(1)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels, dtype=torch.float32)
+    model.score.weight.data.normal_(0, 1)
+    model.config.pad_token_id = pad
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from congrad_ray.config.benchmarks import Benchmark
 from congrad_ray.config.chat_template import CHAT_TEMPLATE_DATE
 from congrad_ray.config.evaluation import Evaluate
 from congrad_ray.config.fields import (
@@ -22,7 +23,7 @@ from congrad_ray.config.fields import (
     is_null,
     regular_expression,
 )
-from congrad_ray.config.judging import Judge
+from congrad_ray.config.judging import Judge, OneJudge
 from congrad_ray.config.names import DirectionMethod, LeaveOut
 from congrad_ray.config.settings import (
     Settings,
@@ -124,13 +125,39 @@ class Generate(Settings):
     num_generations: int = Field(4, ge=2, description="responses sampled for each prompt")
     temperature: float = Field(0.7, gt=0, description="of sampling responses")
     top_p: Fraction = Field(0.9, description="of sampling responses")
+    top_k: Positive | None = Field(
+        None, exclude_if=is_null, description="sample from the likeliest tokens, so many of them; null: from all"
+    )
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        exclude_if=operator.not_,
+        description="leave out tokens less likely than this share of the likeliest one's probability",
+    )
+    repetition_penalty: float = Field(
+        1.0,
+        gt=0,
+        exclude_if=lambda penalty: penalty == 1,
+        description="above 1: tokens of the prompt and of the response so far become less likely",
+    )
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        exclude_if=operator.not_,
+        description="texts that end a response, and are not part of it",
+    )
     max_tokens: Positive = Field(512, description="of a response")
 
 
 class Pair(Settings):
     """How judged responses become preference pairs."""
 
-    min_margin: float = Field(0.0, ge=0, description="pairs whose scores differ by no more than this are dropped")
+    min_margin: float = Field(
+        0.0,
+        ge=0,
+        description="pairs whose scores differ by no more than this are dropped; in the judge's units: 0..5, a "
+        "reward model's own, or standard deviations where there are several judges",
+    )
     truncated: Literal["drop", "reject_only", "keep"] = Field(
         "reject_only", description="a truncated response may not be paired, only as rejected, or freely"
     )
@@ -278,6 +305,7 @@ class Recipe(Settings):
     sketch: Sketch = Sketch()
     select: Select = Select()
     train: Train = Train()
+    benchmark: Benchmark = Field(Benchmark(), exclude_if=lambda section: section == Benchmark())
     evaluate: Evaluate = Evaluate()
     limits: Limits = Limits()
 
@@ -289,7 +317,13 @@ class Recipe(Settings):
     @property
     def judgement_length(self) -> int:
         """Tokens of a judgement: rubric, prompt, response, and what the judge writes."""
-        return self.judge.max_length or self.model.max_length
+        return self.length_of(self.judge)
+
+    def length_of(self, judge: OneJudge) -> int:
+        """`judgement_length` of one of the judges; two responses of it where it compares."""
+        # A prompt with one response fits model.max_length.
+        second = self.generate.max_tokens + judge.max_tokens + _INSTRUCTION if judge.method == "pairwise" else 0
+        return judge.max_length or self.model.max_length + second
 
     @property
     def comparison_length(self) -> int:
@@ -298,6 +332,20 @@ class Recipe(Settings):
         # A prompt with one answer fits model.max_length.
         enough = self.model.max_length + evaluate.max_tokens + evaluate.judge_max_tokens + _INSTRUCTION
         return evaluate.judge_max_length or enough
+
+    def longest_asked(self, model: str) -> int:
+        """Tokens of the longest sequence that any stage asks of a model, so that one engine serves them all.
+
+        `model`: "policy" for M_0, M_1, ..., else the name that a judge has in the recipe.
+        """
+        is_policy = model in ("policy", self.model.name)
+        names = ("policy", "start", self.model.name) if is_policy else (model,)
+        asked = [self.model.max_length] if is_policy else []
+        judges = [judge for judge in self.judge.judges.values() if judge.endpoint is None]
+        asked += [self.length_of(judge) for judge in judges if judge.model in names]
+        compares = self.evaluate.endpoint is None and self.evaluate.judge in names
+        asked += [self.comparison_length] if compares else []
+        return max(asked, default=0)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -310,13 +358,8 @@ class Recipe(Settings):
                     f"{section}.max_tokens ({max_tokens}) leaves no room for a prompt in model.max_length "
                     f"({self.model.max_length})"
                 )
-        written = self.judge.max_tokens if self.judge.method == "sampled" else 1
-        if self.generate.max_tokens + written >= self.judgement_length:
-            raise ValueError(
-                f"a response of generate.max_tokens ({self.generate.max_tokens}) and a judgement of "
-                f"judge.max_tokens ({written}) leave no room for rubric and prompt in judge.max_length "
-                f"({self.judgement_length}; null: model.max_length): raise it, or lower one of them"
-            )
+        for judge in self.judge.judges.values():
+            self._fits_judge(judge)
         both = 2 * self.evaluate.max_tokens + self.evaluate.judge_max_tokens
         if both >= self.comparison_length:
             raise ValueError(
@@ -332,6 +375,24 @@ class Recipe(Settings):
         if self.select.per_block and self.sketch.groups == 1:
             raise ValueError("select.per_block needs sketch.groups above 1: one part of a sketch for each block")
         return self
+
+    def _fits_judge(self, judge: OneJudge) -> None:
+        responses = self.generate.num_generations
+        if judge.comparisons is not None and judge.comparisons < responses - 1:
+            raise ValueError(
+                f"judge.comparisons ({judge.comparisons}) leaves some of generate.num_generations ({responses}) "
+                f"responses without a comparison: give {responses - 1} or more"
+            )
+        if judge.endpoint is not None and judge.max_length is None:  # the server's matter
+            return
+        judged = 2 if judge.method == "pairwise" else 1
+        if judged * self.generate.max_tokens + judge.writes >= self.length_of(judge):
+            raise ValueError(
+                f"{'two responses' if judged == 2 else 'a response'} of generate.max_tokens "
+                f"({self.generate.max_tokens}) and a judgement of judge.max_tokens ({judge.writes}) leave no room "
+                f"for rubric and prompt in judge.max_length ({self.length_of(judge)}; null: model.max_length): "
+                "raise it, or lower one of them"
+            )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -126,6 +126,11 @@ def data_files(source: Source) -> list[DataFile] | None:
     return [file for file in files if file]
 
 
+def is_data_name(name: str) -> bool:
+    """Whether a path ends as files of rows do that can be read, .jsonl.gz for example."""
+    return _format(name) is not None
+
+
 def _looks_like_files(name: str) -> bool:
     suffixes = Path(name).suffixes[-2:]
     known = {*_FORMATS, *_COMPRESSED, *_UNREAD}

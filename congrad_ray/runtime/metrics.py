@@ -21,6 +21,7 @@ COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "congrad_tokens": ("tokens of the rows written, prompts and what was generated; evaluate: the latter", ()),
     "congrad_judgements": ("judgements made", ("language",)),
     "congrad_unreadable_judgements": ("judgements without a score", ("language",)),
+    "congrad_cost_usd": ("US dollars for the tokens of a judge behind HTTP, by the recipe's prices", ()),
     "congrad_attention_padding": ("positions of attention that were padding; the others are its tokens", ()),
     "congrad_attention_tokens": ("positions of attention that were tokens", ()),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -130,8 +130,8 @@ def read_slice(folder: Folder, path: str, start: int, stop: int) -> pa.Table:
         return file.read_row_groups(groups).slice(start - skipped, stop - start)
 
 
-Counted = Callable[[dict[str, Any]], Mapping[str, int]]
-Counts = Sequence[tuple[str, str, int]]  # (metric, language, number)
+Counted = Callable[[dict[str, Any]], Mapping[str, float]]
+Counts = Sequence[tuple[str, str, float]]  # (metric, language, number)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def follow(
     with heard(context.notify(), computed):
         for part in parts.iter_rows():
             counts = json.loads(part["counts"])
-            tokens = sum(number for name, _, number in counts if name == "congrad_tokens")
+            tokens = int(sum(number for name, _, number in counts if name == "congrad_tokens"))
             progress.add(part["written"], part["failed"], tokens)
             context.progressed()
             _measure(context.meter, part["written"], part["failed"], counts, progress.left)
@@ -219,16 +219,16 @@ def follow(
             check(counts)
 
 
-def _counts(rows: Sequence[Mapping[str, Any]], counted: Counted) -> list[tuple[str, str, int]]:
+def _counts(rows: Sequence[Mapping[str, Any]], counted: Counted) -> list[tuple[str, str, float]]:
     """What rows add to metrics, as (metric, language, number)."""
-    sums: Counter[tuple[str, str]] = Counter()
+    sums: defaultdict[tuple[str, str], float] = defaultdict(int)
     for row in rows:
         for name, number in counted(dict(row)).items():
             sums[name, str(row.get("language") or "")] += number
     return [(name, language, number) for (name, language), number in sums.items()]
 
 
-def _measure(meter: Meter, written: int, failed: int, counts: Sequence[tuple[str, str, int]], left: int) -> None:
+def _measure(meter: Meter, written: int, failed: int, counts: Counts, left: int) -> None:
     meter.count("congrad_rows", written, outcome="written")
     meter.count("congrad_rows", failed, outcome="failed")
     meter.set("congrad_rows_left", left)

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from congrad_ray.data.tables import row_id
@@ -18,6 +18,7 @@ HEXADECIMAL = st.integers(0, 40).map(row_id) | st.sampled_from(ODD)
 ANY = st.text(max_size=40) | st.sampled_from(["", "A" * 32, "g" * 32, "0" * 31, "a" * 33, "00" * 16, "p0"])
 
 
+@example([[row_id(1)]], ["1"])
 @given(st.lists(st.lists(HEXADECIMAL) | st.lists(HEXADECIMAL | ANY)), st.lists(HEXADECIMAL | ANY))
 def test_a_set_of_ids_is_a_set(parts: list[list[str]], asked: list[str]) -> None:
     ids, expected = Ids.from_parts(parts), {identifier for part in parts for identifier in part}

@@ -247,21 +247,19 @@ def test_a_prompt_that_kills_its_engine_is_set_apart_and_no_other_is_lost(
     tiny_model: Path, rubric: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real engines in real processes, which end when they are asked a certain prompt."""
-    from congrad_ray.runtime import engines as engine
+    from congrad_ray.runtime import pools
+    from congrad_ray.runtime.vllm_engine import Answered, Asked, VLLMEngine
 
-    engine_class = engine._engine_class
+    tokenizer = named_model(str(tiny_model), _recipe(tiny_model, rubric).model).load_tokenizer()
+    deadly = chat_prompt_ids(tokenizer, [{"role": "user", "content": "zorro"}])
 
-    def deadly(stage: type[Any], *arguments: Any) -> type[Any]:
-        class Deadly(stage):
-            async def udf(self, batch: list[dict[str, Any]]) -> Any:
-                if any("zorro" in row["row"] for row in batch):
-                    os._exit(1)
-                async for output in super().udf(batch):
-                    yield output
+    class Deadly(VLLMEngine):
+        async def _answer(self, asked: Asked) -> Answered:
+            if list(asked.ids) == deadly:
+                os._exit(1)
+            return await super()._answer(asked)
 
-        return engine_class(Deadly, *arguments)
-
-    monkeypatch.setattr(engine, "_engine_class", deadly)
+    monkeypatch.setattr(pools, "VLLMEngine", Deadly)
     run = RunDirectory.open(tmp_path / "run")
     prompts = _prompts(run, WORDS)
     profile = Profile.model_validate({"name": "local", "engines": {"batch_size": 4}})

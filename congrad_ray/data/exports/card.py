@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from congrad_ray.config.printable import printable, without_keys
+from congrad_ray.config.recipe import Select
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,12 @@ def dataset_card(
         "max_length": f"{facts.max_length} tokens",
         **facts.settings,
     }
-    sources = ", ".join(map(_named, facts.sources))
+    sources = ", ".join(map(plain_name, facts.sources))
     lines = [
         "# Preference pairs that agree across languages",
         "",
         f"{kept:,} of {pairs:,} preference pairs from {sources}, kept by ConGrad with the gradients of "
-        f"{_named(facts.model)}.",
+        f"{plain_name(facts.model)}.",
         "",
         "ConGrad ([arXiv 2503.23777](https://arxiv.org/abs/2503.23777)) takes the gradient of every pair, "
         "combines the languages' gradients into one direction that hurts none of them, and keeps the pairs that "
@@ -78,7 +79,7 @@ def dataset_card(
         "",
         "| language | pairs | kept |",
         "|---|--:|--:|",
-        *(f"| {_cell(tag)} | {n:,} | {m:,} |" for tag, (n, m) in sorted(facts.pairs_by_language.items())),
+        *(f"| {plain_cell(tag)} | {n:,} | {m:,} |" for tag, (n, m) in sorted(facts.pairs_by_language.items())),
         f"| all | {pairs:,} | {kept:,} |",
         "",
         f"The rows are in the format `{to}`: {rows:,} kept"
@@ -86,19 +87,30 @@ def dataset_card(
         + ".",
     ]
     if not_written:
-        why = ", ".join(f"{_cell(reason)} {count:,}" for reason, count in sorted(not_written.items()))
+        why = ", ".join(f"{plain_cell(reason)} {count:,}" for reason, count in sorted(not_written.items()))
         lines.append(f"That format cannot hold {sum(not_written.values()):,} pairs, which are left out: {why}.")
     lines += [
         "",
         "| setting | value |",
         "|---|---|",
-        *(f"| {_cell(name)} | {_cell(value)} |" for name, value in settings.items()),
-        f"| congrad_ray | {_cell(facts.version)} |",
+        *(f"| {plain_cell(name)} | {plain_cell(value)} |" for name, value in settings.items()),
+        f"| congrad_ray | {plain_cell(facts.version)} |",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"
 
 
-def _named(name: str) -> str:
+def keep_rule(select: Select) -> str:
+    """The keep rule in words."""
+    rules = {
+        "per_language": f"top {select.keep:.0%} of each language",
+        "overall": f"top {select.keep:.0%} of all",
+        "threshold": f"scores above {select.threshold:g}",
+        "token_budget": f"the best in {select.token_budget} tokens",
+    }
+    return rules[select.keep_rule]
+
+
+def plain_name(name: str) -> str:
     """A source or model as the world may know it: what is on a disk by the last part of its path."""
     path = Path(name).expanduser()
     if "://" in name:
@@ -110,8 +122,9 @@ def _named(name: str) -> str:
         or path.exists()
     ):
         name = path.resolve().name
-    return f"`{_cell(name).replace('`', chr(39))}`"
+    return f"`{plain_cell(name).replace('`', chr(39))}`"
 
 
-def _cell(text: str) -> str:
+def plain_cell(text: str) -> str:
+    """A text as it may stand in a cell of a Markdown table."""
     return printable(text).replace("|", "\\|")
