@@ -25,15 +25,13 @@ from congrad_ray.modeling.tokenization import MissingChatTemplate, chat_prompt_i
 from congrad_ray.runtime.attempts import attempts, killed_worker
 from congrad_ray.runtime.driver_actors import driver_actor
 from congrad_ray.runtime.notices import Notify
-from congrad_ray.runtime.pools import ENGINE_RESTARTS, engine_spec, engines_for, positions
+from congrad_ray.runtime.pools import ENGINE_RESTARTS, engine_spec, engines_for
 from congrad_ray.runtime.resources import pool_sizes
 from congrad_ray.runtime.vllm_engine import Answered, Asked, EngineLog
 
 if TYPE_CHECKING:
     from ray.data import Dataset
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["positions"]  # where the stages look for it
 
 Row = dict[str, Any]
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from congrad_ray.config.profile import Pool, Profile
 from congrad_ray.data.tables import FAILURE, quarantined, row_id, table_of
 from congrad_ray.rundir.directory import Folder, RunDirectoryError, StageFolder, each
 from congrad_ray.rundir.ids import Ids, Keys, keys_of, repeated
@@ -20,6 +21,7 @@ from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.metrics import COUNTERS, Meter
 from congrad_ray.runtime.notices import heard
 from congrad_ray.runtime.progress import Progress
+from congrad_ray.runtime.resources import pool_sizes
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -128,6 +130,22 @@ def read_slice(folder: Folder, path: str, start: int, stop: int) -> pa.Table:
                 groups.append(group)
             first += rows
         return file.read_row_groups(groups).slice(start - skipped, stop - start)
+
+
+def pool_arguments(pool: Pool, profile: Profile, batches: int) -> dict[str, Any]:
+    """Arguments of Ray Data's `map_batches`: a class runs on the actors of a pool, on a whole block at a time."""
+    from ray.data import ActorPoolStrategy
+
+    least, most = pool_sizes(pool, profile, batches)
+    return {
+        "batch_format": "pyarrow",
+        "batch_size": None,
+        "compute": ActorPoolStrategy(min_size=least, max_size=most),
+        "num_cpus": pool.cpus,
+        "num_gpus": pool.gpus or None,
+        "memory": pool.memory_bytes,
+        "resources": pool.resources or None,
+    }
 
 
 Counted = Callable[[dict[str, Any]], Mapping[str, float]]

@@ -36,7 +36,7 @@ from congrad_ray.runtime.notices import Notify, heard
 from congrad_ray.runtime.pools import engine_spec
 from congrad_ray.runtime.progress import Progress
 from congrad_ray.runtime.resources import Demand, pool_demand, pool_sizes
-from congrad_ray.runtime.rows import PartWriter, follow, outcome_of, read_missing_batches
+from congrad_ray.runtime.rows import PartWriter, follow, outcome_of, pool_arguments, read_missing_batches
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.benchmark.estimate import ESTIMATE, held_out_pairs
 from congrad_ray.stages.benchmark.figures import figures
@@ -314,8 +314,6 @@ def _trained_on(context: Context, pairs: list[Row]) -> int:
 
 def _score(context: Context, source: ModelSource, model: str, pairs: Folder) -> None:
     """Scores the pairs that a model has not scored yet."""
-    from ray.data import ActorPoolStrategy
-
     profile = context.profile
     pool = profile.sketchers
     output = StageFolder(context.output.filesystem, f"{context.output.path}/preferences/{model}")
@@ -333,7 +331,6 @@ def _score(context: Context, source: ModelSource, model: str, pairs: Folder) -> 
             profile.threads_of(pool),
             context.recipe.sketch.batch_tokens(profile.device),
         )
-        least, most = pool_sizes(pool, profile, missing.batches)
         parts = missing.dataset.map_batches(
             Scorer,
             fn_constructor_args=(spec,),
@@ -342,13 +339,7 @@ def _score(context: Context, source: ModelSource, model: str, pairs: Folder) -> 
                 "write": PartWriter(output, SCORED, "pair_id", _counted),
                 "notify": within.notify(),
             },
-            batch_format="pyarrow",
-            batch_size=None,
-            compute=ActorPoolStrategy(min_size=least, max_size=most),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus or None,
-            memory=pool.memory_bytes,
-            resources=pool.resources or None,
+            **pool_arguments(pool, profile, missing.batches),
         )
         follow(parts, within, missing.count)
     outcome_of(output, "pair_id", expected=len(missing.ids))

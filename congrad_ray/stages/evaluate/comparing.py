@@ -28,9 +28,9 @@ from congrad_ray.runtime.engines import (
     engine_failures,
     judge_source,
     load_chat_tokenizer,
-    positions,
     with_length,
 )
+from congrad_ray.runtime.pools import positions
 from congrad_ray.runtime.rows import outcome_of, write_rows
 from congrad_ray.stages.evaluate.schema import COMPARISONS
 from congrad_ray.stages.evaluate.statistics import EVERY_LANGUAGE, WinRate

@@ -34,13 +34,12 @@ from congrad_ray.runtime.engines import (
     engine_failures,
     judge_source,
     load_chat_tokenizer,
-    positions,
     with_length,
 )
-from congrad_ray.runtime.pools import let_go
+from congrad_ray.runtime.pools import let_go, positions
 from congrad_ray.runtime.requests import read_grouped_requests, read_requests
-from congrad_ray.runtime.resources import Demand, pool_demand, pool_sizes, tasks_demand
-from congrad_ray.runtime.rows import Counts, outcome_of, write_rows
+from congrad_ray.runtime.resources import Demand, pool_demand, tasks_demand
+from congrad_ray.runtime.rows import Counts, outcome_of, pool_arguments, write_rows
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.judge.combine import COLUMNS, Scores, disagreeing, scores_of
 from congrad_ray.stages.judge.estimate import ESTIMATE
@@ -236,15 +235,12 @@ def _ask(context: Context, judge: _Judge, responses: StageFolder, done: Ids, tal
 
 def _rewarded(context: Context, judge: _Judge, requests: Dataset) -> Dataset:
     """The requests with the logits of a pool of reward models, where engines would be."""
-    from ray.data import ActorPoolStrategy
-
     assert judge.source is not None
     # An engine that another stage left up may hold the GPU that they wait for.
     let_go("the reward model needs its room")
     profile = context.profile
     pool = profile.engines_of("judge_engines")
     batch = pool.rows_per_batch(1)
-    least, most = pool_sizes(pool, profile, -(-judge.missing // batch))
     return requests.repartition(target_num_rows_per_block=batch).map_batches(
         RewardModel,
         fn_constructor_args=(
@@ -256,13 +252,7 @@ def _rewarded(context: Context, judge: _Judge, requests: Dataset) -> Dataset:
             attempts(),
             context.notify(),
         ),
-        batch_format="pyarrow",
-        batch_size=None,
-        compute=ActorPoolStrategy(min_size=least, max_size=most),
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus or None,
-        memory=pool.memory_bytes,
-        resources=pool.resources or None,
+        **pool_arguments(pool, profile, -(-judge.missing // batch)),
     )
 
 

@@ -26,7 +26,14 @@ from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.notices import heard
 from congrad_ray.runtime.progress import Progress
 from congrad_ray.runtime.resources import pool_demand, pool_sizes
-from congrad_ray.runtime.rows import MissingRows, PartWriter, follow, outcome_of, read_missing_batches
+from congrad_ray.runtime.rows import (
+    MissingRows,
+    PartWriter,
+    follow,
+    outcome_of,
+    pool_arguments,
+    read_missing_batches,
+)
 from congrad_ray.stages.base import Stage
 from congrad_ray.stages.sketch.estimate import ESTIMATE, schema_of
 from congrad_ray.stages.sketch.replicas import LANGUAGE_GRADIENTS, ReplicaSpec, SketchReplica, SummingReplica
@@ -47,8 +54,6 @@ _BYTES_PER_TOKEN = 4  # of UTF-8, on the high side for text in many scripts
 
 def run(context: Context) -> Outcome:
     """Sketches the pairs that have no sketch yet."""
-    from ray.data import ActorPoolStrategy
-
     recipe, pool = context.recipe, context.profile.sketchers
     source = policy(recipe, context.run, context.iteration)
     # Report a model that is not there, or cannot chat, before actors start.
@@ -66,7 +71,6 @@ def run(context: Context) -> Outcome:
         exact = recipe.sketch.method == "exact"
         if exact and not context.output.exists(LANGUAGE_GRADIENTS):
             _sum_languages(context, missing, languages, spec)
-        min_actors, max_actors = pool_sizes(pool, context.profile, missing.batches)
         width = len(languages) if exact else recipe.sketch.width
         schema = sketches_schema(width, recipe.sketch.stored_dtype)
         parts = missing.dataset.map_batches(
@@ -80,13 +84,7 @@ def run(context: Context) -> Outcome:
                 "write": PartWriter(context.output, schema, "pair_id", _counted),
                 "notify": context.notify(),
             },
-            batch_format="pyarrow",
-            batch_size=None,
-            compute=ActorPoolStrategy(min_size=min_actors, max_size=max_actors),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus or None,
-            memory=pool.memory_bytes,
-            resources=pool.resources or None,
+            **pool_arguments(pool, context.profile, missing.batches),
         )
         follow(parts, context, missing.count)
     if not context.output.parts():
