@@ -21,7 +21,7 @@ from congrad_ray.modeling.source import ModelSource
 from congrad_ray.runtime import engines as asking
 from congrad_ray.runtime.engines import AskEngines
 from congrad_ray.runtime.notices import Notify
-from congrad_ray.runtime.pools import EngineSpec, Hold, engine_spec, in_the_way, room
+from congrad_ray.runtime.pools import EngineSpec, Hold, engine_spec, in_the_way, positions, room
 from congrad_ray.runtime.resources import Node
 from congrad_ray.runtime.vllm_engine import Answered, Asked
 
@@ -71,15 +71,13 @@ def test_an_engine_is_as_long_as_any_stage_asks_and_the_model_is(tiny_model: Pat
     def length(**given: int) -> int:
         return engine_spec(_source(tiny_model, **given), profile, profile.engines).length
 
-    positions = asking.positions(_source(tiny_model))
-    assert positions is not None
+    most = positions(_source(tiny_model))
+    assert most is not None
     assert length() == 64
     assert length(longest=100) == 100
     assert length(max_length=90, longest=70) == 90
-    assert length(longest=positions + 1) == positions
-    assert (
-        length(max_length=positions + 5, longest=positions + 9) == positions + 5
-    )  # which vLLM refuses, and says so
+    assert length(longest=most + 1) == most
+    assert length(max_length=most + 5, longest=most + 9) == most + 5  # which vLLM refuses, and says so
 
 
 def test_one_engine_serves_stages_of_every_length_but_no_other_model_or_settings(tiny_model: Path) -> None:
