@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--reward", type=Path, help="folder of the reward model; made where it is not there")
     parser.add_argument("--out", type=Path, default=Path("judges-results.jsonl"))
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended too
     rows = [json.loads(line) for line in arguments.data.read_text().splitlines()]
     with tempfile.TemporaryDirectory(prefix="judges-") as temporary:
         folder = Path(temporary)

@@ -5,12 +5,13 @@ The same model, pairs, pairs a step and threads, in float32, each in a process o
   ours              the train stage's trainer on one worker, with the reference that sketching left
   trl               DPOTrainer with its reference model
   trl-precomputed   DPOTrainer with precompute_ref_log_probs, precomputing counted
-  ours-lora         as ours, training an adapter of rank 16 on all linear layers (only with --lora)
-  filter            sketch + select + train on the kept half, in one process (only with --filter)
+  ours-lora         as ours, training an adapter of rank 16 on all linear layers
+  filter            sketch + select + train on the kept half, in one process
 
-PAIRS is JSONL with prompt, chosen, rejected and language. Time and peak memory are of all
-that comes after the imports, loading the model included. Prints a line of JSON for each and their ratios.
-Preparing runs the sketcher once over the pairs for the reference, outside of every measure but `filter`.
+--measures names those to run; ratios are of the first against each of the others. PAIRS is JSONL with prompt,
+chosen, rejected and language. Time and peak memory are of all that comes after the imports, loading the model
+included. Prints a line of JSON for each and their ratios. Preparing runs the sketcher once over the pairs for the
+reference, outside of every measure but `filter`.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if len(chosen) == arguments.pairs:
             break
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    if not arguments.filter:
+    if "filter" not in arguments.measures:
         write_selected(folder, sketched(arguments, folder), [True] * len(chosen))
     count = len(chosen)
     return {
@@ -256,8 +257,7 @@ def main() -> None:
     parser.add_argument("--max-responses", type=int, default=600, help="tokens of both responses of a pair taken")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--lora", action="store_true", help="measure `ours-lora` as well")
-    parser.add_argument("--filter", action="store_true", help="measure `filter` against `trl`, and nothing else")
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=["ours", "trl", "trl-precomputed"])
     parser.add_argument("--measure", choices=["prepare", *MEASURES], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -269,16 +269,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         in_its_process("prepare", scratch)  # what it takes is free again for the measures
-        names = ["filter", "trl"] if arguments.filter else ["ours", "trl", "trl-precomputed"]
-        names += ["ours-lora"] if arguments.lora else []
         for _ in range(arguments.rounds):
             found: dict[str, dict[str, Any]] = {}
-            for name in names:
+            for name in arguments.measures:
                 found[name] = in_its_process(name, scratch)
-            us = found["filter" if arguments.filter else "ours"]
+            us = found[arguments.measures[0]]
             ratios = {
                 f"{quantity}_of_{name}": round(us[quantity] / found[name][quantity], 3)
-                for name in names[1:]
+                for name in arguments.measures[1:]
                 for quantity in ("seconds", "peak_gib")
             }
             print(json.dumps({"what": "ratios", **ratios}), flush=True)
