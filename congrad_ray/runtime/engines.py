@@ -103,7 +103,7 @@ class Task:
 
 
 class EngineFailed(ValueError):
-    """The cluster could not do the work, engines that do not start or do not last above all."""
+    """The cluster could not do the work: engines, reward models or others that do not start or do not last."""
 
 
 @contextmanager
@@ -117,10 +117,10 @@ def engine_failures() -> Iterator[None]:
         raise EngineFailed(
             f"{str(error).strip()[-1500:]}\n\n"
             f"The stage stopped in the cluster; an engine that ends is started again {ENGINE_RESTARTS} times. "
-            "What vLLM said is in the worker-*.out and worker-*.err files of the engine's node, by default in "
-            "/tmp/ray/session_latest/logs. If it ran out of memory, lower engines.max_num_seqs, "
-            "gpu_memory_utilization or kv_cache_gib in the profile, or model.max_length in the recipe. Rows that "
-            "were written are kept: run the stage again to resume."
+            "What it said (vLLM, or whatever else judges) is in the worker-*.out and worker-*.err files of its "
+            "node, by default in /tmp/ray/session_latest/logs. If vLLM ran out of memory, lower "
+            "engines.max_num_seqs, gpu_memory_utilization or kv_cache_gib in the profile, or model.max_length in "
+            "the recipe. Rows that were written are kept: run the stage again to resume."
         ) from error
 
 
