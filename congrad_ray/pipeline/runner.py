@@ -286,7 +286,7 @@ def _summary(manifest: Manifest) -> str:
         elif isinstance(value, bool) or not isinstance(value, int | float) or not value:
             continue
         elif isinstance(value, int):
-            parts.append(f"{value:,} {words}")
+            parts.append(f"{value:,} {words.removesuffix('s') if value == 1 else words}")
         else:
             parts.append(f"{words} {value:.4g}")
     rows = f"{manifest.rows:,} row{'' if manifest.rows == 1 else 's'} in {duration(manifest.seconds)}"
