@@ -111,17 +111,17 @@ def train_reward(model: str, rows: Sequence[Row], folder: Path) -> None:
 
 
 @contextmanager
-def vllm_server(model: str, log: Path) -> Iterator[str]:
-    """vLLM's own server with OpenAI's interface, on loopback."""
+def vllm_server(model: str, log: Path, length: int = 4096) -> Iterator[str]:
+    """vLLM's own server with OpenAI's interface, on loopback, for sequences up to `length` tokens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # As `vllm serve`, which the CPU build's package lacks the metadata for.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--served-model-name", "judge"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "4096"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(length)]
     command += ["--enforce-eager", "--max-num-seqs", "32", "--no-enable-chunked-prefill"]
-    command += ["--max-num-batched-tokens", "4096"]
+    command += ["--max-num-batched-tokens", str(length)]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     environment |= {"HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as out:
