@@ -1,12 +1,14 @@
 """A judge behind vLLM's own server, with OpenAI's interface, on loopback."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.judges import vllm_server
 from congrad_ray.config.profile import Profile
@@ -28,8 +30,21 @@ LENGTH = 256
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with vllm_server(str(tiny_model), tmp_path_factory.mktemp("server") / "log", LENGTH) as url:
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, in which digits are often among the likeliest tokens."""
+    folder = tmp_path_factory.mktemp("digits") / "model"
+    shutil.copytree(tiny_model, folder)
+    causal: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    digits = score_token_ids(AutoTokenizer.from_pretrained(tiny_model).get_vocab())
+    with torch.no_grad():
+        causal.get_output_embeddings().weight[[token for tokens in digits for token in tokens]] *= 8
+    causal.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with vllm_server(str(model), tmp_path_factory.mktemp("server") / "log", LENGTH) as url:
         yield url
 
 
@@ -76,11 +91,11 @@ def _judged(server: str, model: Path, folder: Path, **judge: Any) -> tuple[Recip
 
 @pytest.mark.usefixtures("shared_ray")
 def test_the_expected_score_is_that_of_the_servers_likeliest_tokens(
-    server: str, tiny_model: Path, tmp_path: Path
+    server: str, model: Path, tmp_path: Path
 ) -> None:
-    recipe, samples, _ = _judged(server, tiny_model, tmp_path, method="expected_score", min_probability_mass=0.0)
+    recipe, samples, _ = _judged(server, model, tmp_path, method="expected_score", min_probability_mass=0.0)
     source = policy(recipe, RunDirectory.open(tmp_path / "run"), 0)
-    tokenizer, model = source.load_tokenizer(), source.load_model("cpu")
+    tokenizer, causal = source.load_tokenizer(), source.load_model("cpu")
     digits = score_token_ids(tokenizer.get_vocab())
     rubric = load_rubric(str(tmp_path / "rubric"))
     read = 0
@@ -90,7 +105,7 @@ def test_the_expected_score_is_that_of_the_servers_likeliest_tokens(
         text = rubric.fill("en", "expected_score", prompt, f"{word} {number}")
         ids = chat_prompt_ids(tokenizer, [{"role": "user", "content": text}])
         with torch.no_grad():
-            logprobs = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            logprobs = causal(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
         likeliest = {int(i): float(logprobs[i]) for i in logprobs.topk(20).indices}
         if not {token for tokens in digits for token in tokens} & set(likeliest):
             assert sample["score"] is None
@@ -104,9 +119,9 @@ def test_the_expected_score_is_that_of_the_servers_likeliest_tokens(
 
 
 @pytest.mark.usefixtures("shared_ray")
-def test_structured_judgements_are_json_or_cut_off(server: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_structured_judgements_are_json_or_cut_off(server: str, model: Path, tmp_path: Path) -> None:
     _, samples, manifest = _judged(
-        server, tiny_model, tmp_path, method="sampled", structured=True, samples=2, max_tokens=120
+        server, model, tmp_path, method="sampled", structured=True, samples=2, max_tokens=120
     )
     assert len(samples) == 16 == sum(row["asked"] for row in manifest.counters["judgements"].values())
     for sample in samples:
