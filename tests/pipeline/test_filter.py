@@ -103,6 +103,9 @@ def test_the_corrected_command_works_in_the_same_folder_and_other_settings_are_r
     assert done.code == 0, done.out + done.err
     assert "28 rows = 12 kept + 13 dropped (of which 1 are there twice) + 3 quarantined" in done.out
     assert len(kept_rows(out)) == 12
+    (line,) = json.loads((out / "summary.json").read_text())["advice"]
+    assert "dropped pairs have a cosine of 0 or more" in line
+    assert " ".join(done.out.split()).count(f"advice: {line}") == 1
     other = write_preferences(tmp_path / "others.jsonl", 12)
     for preferences, more, what in (
         (other, (), f"preferences: {good} -> {other}"),

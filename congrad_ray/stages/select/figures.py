@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from congrad_ray.rundir.directory import Folder, StageFolder
@@ -17,7 +17,7 @@ def figures(folder: StageFolder) -> list[Figures]:
 
 
 def selection(summary: Mapping[str, Any]) -> list[Figures]:
-    """What was kept by language, and the languages' cosines; `summary` is the selection's summary.json."""
+    """What was kept by language, the languages' cosines, and advice; `summary` is the selection's summary.json."""
     rows = [
         (
             language,
@@ -36,17 +36,18 @@ def selection(summary: Mapping[str, Any]) -> list[Figures]:
         caption="cosine: mean of the pairs with the direction; language's cosine: of its gradient with it",
         brief=False,
     )
-    return [kept, *(_matrix(summary, when) for when in ("before", "after"))]
+    notes = [f"advice: {line}" for line in summary.get("advice", [])]  # none in an older version's
+    return [kept, _matrix(summary, "before", []), _matrix(summary, "after", notes)]
 
 
-def _matrix(summary: Mapping[str, Any], when: str) -> Figures:
+def _matrix(summary: Mapping[str, Any], when: str, notes: Sequence[str]) -> Figures:
     languages = summary["languages"]
     rows = [
         (language, *(f"{value:.2f}" for value in row))
         for language, row in zip(languages, summary[f"cosine_{when}"], strict=True)
     ]
     title = f"cosines between languages {when} surgery"
-    return Figures(title, ("language", *languages), rows, brief=False, fold=True)
+    return Figures(title, ("language", *languages), rows, notes=notes, brief=False, fold=True)
 
 
 def _kept(folder: Folder) -> Counter[str] | None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from congrad_ray.config.names import JUDGED
 from congrad_ray.config.recipe import Select, Sketch
 from congrad_ray.data.records import InputError
+from congrad_ray.stages.select.advice import Evidence, advice, language_noise
 from congrad_ray.stages.select.directions import Float64Array
 from congrad_ray.stages.select.keep import TOKENS, keep_pairs
 from congrad_ray.stages.select.schema import SCORES
@@ -77,6 +78,8 @@ class Selection:
     """(L, L) between the languages' gradients."""
     cosine_after: Float64Array
     """(L, L) between them as the surgery leaves them."""
+    advice: tuple[str, ...]
+    """Sentences for a person about the cases that are there; see `advice.py`."""
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -110,6 +113,7 @@ class Selection:
             "per_language": by_language,
             "cosine_before": self.cosine_before.tolist(),
             "cosine_after": self.cosine_after.tolist(),
+            "advice": list(self.advice),
         }
 
 
@@ -160,6 +164,17 @@ def select_from(settings: Select, pairs: pa.Table, sketches: Sketches) -> Select
             f"{score.min():.4g} to {score.max():.4g}; lower select.threshold or raise select.token_budget"
         )
     with_direction = cosines_with_direction(direction)
+    before = cosine_matrix(direction.whole_gram)
+    left_out = surgery.leave_out == "pair"
+    evidence = Evidence(
+        languages,
+        taking_part,
+        before,
+        language_noise(index, pair_shares(settings, index), found.cosine, found.own_cosine, left_out),
+        0.0 if layout.exact else 1.0 / float(np.prod(gradients.shape[1:])),
+        score,
+        kept,
+    )
     columns = [pairs["pair_id"], pairs["language"], pa.array(score)]
     columns += [pa.array(getattr(found, name)) for name in ("cosine", "dot", "worst_cosine", "own_cosine")]
     return Selection(
@@ -180,8 +195,9 @@ def select_from(settings: Select, pairs: pa.Table, sketches: Sketches) -> Select
         ),
         gradients=gradients,
         weights=direction.weights,
-        cosine_before=cosine_matrix(direction.whole_gram),
+        cosine_before=before,
         cosine_after=projected_cosine_matrix(direction, surgery),
+        advice=advice(settings, evidence),
     )
 
 

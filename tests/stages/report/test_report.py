@@ -60,6 +60,7 @@ def test_numbers_are_those_of_the_tables(tmp_path: Path, make_run: MakeRun) -> N
     assert f"dropped: {everything.quota} to the quota, {everything.conflict} in conflict" in text
     assert f"{everything.opposing} pairs oppose at least one language" in text
     assert facts.pairs is not None and len(facts.pairs.rows) == facts.pairs.total == 6 * 27
+    assert summary["advice"] and all(text.count(f"Advice: {line}") == 1 for line in summary["advice"])
     # Everything a stage's manifest says of its time is in the table.
     assert "1 min 35 s" in text and "48 s" in text
 
