@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from congrad_ray.stages.sketch import audit, capture, countsketch, exact, layers, memory, sketcher
 from congrad_ray.stages.sketch import storage
 from congrad_ray.modeling import batching, logprobs, loss, packing, shared_prompts, tokenization
-from congrad_ray.stages.select import directions, keep, scores
+from congrad_ray.stages.select import advice, directions, keep, scores
 
 config = LlamaConfig(
     vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
