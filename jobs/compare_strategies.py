@@ -39,14 +39,7 @@ STRATEGIES: Mapping[str, Sequence[str]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, help="a recipe YAML")
-    parser.add_argument("--run", required=True, help="folder or URI for the runs of all strategies")
-    parser.add_argument("--profile", default="local", help="a profile YAML or its name")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a setting for all")
-    parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES))
-    parser.add_argument("--until", help="the last stage of every strategy's run")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     try:
         profile = load_profile(arguments.profile)
         root = RunDirectory.open(profile.run_uri(arguments.run))
@@ -54,6 +47,18 @@ def main() -> None:
         compare(arguments.recipe, root, profile, arguments.strategies, arguments.set, arguments.until)
     except ValueError as error:
         sys.exit(f"error: {error}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The script's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="a recipe YAML")
+    parser.add_argument("--run", required=True, help="folder or URI for the runs of all strategies")
+    parser.add_argument("--profile", default="local", help="a profile YAML or its name")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a setting for all")
+    parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES))
+    parser.add_argument("--until", help="the last stage of every strategy's run")
+    return parser
 
 
 def compare(
