@@ -20,7 +20,7 @@ WIDTH, DRAWS = 256, 20
 def drawn(
     seed: int, pairs: Sequence[int], wrong: Sequence[int], signal: float, common: float = 0.8, **settings: Any
 ) -> Selection:
-    """A selection of so many `pairs` of each language, of length 1 but for a part of length `signal`.
+    """A selection of so many `pairs` of each language: noise of length 1 and a part of length `signal`, scaled.
 
     That part is the same in nine of ten pairs of a language and turned around in the tenth; of `wrong` languages
     it is turned around in nine. The languages' parts have the cosine `common`^2 with each other.
@@ -42,7 +42,7 @@ def drawn(
                     "pair_id": f"{language}-{number}",
                     "language": "abcdefgh"[language],
                     "sketch": sketch_bytes(vector[None])[0],
-                    "sketch_scale": 1.0,
+                    "sketch_scale": float(generator.lognormal(0.0, 0.6)),
                     **dict.fromkeys(("norm", "chosen_logps", "rejected_logps"), 1.0),
                     "coefficient": float(generator.uniform(0.03, 0.07)),
                     **dict.fromkeys(("prompt_tokens", "chosen_tokens", "rejected_tokens"), 3),
