@@ -96,8 +96,8 @@ def gather(root: RunDirectory, strategies: Sequence[str]) -> None:
         tables = _inside(root, f"{strategy}/report/tables")
         for path in tables.files(".csv"):
             name = path.rpartition("/")[2]
-            rows = csv.DictReader(io.StringIO(tables.read_bytes(name).decode()))
-            found.setdefault(name, []).extend({"strategy": strategy, **row} for row in rows)
+            read = csv.DictReader(io.StringIO(tables.read_bytes(name).decode()))
+            found.setdefault(name, []).extend({"strategy": strategy, **row} for row in read)
     for name, rows in found.items():
         sink = io.StringIO()
         writer = csv.DictWriter(sink, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")

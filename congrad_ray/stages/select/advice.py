@@ -108,7 +108,7 @@ def language_noise(
 
 def _of_languages(settings: Select, evidence: Evidence) -> list[str]:
     """One sentence where some languages' gradients clearly point against the others'."""
-    names = np.asarray(evidence.languages)
+    names = evidence.languages
     fewer, more = _sides(evidence)
     clear = [_between(evidence, fewer[i : i + 1], more).clearly_negative for i in range(len(fewer))]
     against = fewer[clear]
@@ -117,8 +117,8 @@ def _of_languages(settings: Select, evidence: Evidence) -> list[str]:
     between, within = _between(evidence, against, more), _within(evidence, more)
     everybody = len(against) + len(more) == len(names)
     text = (
-        f"{_named(names[against])} {'disagrees' if len(against) == 1 else 'disagree'} with "
-        f"{'the others' if everybody and len(names) > 2 else _named(names[more])} (mean cosine {between.value:.2f}"
+        f"{_named(names, against)} {'disagrees' if len(against) == 1 else 'disagree'} with "
+        f"{'the others' if everybody and len(names) > 2 else _named(names, more)} (mean cosine {between.value:.2f}"
     )
     if len(names) == 2:
         return [f"{text}): of two languages nobody can say which is wrong. {_LOOK} both: {_PAGE}"]
@@ -184,7 +184,7 @@ def _of_quota(settings: Select, evidence: Evidence) -> list[str]:
     ]
 
 
-def _named(languages: Sequence[str]) -> str:
+def _named(languages: Sequence[str], which: NDArray[np.int64]) -> str:
     """`de`, `de and fr`, `de, fr and hi`."""
-    *first, last = (str(language) for language in languages)
+    *first, last = (languages[i] for i in which)
     return f"{', '.join(first)} and {last}" if first else last
