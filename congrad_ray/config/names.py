@@ -3,7 +3,21 @@
 from typing import Literal
 
 DirectionMethod = Literal[
-    "pcgrad", "mean", "sum", "gradvac", "cagrad", "mgda", "nash_mtl", "equal_norm_mean", "consensus"
+    "pcgrad",
+    "mean",
+    "sum",
+    "gradvac",
+    "cagrad",
+    "mgda",
+    "nash_mtl",
+    "equal_norm_mean",
+    "consensus",
+    "upgrad",
+    "raco",
+    "aligned_mtl",
+    "imtl_g",
+    "config",
+    "krum",
 ]
 LeaveOut = Literal["nothing", "pair", "language"]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from congrad_ray.config.recipe import Recipe, Select
 from congrad_ray.rundir.directory import RunDirectory
-from congrad_ray.stages.select.directions import Float64Array
+from congrad_ray.stages.select.gram import Float64Array
 from congrad_ray.stages.select.keep import keep_pairs
 from congrad_ray.stages.select.selection import Selection, select_pairs
 from congrad_ray.stages.sketch.audit import rank_correlation

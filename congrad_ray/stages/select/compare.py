@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from congrad_ray.stages.evaluate.statistics import EVERY_LANGUAGE
-from congrad_ray.stages.select.directions import Float64Array
+from congrad_ray.stages.select.gram import Float64Array
 from congrad_ray.stages.sketch.audit import rank_correlation
 
 

@@ -14,47 +14,39 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from congrad_ray.config.names import DirectionMethod
+from congrad_ray.stages.select.gram import (
+    CANCELLED,
+    Float64Array,
+    check_gram,
+    counted,
+    counted_cosines,
+    counted_vectors,
+    lengths_of,
+)
+from congrad_ray.stages.select.optimal import cagrad, mgda, nash_mtl, raco, upgrad
 
-Float64Array = NDArray[np.float64]
-
-# Length of a gradient, relative to the longest one, up to which it counts as zero.
-_NEGLIGIBLE = 1e-10
-# Length of a combination of gradients, relative to the parts that it is the sum of, up to which only rounding is
-# left. The Gram matrix holds squares, so its rounding of 1e-16 is one of 1e-8 in lengths.
-_CANCELLED = 1e-6
 # Highest target cosine of GradVac: its formula divides by sqrt(1 - target^2).
 _HIGHEST_TARGET = 0.99
-# Nash-MTL has a solution only where the unit gradients' hull keeps away from zero. Squared distance up to which
-# it counts as touching zero, and what is then added to each unit gradient's square.
-_NASH_TOUCHES = 1e-10
-_NASH_RIDGE = 1e-6
-# Newton's method for Nash-MTL takes 5 to 40 steps; the bound only ends the loop for a broken matrix.
-_NASH_STEPS = 500
+# Krum's scores that differ by less than this, relative to the squares that they are made of, are equal.
+_KRUM_TIE = 1e-9
 
 
-def check_gram(gram: Float64Array) -> Float64Array:
-    """`gram` as float64 (L, L). Raises ValueError if it is not square, finite and symmetric."""
-    gram = np.asarray(gram, dtype=np.float64)
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
-        raise ValueError(f"the Gram matrix has shape {gram.shape}; it must be (languages, languages)")
-    if not np.isfinite(gram).all():
-        rows = np.flatnonzero(~np.isfinite(gram).all(axis=1)).tolist()
-        raise ValueError(f"the Gram matrix is not finite in rows {rows}; look for NaN in those sketches")
-    if not np.allclose(gram, gram.T, rtol=1e-6, atol=1e-9 * float(np.abs(gram).max())):
-        raise ValueError("the Gram matrix is not symmetric; entry (i, j) must be <g_i, g_j>")
-    return gram
-
-
-def direction_weights(gram: Float64Array, method: DirectionMethod, seed: int = 0, orders: int = 1) -> Float64Array:
+def direction_weights(
+    gram: Float64Array,
+    method: DirectionMethod,
+    seed: int = 0,
+    orders: int = 1,
+    preference: Float64Array | None = None,
+) -> Float64Array:
     """Coefficients (L,) of the direction that `method` makes of the gradients with the Gram matrix `gram`.
 
     PCGrad and GradVac go through the languages in a random order; their weights are the mean over `orders` draws,
-    with the seeds `seed`, `seed` + 1, ... The other methods draw nothing and ignore both. The mean and
-    the sum are 1/L and 1 for every language. Raises ValueError for a bad Gram matrix, an unknown method and
-    `orders` below 1.
+    with the seeds `seed`, `seed` + 1, ... The other methods draw nothing and ignore both. `preference` (L,) has
+    the languages' weights for RACO, which clips by them; for the others weights scale the gradients themselves.
+    The mean and the sum are 1/L and 1 for every language. Raises ValueError for a bad Gram matrix, an unknown
+    method and `orders` below 1.
     """
     gram = check_gram(gram)
     if orders < 1:
@@ -73,6 +65,18 @@ def direction_weights(gram: Float64Array, method: DirectionMethod, seed: int = 0
             return mgda(gram)
         case "nash_mtl":
             return nash_mtl(gram)
+        case "upgrad":
+            return upgrad(gram)
+        case "raco":
+            return raco(gram, preference)
+        case "aligned_mtl":
+            return aligned_mtl(gram)
+        case "imtl_g":
+            return imtl_g(gram)
+        case "config":
+            return config(gram)
+        case "krum":
+            return krum(gram)
         case "equal_norm_mean":
             return equal_norm_mean(gram)
         case "consensus":
@@ -106,12 +110,12 @@ def pcgrad_coefficients(gram: Float64Array, seed: int) -> Float64Array:
     """
     gram = check_gram(gram)
     languages = len(gram)
-    counted = _counted(gram)
+    nonzero = counted(gram)
     generator = np.random.default_rng(seed)
     coefficients = np.eye(languages)
     for i in range(languages):
         for k in generator.permutation(languages):
-            if k == i or not counted[k]:
+            if k == i or not nonzero[k]:
                 continue
             # <current g_i, g_k> through the coefficients of the current g_i.
             inner = coefficients[i] @ gram[:, k]
@@ -143,19 +147,19 @@ def gradvac_coefficients(gram: Float64Array, seed: int) -> Float64Array:
     """
     gram = check_gram(gram)
     languages = len(gram)
-    counted = _counted(gram)
-    lengths = _lengths(gram)
-    target = _target_cosine(_cosines(gram)[1])
+    nonzero = counted(gram)
+    lengths = lengths_of(gram)
+    target = _target_cosine(counted_cosines(gram)[1])
     generator = np.random.default_rng(seed)
     coefficients = np.eye(languages)
     for i in range(languages):
         for k in generator.permutation(languages):
-            if k == i or not counted[k] or not counted[i]:
+            if k == i or not nonzero[k] or not nonzero[i]:
                 continue
             current = coefficients[i]
             products = current @ gram
             length = math.sqrt(max(float(products @ current), 0.0))
-            if length <= _CANCELLED * float(np.abs(current) @ lengths):
+            if length <= CANCELLED * float(np.abs(current) @ lengths):
                 break
             cosine = min(max(float(products[k]) / (length * lengths[k]), -1.0), 1.0)
             if cosine < target:
@@ -165,101 +169,12 @@ def gradvac_coefficients(gram: Float64Array, seed: int) -> Float64Array:
     return coefficients
 
 
-def cagrad(gram: Float64Array, c: float = 0.5) -> Float64Array:
-    """Coefficients (L,) of CAGrad's direction d, the one that is best for the language that gains least.
-
-    d maximises min_l <g_l, d> over |d - g_0| <= c |g_0|, g_0 being the mean gradient. Its dual, over weights w
-    that are not negative and have sum 1, with g_w = sum_l w[l] g_l, is to minimise
-    F(w) = <g_w, g_0> + c |g_0| |g_w|, and then d = g_0 + c |g_0| / |g_w| * g_w (Liu et al. 2021, arXiv 2110.14048,
-    algorithm 1; the paper writes g_w with a factor of 1/L, which changes neither w nor d). Where g_0 or g_w is
-    zero, d = g_0. Gradients that count as zero have no part in g_0 either; with them in it, d would only be
-    shorter. Raises ValueError for c outside [0, 1).
-    """
-    gram = check_gram(gram)
-    if not 0.0 <= c < 1.0:
-        raise ValueError(f"c is {c}; it must be at least 0 and below 1")
-    rows, cosines = _cosines(gram)
-    weights = np.zeros(len(gram))
-    if not len(rows):
-        return weights
-    lengths = _lengths(gram)[rows]
-    gradients = (lengths / lengths.max())[:, None] * _vectors(cosines)
-    lengths = lengths / lengths.max()
-    mean = gradients.mean(axis=0)
-    weights[rows] = 1.0 / len(rows)
-    radius = c * float(np.linalg.norm(mean))
-    if radius <= c * _CANCELLED * lengths.mean():
-        return weights
-
-    # |x| is the minimum of (|x|^2 / t + t) / 2 over t > 0, found at t = |x|. For a fixed t the search for w is
-    # then, with the square completed, that for the point nearest to zero in the hull of g_l + t / radius * g_0.
-    # What remains is to find t = |g_w|. F is convex in (w, t) together, so |g_w| - t changes sign only once.
-    def nearest(length: float) -> Float64Array:
-        return _nearest_to_zero(gradients + length / radius * mean)
-
-    def excess(length: float) -> float:
-        return float(np.linalg.norm(nearest(length) @ gradients)) - length
-
-    shortest = _CANCELLED * float(lengths.min())
-    if excess(shortest) <= 0.0:
-        return weights
-    from scipy.optimize import brentq
-
-    # No g_w is longer than the longest gradient; the margin is for rounding.
-    found = nearest(brentq(excess, shortest, 1.0 + 1e-9, xtol=1e-16, rtol=1e-15))
-    weights[rows] += radius / float(np.linalg.norm(found @ gradients)) * found
-    return weights
-
-
-def mgda(gram: Float64Array) -> Float64Array:
-    """Coefficients (L,) of MGDA's direction: the shortest vector of the gradients' convex hull.
-
-    The weights are not negative, have sum 1 and minimise |sum_l w[l] g_l|^2 (Désidéri 2012; Sener & Koltun 2018,
-    arXiv 1810.04650). The direction d has <d, g_l> >= |d|^2 for every l; it is zero where the hull contains zero,
-    as with two opposite gradients. Gradients that count as zero are left out; all weights are 0 if all do.
-    """
-    gram = check_gram(gram)
-    rows, cosines = _cosines(gram)
-    weights = np.zeros(len(gram))
-    if len(rows):
-        lengths = _lengths(gram)[rows]
-        weights[rows] = _nearest_to_zero((lengths / lengths.max())[:, None] * _vectors(cosines))
-    return weights
-
-
-def nash_mtl(gram: Float64Array) -> Float64Array:
-    """Coefficients (L,) of the direction that the languages agree on when they bargain for it.
-
-    With G the Gram matrix they solve G w = 1 / w (for each language) with w > 0: the minimum of
-    1/2 w^T G w - sum_l log w[l] (Navon et al. 2022, arXiv 2202.01017, claim 3.1). The direction makes the product
-    of the languages' gains as great as it can be, so it does not depend on how long the single gradients are.
-    Gradients that count as zero are left out (weight 0).
-
-    There is no solution where no direction helps all languages, that is, where the hull of the unit gradients
-    reaches zero (to 1e-5), as with two opposite gradients. In that case, which the paper rules out, we add 1e-6
-    to the square of each unit gradient, |g_l|^2 <- (1 + 1e-6) |g_l|^2 on the diagonal of G: gradients that
-    cancel then get great but finite weights, and those of the other languages make the direction.
-    """
-    gram = check_gram(gram)
-    rows, cosines = _cosines(gram)
-    weights = np.zeros(len(gram))
-    if not len(rows):
-        return weights
-    # For unit gradients the equation is the same, with w[l] |g_l| in the place of w[l].
-    vectors = _vectors(cosines)
-    squares = vectors @ vectors.T
-    if np.linalg.norm(_nearest_to_zero(vectors) @ vectors) ** 2 <= _NASH_TOUCHES:
-        squares += _NASH_RIDGE * np.eye(len(rows))
-    weights[rows] = _solve_nash(squares) / _lengths(gram)[rows]
-    return weights
-
-
 def equal_norm_mean(gram: Float64Array) -> Float64Array:
     """Coefficients (L,) of the mean of the unit gradients g_l / |g_l|, over those that do not count as zero."""
     gram = check_gram(gram)
-    counted = _counted(gram)
+    nonzero = counted(gram)
     weights = np.zeros(len(gram))
-    weights[counted] = 1.0 / (counted.sum() * _lengths(gram)[counted])
+    weights[nonzero] = 1.0 / (nonzero.sum() * lengths_of(gram)[nonzero])
     return weights
 
 
@@ -273,36 +188,120 @@ def consensus(gram: Float64Array) -> Float64Array:
     `equal_norm_mean`. Gradients that count as zero are left out (weight 0).
     """
     gram = check_gram(gram)
-    rows, cosines = _cosines(gram)
+    rows, cosines = counted_cosines(gram)
     others = len(rows) - 1
     if others < 1:
         return equal_norm_mean(gram)
     sums = cosines.sum(axis=1)
     products = sums - np.diag(cosines)
     lengths = np.sqrt(np.maximum(cosines.sum() - 2 * sums + np.diag(cosines), 0.0))
-    agree = (products > 0.0) & (lengths > _CANCELLED * others)
+    agree = (products > 0.0) & (lengths > CANCELLED * others)
     if not agree.any():
         return equal_norm_mean(gram)
     weights = np.zeros(len(gram))
-    weights[rows[agree]] = products[agree] / lengths[agree] / (len(rows) * _lengths(gram)[rows[agree]])
+    weights[rows[agree]] = products[agree] / lengths[agree] / (len(rows) * lengths_of(gram)[rows[agree]])
     return weights
 
 
-def _lengths(gram: Float64Array) -> Float64Array:
-    return np.sqrt(np.maximum(np.diag(gram), 0.0))
+def aligned_mtl(gram: Float64Array) -> Float64Array:
+    """Coefficients (L,) of Aligned-MTL's direction: the mean of the gradients made orthogonal and equally long.
+
+    With the singular value decomposition U S V^T of the matrix of the gradients, it is the mean of the rows of
+    s U V^T: what is nearest to the gradients among matrices whose singular values are all s, the smallest one; in
+    weights, s U S^-1 U^T 1/L (Senushkin et al. 2023, arXiv 2305.19000, algorithm 1, equal preferences). So no
+    part that the languages share counts more than one that they do not. Singular values below 1e-6 of the largest
+    are rounding and left out, as are gradients that count as zero.
+    """
+    gram = check_gram(gram)
+    rows, gradients = counted_vectors(gram)
+    weights = np.zeros(len(gram))
+    if len(rows):
+        left, values, _ = np.linalg.svd(gradients)
+        whole = values > CANCELLED * values[0]
+        left, values = left[:, whole], values[whole]
+        mean = left.mean(axis=0)
+        if np.linalg.norm(mean) > CANCELLED / math.sqrt(len(rows)):  # else the gradients cancel
+            weights[rows] = left @ (mean / values) * values[-1]
+    return weights
 
 
-def _counted(gram: Float64Array) -> NDArray[np.bool_]:
-    """Mask (L,) of the languages whose gradient does not count as zero."""
-    lengths = _lengths(gram)
-    return lengths > _NEGLIGIBLE * lengths.max()
+def imtl_g(gram: Float64Array) -> Float64Array:
+    """Coefficients (L,) of IMTL-G's direction, whose projections onto the unit gradients are all equal.
+
+    With C the cosines of the gradients, it is sum_l a[l] g_l / |g_l| for C a = 1, scaled so that the coefficients
+    have sum 1 (Liu et al. 2021, "Towards Impartial Multi-task Learning", ICLR). Where the gradients
+    depend on each other, a is the pseudoinverse's: equal projections as far as there can be, and no direction
+    where opposite gradients leave none. Where the sum is negative, the paper's direction would go against every
+    language; ours keeps its sign, and a sum that cancels is not divided by. Gradients that count as zero are
+    left out (weight 0).
+    """
+    gram = check_gram(gram)
+    rows, cosines = counted_cosines(gram)
+    weights = np.zeros(len(gram))
+    weights[rows] = _equal_projections(cosines) / lengths_of(gram)[rows]
+    total, parts = abs(float(weights.sum())), float(np.abs(weights).sum())
+    if parts:
+        weights /= total if total > CANCELLED * parts else parts
+    return weights
 
 
-def _cosines(gram: Float64Array) -> tuple[NDArray[np.intp], Float64Array]:
-    """The n languages whose gradient does not count as zero, and their cosines (n, n)."""
-    counted = np.flatnonzero(_counted(gram))
-    lengths = _lengths(gram)[counted]
-    return counted, gram[np.ix_(counted, counted)] / np.outer(lengths, lengths)
+def config(gram: Float64Array) -> Float64Array:
+    """Coefficients (L,) of ConFIG's direction: equal cosines with all gradients, as long as they make it.
+
+    The unit vector is that of `imtl_g`, U^+ 1 with U the unit gradients; the length is the sum of all gradients'
+    projections onto it (Liu et al. 2024, arXiv 2408.11104, equation 2), which is below zero, so that the vector is
+    turned round, only for gradients that depend on each other and cannot all have the same cosine. Otherwise
+    cosines with it are IMTL-G's; its length, which counts in dot products and between blocks of layers, is not.
+    Gradients that count as zero are left out (weight 0).
+    """
+    gram = check_gram(gram)
+    rows, cosines = counted_cosines(gram)
+    weights = np.zeros(len(gram))
+    equal, lengths = _equal_projections(cosines), lengths_of(gram)[rows]
+    projections = cosines @ equal
+    square = float(equal @ projections)
+    if square > (CANCELLED * np.abs(equal).sum()) ** 2:
+        weights[rows] = float(lengths @ projections) / square * equal / lengths
+    return weights
+
+
+def krum(gram: Float64Array, byzantine: int | None = None) -> Float64Array:
+    """Coefficients (L,) of Krum's direction: the one gradient that has the others nearest to it.
+
+    Each gradient's score is the sum of its squared distances to its L - f - 2 nearest others; the one with the
+    lowest score is the direction, however wrong `byzantine` = f of the languages are (Blanchard et al. 2017,
+    "Machine Learning with Adversaries", NeurIPS, section 4). f is by default the most that its theorem allows,
+    2 f + 2 < L. Of equal scores the first language's wins. Distances are of the gradients as they are, so a short
+    one is near to many. Gradients that count as zero are left out; of two that are left, which have no majority,
+    it is the mean. Raises ValueError for an f that leaves no neighbour.
+    """
+    gram = check_gram(gram)
+    rows = np.flatnonzero(counted(gram))
+    count, weights = len(rows), np.zeros(len(gram))
+    if byzantine is None:
+        byzantine = max(0, (count - 3) // 2)
+    elif not 0 <= byzantine <= len(gram) - 3:
+        raise ValueError(f"byzantine is {byzantine}; with {len(gram)} languages it must be 0 to {len(gram) - 3}")
+    if count < 3:
+        weights[rows] = 1.0 / max(count, 1)
+        return weights
+    inner = gram[np.ix_(rows, rows)]
+    squares = np.diag(inner)
+    distances = np.maximum(squares[:, None] + squares - 2.0 * inner, 0.0)
+    np.fill_diagonal(distances, 0.0)
+    nearest = np.sort(distances, axis=1)[:, 1 : 1 + max(1, count - byzantine - 2)]
+    scores = nearest.sum(axis=1)
+    least = scores.min()
+    weights[rows[np.flatnonzero(scores <= least + _KRUM_TIE * (least + squares))[0]]] = 1.0
+    return weights
+
+
+def _equal_projections(cosines: Float64Array) -> Float64Array:
+    """The a (n,) of the least squares solution of cosines @ a = 1; zero where only rounding is left of it."""
+    values, vectors = np.linalg.eigh(cosines)
+    whole = values > CANCELLED**2 * values.max(initial=0.0)
+    found: Float64Array = vectors[:, whole] @ (vectors[:, whole].sum(axis=0) / values[whole])
+    return found if np.abs(found).sum() > CANCELLED else np.zeros(len(found))
 
 
 def _target_cosine(cosines: Float64Array) -> float:
@@ -311,63 +310,3 @@ def _target_cosine(cosines: Float64Array) -> float:
         return 0.0
     mean = float(cosines[np.triu_indices(len(cosines), k=1)].mean())
     return min(max(mean, 0.0), _HIGHEST_TARGET)
-
-
-def _vectors(cosines: Float64Array) -> Float64Array:
-    """Unit vectors (n, n), one a row, that have the given cosines (n, n).
-
-    Gradients are taken as their lengths times these. The same from the Gram matrix itself would lose short
-    gradients beside long ones to rounding.
-    """
-    values, vectors = np.linalg.eigh(cosines)
-    return vectors * np.sqrt(np.maximum(values, 0.0))
-
-
-def _nearest_to_zero(points: Float64Array) -> Float64Array:
-    """Weights (n,), none negative and of sum 1, of the point nearest to zero in the convex hull of `points`
-    (n, d).
-
-    The minimum of |sum_l v[l] points[l]|^2 + s^2 (sum_l v[l] - 1)^2 over v >= 0 is a multiple of them for every
-    s > 0: v = t w has the value t^2 |w points|^2 + s^2 (t - 1)^2, which grows with |w points| whatever t is. An
-    active-set solver of non-negative least squares finds it exactly, for points that depend on each other too.
-    """
-    from scipy.optimize import nnls
-
-    lengths = np.linalg.norm(points, axis=1)
-    shortest = float(lengths.min())
-    if shortest == 0.0:
-        weights = np.zeros(len(points))
-        weights[lengths.argmin()] = 1.0
-        return weights
-    # s is the shortest length, which the nearest point does not exceed, and columns have length 1 to 1.4: neither
-    # part of the sum is lost beside the other.
-    columns = np.vstack([points.T, np.full(len(points), shortest)]) / lengths
-    target = np.zeros(len(columns))
-    target[-1] = 1.0
-    solution, _ = nnls(columns, target, maxiter=100 * len(points))
-    weights = solution / lengths
-    return weights / weights.sum()
-
-
-def _solve_nash(squares: Float64Array) -> Float64Array:
-    """The a > 0 with squares @ a = 1 / a, for a positive semidefinite (n, n) matrix for which there is one.
-
-    Newton's method on 1/2 a^T squares a - sum log a, which is self-concordant: with steps shortened by 1 + the
-    decrement it cannot leave a > 0 and comes down from everywhere.
-    """
-    solution = np.ones(len(squares))
-    last = math.inf
-    for _ in range(_NASH_STEPS):
-        # Everything relative to the current solution: the matrix is then 1 at least in every direction.
-        scaled = solution[:, None] * squares * solution
-        slope = scaled.sum(axis=1) - 1.0
-        step = -np.linalg.solve(scaled + np.eye(len(squares)), slope)
-        decrement = math.sqrt(max(float(-slope @ step), 0.0))
-        # A full step more than halves the decrement, until only rounding is left.
-        if last < 0.25 and decrement >= 0.5 * last:
-            break
-        last = decrement
-        solution = solution * (1.0 + step / (1.0 + decrement if decrement >= 0.25 else 1.0))
-        if decrement < 1e-12:
-            break
-    return solution

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from congrad_ray.stages.select.directions import Float64Array
+from congrad_ray.stages.select.gram import Float64Array
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -17,12 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from congrad_ray.config.names import JUDGED, DirectionMethod, LeaveOut
-from congrad_ray.stages.select.directions import (
-    Float64Array,
-    check_gram,
-    direction_weights,
-    projected_coefficients,
-)
+from congrad_ray.stages.select.directions import direction_weights, projected_coefficients
+from congrad_ray.stages.select.gram import Float64Array, check_gram
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -108,8 +104,9 @@ def make_direction(
 ) -> Direction:
     """The direction of `surgery` from the Gram matrices `gram` (B, L, L) of the languages' gradients.
 
-    `language_weights` (L,) > 0 multiply the gradients before the surgery; languages that are not `included` (L,)
-    take no part. With `leave_out` "language" the direction for a language's pairs is made of the others alone.
+    `language_weights` (L,) > 0 multiply the gradients before the surgery; for RACO, which weighs them itself, they
+    are its preference. Languages that are not `included` (L,) take no part. With `leave_out` "language" the
+    direction for a language's pairs is made of the others alone.
     Raises ValueError for a matrix that is not one, and where no language takes part.
     """
     gram = np.stack([check_gram(block) for block in gram])
@@ -120,6 +117,7 @@ def make_direction(
     part = np.ones(languages, dtype=np.bool_) if included is None else np.asarray(included, dtype=np.bool_)
     if part.shape != (languages,) or not part.any():
         raise ValueError("no language takes part in the direction; lower the minimum number of pairs per language")
+    preference, scale = (scale, np.ones(languages)) if surgery.method == "raco" else (None, scale)
     scaled = gram * np.outer(scale, scale)
     used = scaled if surgery.per_block else scaled.sum(axis=0, keepdims=True)
 
@@ -128,7 +126,13 @@ def make_direction(
         rows = np.flatnonzero(members)
         if rows.size:
             for block, matrix in enumerate(used):
-                found = direction_weights(matrix[np.ix_(rows, rows)], surgery.method, surgery.seed, surgery.orders)
+                found = direction_weights(
+                    matrix[np.ix_(rows, rows)],
+                    surgery.method,
+                    surgery.seed,
+                    surgery.orders,
+                    None if preference is None else preference[rows],
+                )
                 weights[block if surgery.per_block else slice(None), rows] = found * scale[rows]
         return weights
 

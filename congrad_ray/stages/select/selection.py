@@ -22,7 +22,7 @@ from congrad_ray.config.names import JUDGED
 from congrad_ray.config.recipe import Select, Sketch
 from congrad_ray.data.records import InputError
 from congrad_ray.stages.select.advice import Evidence, advice, language_noise
-from congrad_ray.stages.select.directions import Float64Array
+from congrad_ray.stages.select.gram import Float64Array
 from congrad_ray.stages.select.keep import TOKENS, keep_pairs
 from congrad_ray.stages.select.schema import SCORES
 from congrad_ray.stages.select.scores import (

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from congrad_ray.config.recipe import Select
-from congrad_ray.stages.select.directions import Float64Array
+from congrad_ray.stages.select.gram import Float64Array
 
 
 def pair_shares(settings: Select, index: NDArray[np.int64]) -> Float64Array:

@@ -20,7 +20,7 @@ from pyarrow.fs import FileSystem
 
 from congrad_ray.config.names import LeaveOut
 from congrad_ray.rundir.directory import Folder, RunDirectoryError
-from congrad_ray.stages.select.directions import Float64Array
+from congrad_ray.stages.select.gram import Float64Array
 from congrad_ray.stages.select.scores import Agreement, Direction, agreement
 from congrad_ray.stages.select.sums import PRODUCT_COLUMNS, SUM_COLUMNS, Layout, Rows, products_of, sums_of
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from congrad_ray.config.names import LeaveOut
 from congrad_ray.config.recipe import Sketch
-from congrad_ray.stages.select.directions import Float64Array
+from congrad_ray.stages.select.gram import Float64Array
 from congrad_ray.stages.select.scores import Agreement, Direction, PairProducts, agreement
 from congrad_ray.stages.sketch.schema import stored_numbers
 

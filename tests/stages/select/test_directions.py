@@ -10,23 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+from congrad_ray.config.names import DirectionMethod
 from congrad_ray.stages.select.directions import (
-    DirectionMethod,
-    cagrad,
+    aligned_mtl,
+    config,
     direction_weights,
     equal_norm_mean,
     gradvac_coefficients,
+    imtl_g,
+    krum,
     mean_direction,
-    mgda,
-    nash_mtl,
     pcgrad_coefficients,
     projected_coefficients,
 )
+from congrad_ray.stages.select.optimal import cagrad, mgda, nash_mtl, raco, upgrad
 
 METHODS: tuple[DirectionMethod, ...] = get_args(DirectionMethod)
 # A time limit for each example would fail by chance on a busy machine.
 unhurried = settings(deadline=None)
-WITHOUT_ZEROS = ("cagrad", "mgda", "nash_mtl", "equal_norm_mean", "consensus")
+WITHOUT_ZEROS = set(METHODS) - {"pcgrad", "gradvac", "mean", "sum"}
 PROJECTING = {"pcgrad": pcgrad_coefficients, "gradvac": gradvac_coefficients}
 
 
@@ -96,9 +98,10 @@ def shortest_of_hull(gradients: np.ndarray) -> np.ndarray | None:
     return found / (found @ found)
 
 
-def lowest_cagrad_dual(gradients: np.ndarray, c: float) -> float:
-    """The minimum of CAGrad's F over the simplex, by SLSQP on the vectors from several starts."""
-    mean = gradients.mean(axis=0)
+def lowest_cagrad_dual(gradients: np.ndarray, c: float, shares: np.ndarray) -> tuple[np.ndarray, float]:
+    """Where CAGrad's F, around the gradients' mean with the shares given, is least over the simplex, and how low
+    it is there, by SLSQP on the vectors from several starts."""
+    mean = shares @ gradients
     radius = c * np.linalg.norm(mean)
     languages = len(gradients)
 
@@ -111,8 +114,9 @@ def lowest_cagrad_dual(gradients: np.ndarray, c: float) -> float:
     for start in starts:
         options = {"ftol": 1e-15, "maxiter": 500}
         end = minimize(value, start, bounds=[(0, 1)] * languages, constraints=constraint, options=options).x
-        found.append(value(np.clip(end, 0, None) / np.clip(end, 0, None).sum()))
-    return min(found)
+        found.append(np.clip(end, 0, None) / np.clip(end, 0, None).sum())
+    lowest = min(found, key=value)
+    return lowest, value(lowest)
 
 
 def reaches_unharmed(gradients: np.ndarray, c: float) -> bool:
@@ -303,7 +307,7 @@ def test_cagrad_does_as_well_for_the_worst_language_as_a_general_solver() -> Non
         gradients = random_gradients(5, seed)
         weights = cagrad(gradients @ gradients.T)
         worst = float((gradients @ (weights @ gradients)).min())
-        np.testing.assert_allclose(worst, lowest_cagrad_dual(gradients, 0.5), rtol=1e-5)
+        np.testing.assert_allclose(worst, lowest_cagrad_dual(gradients, 0.5, np.full(5, 0.2))[1], rtol=1e-5)
         # The default is c = 0.5, and without a ball there is only the mean.
         np.testing.assert_array_equal(weights, cagrad(gradients @ gradients.T, c=0.5))
         np.testing.assert_array_equal(cagrad(gradients @ gradients.T, c=0.0), np.full(5, 0.2))
@@ -373,6 +377,166 @@ def test_nash_mtl_without_a_solution_goes_with_the_languages_that_do_not_cancel(
     np.testing.assert_allclose(direction, [0.0, 1.0], atol=1e-5)
 
 
+@unhurried
+@given(languages=st.integers(1, 10), dimensions=st.integers(2, 12), seed=st.integers(0, 10**6))
+def test_upgrad_is_the_mean_of_the_projections_onto_the_dual_cone(
+    languages: int, dimensions: int, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    gradients = generator.normal(size=(languages, dimensions)) + generator.normal(size=dimensions)
+    units = gradients / lengths_of(gradients)[:, None]
+    projected = [
+        quadprog.solve_qp(np.eye(dimensions), gradient, units.T, np.zeros(languages))[0] for gradient in gradients
+    ]
+    direction = upgrad(gradients @ gradients.T) @ gradients
+    np.testing.assert_allclose(direction, np.mean(projected, axis=0), atol=1e-6)
+    assert (units @ direction >= -1e-6).all()
+
+
+def test_upgrad_of_two_languages_is_half_of_pcgrad() -> None:
+    for angle in np.linspace(0.0, np.pi, 50):
+        gradients = np.array([[1.0, 0.0], [3.0 * np.cos(angle), 3.0 * np.sin(angle)]])
+        gram = gradients @ gradients.T
+        expected = direction_weights(gram, "pcgrad") @ gradients / 2.0
+        np.testing.assert_allclose(upgrad(gram) @ gradients, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - set(PROJECTING) - {"krum"}))
+@unhurried
+@given(languages=st.integers(2, 8), seed=st.integers(0, 10**6))
+def test_the_order_of_the_languages_makes_no_difference(
+    method: DirectionMethod, languages: int, seed: int
+) -> None:
+    """But to the methods that draw one, and to Krum where two scores are equal."""
+    gradients = random_gradients(languages, seed)
+    order = np.random.default_rng(seed).permutation(languages)
+    preference = np.random.default_rng(seed).uniform(0.2, 3.0, size=languages)
+    weights = direction_weights(gradients @ gradients.T, method, preference=preference)
+    shuffled = gradients[order]
+    again = direction_weights(shuffled @ shuffled.T, method, preference=preference[order])
+    np.testing.assert_allclose(again, weights[order], rtol=1e-5, atol=1e-6 * np.abs(weights).max())
+
+
+def check_raco(
+    gradients: np.ndarray, weights: np.ndarray, wanted: np.ndarray, c: float = 0.5
+) -> np.ndarray | None:
+    """The correction lies on the ball and gives no language more than it is wanted to have; what it is made of,
+    as multiples of the weights wanted, which are at most 1; None where there is no correction."""
+    anchor, correction = wanted @ gradients, weights - wanted
+    radius = c * float(np.linalg.norm(anchor))
+    if np.abs(correction).max() == 0.0 or radius == 0.0:
+        return None
+    assert (correction >= -1e-12 * np.abs(correction).max()).all()
+    parts = float(correction @ lengths_of(gradients))
+    assert abs(np.linalg.norm(correction @ gradients) - radius) <= 1e-6 * parts
+    return correction
+
+
+def test_raco_clips_what_a_general_solver_finds() -> None:
+    clipped = 0
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        gradients = random_gradients(4, seed)
+        wanted = generator.dirichlet(np.ones(4))
+        mixture, _ = lowest_cagrad_dual(gradients, 0.5, wanted)
+        weights = raco(gradients @ gradients.T, 3.0 * wanted)
+        correction = check_raco(gradients, weights, wanted)
+        assert correction is not None
+        expected = np.minimum(mixture, wanted)
+        clipped += bool((mixture > wanted + 1e-3).any())
+        np.testing.assert_allclose(correction / correction.sum(), expected / expected.sum(), atol=1e-4)
+        np.testing.assert_allclose(raco(gradients @ gradients.T, 7.0 * wanted), weights, rtol=1e-9)
+    assert clipped > 5
+
+
+def test_raco_on_two_objectives_that_are_known() -> None:
+    # Found by hand: F'(a) = 0 at a = 0.356145 for the mixture (a, 1 - a); cosines with g_0 before and after.
+    gradients, wanted = np.array([[1.0, -4.0], [-1.0, 1.0]]), np.array([0.2, 0.8])
+    anchor = wanted @ gradients
+    correction = check_raco(gradients, raco(gradients @ gradients.T, wanted), wanted)
+    assert correction is not None
+    np.testing.assert_allclose(correction / correction.sum(), [0.2, 0.643855] / np.float64(0.843855), atol=1e-5)
+    combined = correction @ gradients
+    assert combined @ anchor / np.linalg.norm(combined) / np.linalg.norm(anchor) == pytest.approx(
+        0.94333, abs=1e-5
+    )
+
+
+def test_raco_without_clipping_is_cagrad() -> None:
+    # Equal gradients share the correction evenly, no more than their weights.
+    gradients = np.array([[1.0, 0.5], [1.0, 0.5], [1.0, 0.5]])
+    np.testing.assert_allclose(raco(gradients @ gradients.T), cagrad(gradients @ gradients.T).mean() * np.ones(3))
+    with pytest.raises(ValueError, match="one weight above 0 for each of 3"):
+        raco(np.eye(3), np.array([1.0, 0.0, 2.0]))
+    with pytest.raises(ValueError, match="c is"):
+        raco(np.eye(3), c=1.0)
+
+
+def aligned_on_vectors(gradients: np.ndarray) -> np.ndarray:
+    """Of the matrix nearest to the gradients with all singular values as the smallest: the mean of the rows."""
+    left, values, right = np.linalg.svd(gradients, full_matrices=False)
+    whole = values > 1e-6 * values[0]
+    return values[whole][-1] * left[:, whole].mean(axis=0) @ right[whole]
+
+
+def test_aligned_mtl_of_gradients_at_right_angles_gives_all_the_shortest_length() -> None:
+    gram = np.diag([4.0, 1.0, 100.0])
+    np.testing.assert_allclose(aligned_mtl(gram), [1 / 6, 1 / 3, 1 / 30])
+
+
+@unhurried
+@given(languages=st.integers(1, 10), seed=st.integers(0, 10**6))
+def test_imtl_g_and_config_go_as_far_along_every_gradient(languages: int, seed: int) -> None:
+    gradients = random_gradients(languages, seed) * 10.0 ** np.arange(languages)[:, None] ** 0.5
+    units = gradients / lengths_of(gradients)[:, None]
+    gram = gradients @ gradients.T
+    direction = imtl_g(gram) @ gradients
+    along = units @ direction
+    assert along.min() > 0.0
+    np.testing.assert_allclose(along, along[0], rtol=1e-6)
+    assert abs(imtl_g(gram).sum()) == pytest.approx(1.0)
+    other = config(gram) @ gradients
+    length = np.linalg.norm(other)
+    np.testing.assert_allclose(other / length, direction / np.linalg.norm(direction), atol=1e-6)
+    assert length == pytest.approx(float((gradients @ other).sum()) / length, rel=1e-6)
+
+
+def test_imtl_g_keeps_the_sign_of_its_direction_where_the_coefficients_sum_to_less_than_zero() -> None:
+    # For cosine 0.9 with a third at 0.995 between two: the short one gets a negative coefficient.
+    units = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.7, 0.7, 0.141421356]])
+    gradients = units * np.array([1.0, 1.0, 0.05])[:, None]
+    weights = imtl_g(gradients @ gradients.T)
+    assert weights.sum() == pytest.approx(-1.0)
+    assert (gradients @ (weights @ gradients) > 0.0).all()
+
+
+def krum_on_vectors(gradients: np.ndarray, byzantine: int | None = None) -> np.ndarray:
+    """Krum by distances of the vectors themselves."""
+    count = len(gradients)
+    if count < 3:
+        return np.full(count, 1 / count)
+    f = max(0, (count - 3) // 2) if byzantine is None else byzantine
+    scores = []
+    for i in range(count):
+        away = sorted(float(np.sum((gradients[i] - gradients[k]) ** 2)) for k in range(count) if k != i)
+        scores.append(sum(away[: count - f - 2]))
+    ties = [i for i in range(count) if scores[i] <= min(scores) + 1e-8 * float(gradients[i] @ gradients[i])]
+    return np.eye(count)[ties[0]]
+
+
+def test_krum_takes_the_gradient_that_the_most_are_near() -> None:
+    generator = np.random.default_rng(0)
+    centre = generator.normal(size=50)
+    gradients = 3.0 * centre + generator.normal(size=(8, 50))
+    gradients[:2] = -gradients[:2]
+    weights = krum(gradients @ gradients.T)
+    np.testing.assert_array_equal(weights, krum_on_vectors(gradients))
+    assert weights[:2].sum() == 0.0
+    np.testing.assert_array_equal(krum(gradients @ gradients.T, 0), krum_on_vectors(gradients, 0))
+    with pytest.raises(ValueError, match="byzantine is 6; with 8 languages it must be 0 to 5"):
+        krum(gradients @ gradients.T, 6)
+
+
 @st.composite
 def unlike_gradients(draw: st.DrawFn) -> np.ndarray:
     """Gradients with small whole numbers: many equal, opposite, parallel and zero ones."""
@@ -425,10 +589,14 @@ def many_gradients(seed: int) -> np.ndarray:
     return gradients * 10.0 ** generator.uniform(-12, 12)
 
 
-def relative_direction(gradients: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The direction with the lengths of the parts that it is the sum of divided out."""
-    parts = float(np.abs(weights) @ lengths_of(gradients))
-    return weights @ gradients / (parts or 1.0)
+def relative_direction(method: DirectionMethod, gradients: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The direction with the lengths of the parts that it is the sum of divided out.
+
+    UPGrad's weights are not the only ones that make its direction where gradients cancel: there the lengths are
+    those of the gradients themselves.
+    """
+    parts = (1.0 if method == "upgrad" else np.abs(weights)) * lengths_of(gradients)
+    return weights @ gradients / (float(parts.sum()) or 1.0)
 
 
 def check_projected(method: DirectionMethod, gradients: np.ndarray, weights: np.ndarray, seed: int) -> None:
@@ -475,11 +643,11 @@ def test_a_thousand_gram_matrices(method: DirectionMethod) -> None:
         weights = direction_weights(gram, method, seed)
         assert weights.shape == (len(gradients),) and np.isfinite(weights).all()
         np.testing.assert_array_equal(direction_weights(gram.copy(), method, seed), weights)
-        direction = relative_direction(gradients, weights)
+        direction = relative_direction(method, gradients, weights)
         factor = 10.0 ** ((seed % 25) - 12)
         scaled = gradients * factor
-        again = relative_direction(scaled, direction_weights(scaled @ scaled.T, method, seed))
-        np.testing.assert_allclose(again, direction, atol=1e-6, err_msg=f"seed {seed}")
+        again = relative_direction(method, scaled, direction_weights(scaled @ scaled.T, method, seed))
+        np.testing.assert_allclose(again, direction, atol=1e-5, err_msg=f"seed {seed}")
 
         counted = lengths_of(gradients) > 0.0
         if not counted.any():
@@ -517,6 +685,22 @@ def test_a_thousand_gram_matrices(method: DirectionMethod) -> None:
                     alphas = of_some * lengths_of(some)
                     gains = units @ (alphas @ units) + 1e-6 * alphas
                     np.testing.assert_allclose(alphas * gains, 1.0, rtol=1e-5)
+            case "upgrad":
+                assert (units @ (of_some @ some) >= -1e-5 * lengths_of(some).sum()).all()
+            case "raco":
+                check_raco(some, of_some, np.full(len(some), 1 / len(some)))
+            case "aligned_mtl":
+                np.testing.assert_allclose(of_some @ some, aligned_on_vectors(some), atol=1e-6 * longest)
+            case "imtl_g" | "config":
+                expected = np.linalg.pinv(units, rcond=1e-6) @ np.ones(len(units))
+                if np.linalg.norm(expected) > 1e-5:
+                    found = of_some @ some
+                    if method == "config" and (some @ expected).sum() < 0.0:  # its length is below 0
+                        expected = -expected
+                    towards = float(found @ expected) / np.linalg.norm(found) / np.linalg.norm(expected)
+                    assert towards == pytest.approx(1.0, abs=1e-6)
+            case "krum":
+                np.testing.assert_allclose(of_some, krum_on_vectors(some), atol=1e-12)
 
 
 @pytest.mark.parametrize(
