@@ -20,9 +20,12 @@ DirectionMethod = Literal[
     "krum",
 ]
 LeaveOut = Literal["nothing", "pair", "language"]
+Band = Literal["highest", "middle", "lowest"]
 
 Trainer = Literal["trl", "llama-factory", "axolotl", "openrlhf"]
 ExportFormat = Literal["trl", "llama-factory", "axolotl", "openrlhf", "parquet", "jsonl", "dataset"]
 
 # The columns of the judge's scores in the table of pairs.
 JUDGED = ("chosen_score", "rejected_score")
+# What the select stage makes of several judges' scores: the least of their standardised margins of a pair.
+LEAST_MARGIN = "least_margin"

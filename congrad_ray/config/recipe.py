@@ -24,7 +24,7 @@ from congrad_ray.config.fields import (
     regular_expression,
 )
 from congrad_ray.config.judging import Judge, OneJudge
-from congrad_ray.config.names import DirectionMethod, LeaveOut
+from congrad_ray.config.names import Band, DirectionMethod, LeaveOut
 from congrad_ray.config.settings import (
     Settings,
     apply_overrides,
@@ -37,7 +37,19 @@ from congrad_ray.config.training import Lora, Train
 
 BUILTIN_WORLD = "builtin-world"
 _INSTRUCTION = 512  # tokens, more than any tokenizer makes of the comparison's instruction and a chat template
-Strategy = Literal["congrad", "all", "random", "reward_gap", "own_language", "no_surgery", "length_balanced"]
+Strategy = Literal[
+    "congrad",
+    "all",
+    "random",
+    "reward_gap",
+    "own_language",
+    "no_surgery",
+    "length_balanced",
+    "length_gap",
+    "logp_gap",
+    "rip",
+    "judge_agreement",
+]
 
 
 class Model(Settings):
@@ -234,7 +246,10 @@ class Select(Settings):
         "congrad",
         description="'congrad' goes by the settings below; the others are baselines under the same keep rule. "
         "reward_gap: largest difference of the judge's scores; own_language: cosine with the own language's "
-        "gradient; no_surgery: cosine with the plain mean; length_balanced: responses of like length",
+        "gradient; no_surgery: cosine with the plain mean; length_balanced: responses of like length; length_gap: "
+        "chosen longer than rejected, in tokens; logp_gap: difference of the policy's log-probabilities by token; "
+        "rip: a good and long rejected response, a small gap (2501.18578); judge_agreement: largest of what the "
+        "least convinced of judge.also's judges gives",
     )
     direction: DirectionMethod = Field("pcgrad", description="how the languages' gradients become one direction")
     orders: Positive = Field(1, description="random orders of projection to average over (pcgrad, gradvac)")
@@ -246,7 +261,9 @@ class Select(Settings):
     ema_decay: float = Field(0.9, ge=0, lt=1, description="'ema' only")
     ema_batch_size: Positive = Field(32, description="'ema' only: pairs in a mini-batch")
     language_weights: dict[Language, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="factors on the languages' gradients, {de: 2}; 1 where not named"
+        default_factory=dict,
+        description="factors on the languages' gradients, {de: 2}; 1 where not named; direction raco: the shares "
+        "that its mean has and its correction is clipped to",
     )
     min_pairs: Positive = Field(
         1, description="a language with fewer pairs takes no part in the direction; its pairs are still scored"
@@ -259,6 +276,12 @@ class Select(Settings):
         description="the top fraction of each language or of all; scores above a threshold; the best that fit "
         "into a number of tokens",
     )
+    band: Band = Field(
+        "highest",
+        exclude_if=lambda band: band == "highest",
+        description="which part of the ranking is kept: pairs of the highest scores, the lowest, or those nearest "
+        "to the median of what keep_rule ranks (each language, or all)",
+    )
     keep: Fraction = Field(0.5, description="top fraction; per_language and overall")
     threshold: float = Field(0.0, description="keep_rule 'threshold': scores above it")
     token_budget: Positive | None = Field(
@@ -270,6 +293,10 @@ class Select(Settings):
     def _budget(self) -> Self:
         if self.keep_rule == "token_budget" and self.token_budget is None:
             raise ValueError("keep_rule 'token_budget' needs token_budget, a number of tokens")
+        if self.keep_rule == "threshold" and self.band != "highest":
+            raise ValueError(
+                f"keep_rule 'threshold' keeps what is above it: band '{self.band}' needs another keep_rule"
+            )
         return self
 
 
@@ -374,6 +401,11 @@ class Recipe(Settings):
             )
         if self.select.per_block and self.sketch.groups == 1:
             raise ValueError("select.per_block needs sketch.groups above 1: one part of a sketch for each block")
+        if self.select.strategy == "judge_agreement" and not self.judge.also:
+            raise ValueError(
+                "select.strategy 'judge_agreement' is between judges: name more of them in judge.also, or take "
+                "'reward_gap'"
+            )
         return self
 
     def _fits_judge(self, judge: OneJudge) -> None:

@@ -141,6 +141,17 @@ def test_a_missing_recipe_or_profile_is_named(tmp_path: Path) -> None:
         load_profile("nowhere")
 
 
+def test_settings_of_a_selection_that_contradict_each_other_are_refused() -> None:
+    for overrides, message in [
+        (["select.keep_rule=threshold", "select.band=middle"], "band 'middle' needs another keep_rule"),
+        (["select.strategy=judge_agreement"], "name more of them in judge.also"),
+    ]:
+        with pytest.raises(SettingsError, match=message):
+            load_recipe(DEMO, overrides)
+    # What was not there before leaves the fingerprints of older runs as they were.
+    assert "band" not in load_recipe(DEMO).select.model_dump(mode="json")
+
+
 def test_a_profile_that_contradicts_itself_is_refused() -> None:
     for override, message in [
         ("engines.gpus=1", "device is cpu but engines.gpus is 1"),

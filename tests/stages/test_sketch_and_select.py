@@ -319,6 +319,8 @@ def test_training_gets_the_scores_that_it_weighs_by(sketched: RunDirectory, tiny
         {"direction": "mgda", "score": "worst_cosine", "language_weights": {"de": 2.0}},
         {"direction": "gradvac", "leave_out": "pair", "language_gradient": "ema", "ema_batch_size": 6},
         {"per_block": True, "leave_out": "language"},
+        {"direction": "raco", "score": "dot", "band": "middle", "language_weights": {"de": 2.0}},
+        {"strategy": "rip"},
     ],
     ids=str,
 )

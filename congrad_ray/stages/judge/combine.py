@@ -43,13 +43,15 @@ class Scores:
         over all responses, by its standard deviation), over those judges that could be read. A judge that gives
         every response the same adds 0.
         """
-        values = self.values
-        if len(self.judges) > 1:
-            values = np.column_stack([_standardised(column) for column in values.T])
+        values = self.values if len(self.judges) == 1 else self.standardised()
         known = ~np.isnan(values)
         counts = known.sum(axis=1)
         sums = np.where(known, values, 0.0).sum(axis=1)
         return np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
+
+    def standardised(self) -> NDArray[np.float64]:
+        """The values (R, J) less each judge's mean over all responses, by its standard deviation."""
+        return np.column_stack([_standardised(column) for column in self.values.T])
 
     def agreement(self) -> dict[str, dict[str, Any]]:
         """By language the mean Kendall's tau-b over prompts, as CREAM (2410.12735) takes for consistency.

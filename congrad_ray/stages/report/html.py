@@ -31,6 +31,7 @@ STRATEGIES = {
     "own_language": "cosine with the own language's gradient",
     "reward_gap": "the judge's margin",
     "length_balanced": "responses of like length",
+    "length_gap": "the chosen response longer",
     "random": "a random choice",
 }
 

@@ -21,7 +21,7 @@ from congrad_ray.stages.evaluate.statistics import EVERY_LANGUAGE
 from congrad_ray.stages.report.intervals import Separation, separation
 from congrad_ray.stages.select.compare import Overlap, overlaps
 from congrad_ray.stages.select.keep import TOKENS, keep_pairs
-from congrad_ray.stages.select.scores import Agreement, score_of
+from congrad_ray.stages.select.scores import Agreement, needed_columns, score_of
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -32,7 +32,7 @@ FATES = ("kept", "quota", "conflict")
 _BINS = 24
 _SCORES_OF_AGREEMENT = ("congrad", "all", "no_surgery", "own_language")
 # Strategies whose selection of the same pairs is known without their sketches.
-_BASELINES = ("own_language", "reward_gap", "length_balanced", "random")
+_BASELINES = ("own_language", "reward_gap", "length_balanced", "length_gap", "random")
 
 
 @dataclass(frozen=True)
@@ -250,9 +250,9 @@ def _agreement(scored: Scored) -> list[tuple[str, Overlap]]:
     agreement = Agreement(scored.column("cosine"), scored.column("dot"), worst, own)
     found = []
     for strategy in _BASELINES:
-        if strategy == settings.strategy or not scored.has(*_needed(strategy, settings)):
-            continue
         other = settings.model_copy(update={"strategy": strategy})
+        if strategy == settings.strategy or not scored.has(*needed_columns(other)):
+            continue
         scores = score_of(other, scored.table, agreement)
         if not np.isfinite(scores).all():
             continue
@@ -260,8 +260,3 @@ def _agreement(scored: Scored) -> list[tuple[str, Overlap]]:
         overlap = overlaps(scored.languages.tolist(), (scored.kept, kept), (scored.score, scores))[0]
         found.append((strategy, overlap))
     return found
-
-
-def _needed(strategy: str, settings: Select) -> tuple[str, ...]:
-    by_strategy = {"reward_gap": JUDGED, "length_balanced": TOKENS}.get(strategy, ())
-    return (*by_strategy, *(TOKENS if settings.keep_rule == "token_budget" else ()))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from congrad_ray.config.names import Band
 from congrad_ray.stages.select.gram import Float64Array
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def keep_pairs(settings: Select, scores: Float64Array, pairs: pa.Table) -> NDArr
     if settings.strategy == "all":
         return np.ones(len(pairs), dtype=np.bool_)
     ids = pairs["pair_id"].to_pylist()
+    groups = pairs["language"].to_pylist() if settings.keep_rule == "per_language" else None
+    scores = in_band(scores, ids, settings.band, groups)
     match settings.keep_rule:
         case "threshold":
             return keep_above(scores, ids, settings.threshold)
@@ -36,10 +39,28 @@ def keep_pairs(settings: Select, scores: Float64Array, pairs: pa.Table) -> NDArr
             assert settings.token_budget is not None  # the recipe requires it
             tokens = sum(pairs[name].to_numpy().astype(np.int64) for name in TOKENS)
             return keep_within_tokens(scores, ids, tokens, settings.token_budget)
-        case "overall":
-            return keep_top_fraction(scores, ids, settings.keep)
-        case "per_language":
-            return keep_top_fraction(scores, ids, settings.keep, pairs["language"].to_pylist())
+        case "overall" | "per_language":
+            return keep_top_fraction(scores, ids, settings.keep, groups)
+
+
+def in_band(
+    scores: Float64Array, ids: Sequence[str], band: Band, groups: Sequence[str] | None = None
+) -> Float64Array:
+    """What the keep rules go by, (N,), so that their highest pairs are those of the `band` of `scores`.
+
+    The scores for "highest" and what is left of 0 for "lowest". For "middle", less the distance of a pair's rank
+    to the middle one in its group (language) or among all: pairs of medium influence, as TIF keeps them (arXiv
+    2510.13212). Raises ValueError as `keep_top_fraction`.
+    """
+    if band == "highest":
+        return scores
+    order = _ranked(scores, ids)
+    if band == "lowest":
+        return -np.asarray(scores, dtype=np.float64)
+    distances = np.empty(len(ids))
+    for ranked in _by_group(order, groups):
+        distances[ranked] = np.abs(np.arange(len(ranked)) - (len(ranked) - 1) / 2)
+    return -distances
 
 
 def keep_top_fraction(
@@ -54,12 +75,8 @@ def keep_top_fraction(
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"the fraction to keep is {fraction}; it must be above 0 and no more than 1")
     order = _ranked(scores, ids)
-    names, members = np.unique(np.zeros(len(ids)) if groups is None else np.asarray(groups), return_inverse=True)
-    if len(members) != len(ids):
-        raise ValueError(f"{len(members)} groups but {len(ids)} ids; give one of each per pair")
     kept = np.zeros(len(ids), dtype=np.bool_)
-    for group in range(len(names)):
-        ranked = order[members[order] == group]
+    for ranked in _by_group(order, groups):
         # 0.07 * 100 is 7.000000000000001 in floating point; that must not make it 8.
         kept[ranked[: math.ceil(fraction * len(ranked) - 1e-9)]] = True
     return kept
@@ -85,6 +102,16 @@ def keep_within_tokens(
     kept = np.zeros(len(ids), dtype=np.bool_)
     kept[order[np.cumsum(np.asarray(tokens, dtype=np.int64)[order]) <= budget]] = True
     return kept
+
+
+def _by_group(order: NDArray[np.int64], groups: Sequence[str] | None) -> list[NDArray[np.int64]]:
+    """The rows in `order` (N,), one group (language) after the other; all together without groups."""
+    if groups is None:
+        return [order]
+    names, members = np.unique(np.asarray(groups), return_inverse=True)
+    if len(members) != len(order):
+        raise ValueError(f"{len(members)} groups but {len(order)} ids; give one of each per pair")
+    return [order[members[order] == group] for group in range(len(names))]
 
 
 def _ranked(scores: Float64Array, ids: Sequence[str]) -> NDArray[np.int64]:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from congrad_ray.config.names import JUDGED, DirectionMethod, LeaveOut
+from congrad_ray.config.names import JUDGED, LEAST_MARGIN, DirectionMethod, LeaveOut
 from congrad_ray.stages.select.directions import direction_weights, projected_coefficients
 from congrad_ray.stages.select.gram import Float64Array, check_gram
+from congrad_ray.stages.select.keep import TOKENS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,6 +32,7 @@ _CANCELLED = 1e-12
 
 # Columns of a pair that strategies without a direction go by.
 LENGTHS = ("chosen_tokens", "rejected_tokens")
+LOGPS = ("chosen_logps", "rejected_logps")
 
 
 @dataclass(frozen=True)
@@ -255,10 +257,33 @@ def cosines_with_direction(direction: Direction) -> Float64Array:
     return _cosine(dots, norms, own)
 
 
-def score_of(settings: Select, pairs: pa.Table, found: Agreement) -> Float64Array:
-    """The numbers (N,) that the keep rule goes by, higher is better.
+def needed_columns(settings: Select) -> tuple[str, ...]:
+    """What the settings' strategy and keep rule need of every pair besides its sketch."""
+    by_strategy = {
+        "length_balanced": LENGTHS,
+        "length_gap": LENGTHS,
+        "logp_gap": (*LENGTHS, *LOGPS),
+        "reward_gap": JUDGED,
+        "rip": (*JUDGED, "rejected_tokens"),
+        "judge_agreement": (LEAST_MARGIN,),
+    }.get(settings.strategy, ())
+    return (*by_strategy, *(TOKENS if settings.keep_rule == "token_budget" else ()))
 
-    Of `pairs` the strategy 'length_balanced' needs LENGTHS, and 'reward_gap' JUDGED.
+
+def score_of(settings: Select, pairs: pa.Table, found: Agreement) -> Float64Array:
+    """The numbers (N,) that the keep rule goes by, higher is better; of `pairs` it needs `needed_columns`.
+
+    length_gap: |chosen| - |rejected| in tokens, the control for a length bias.
+    logp_gap: log p(chosen) / |chosen| - log p(rejected) / |rejected| of the policy: a margin by token, without a
+    reference. The implicit margin of DPO would be 0 for all pairs at the start of an iteration, where the policy
+    is the reference. Difficulty-based selection keeps the lowest margins (arXiv 2508.04149), BeeS the highest
+    (arXiv 2502.14560): `band` says which.
+    rip: RIP keeps prompts whose rejected response has a high score and many tokens and whose gap of scores is
+    small, each beyond a quantile (arXiv 2501.18578). As one score that is the least of the three percentile ranks,
+    each rank among what the keep rule ranks: a pair is above q just where all three are.
+    judge_agreement: the least of several judges' standardised margins, so that a pair counts as much as the judge
+    says who is least sure of it; of each pair, where SCIR (arXiv 2502.08922) and CREAM (arXiv 2410.12735) ask how
+    far two rewards agree.
     """
     match settings.strategy:
         case "random":
@@ -266,11 +291,42 @@ def score_of(settings: Select, pairs: pa.Table, found: Agreement) -> Float64Arra
         case "own_language":
             return found.own_cosine
         case "length_balanced":
-            chosen, rejected = (pairs[name].to_numpy().astype(np.float64) for name in LENGTHS)
+            chosen, rejected = _floats(pairs, LENGTHS)
             return -np.abs(chosen - rejected) / (chosen + rejected)
+        case "length_gap":
+            chosen, rejected = _floats(pairs, LENGTHS)
+            return chosen - rejected
+        case "logp_gap":
+            chosen, rejected, chosen_tokens, rejected_tokens = _floats(pairs, (*LOGPS, *LENGTHS))
+            return chosen / chosen_tokens - rejected / rejected_tokens
         case "reward_gap":
             chosen, rejected = (pairs[name].to_numpy() for name in JUDGED)
             return (chosen - rejected).astype(np.float64)
+        case "rip":
+            chosen, rejected, tokens = _floats(pairs, (*JUDGED, "rejected_tokens"))
+            groups = np.zeros(len(pairs), dtype=np.int64)
+            if settings.keep_rule == "per_language":
+                groups = np.unique(pairs["language"].to_pylist(), return_inverse=True)[1]
+            ranks = [percentile_ranks(values, groups) for values in (rejected, tokens, rejected - chosen)]
+            return np.min(ranks, axis=0)
+        case "judge_agreement":
+            return _floats(pairs, (LEAST_MARGIN,))[0]
         case "no_surgery":
             return found.cosine
     return np.asarray(getattr(found, settings.score))
+
+
+def percentile_ranks(values: Float64Array, groups: NDArray[np.int64]) -> Float64Array:
+    """The share (N,) of each value's group that is not above it, ties by half; NaN stays NaN and has no share."""
+    from scipy.stats import rankdata
+
+    found = np.empty(len(values))
+    for group in np.unique(groups):
+        members = groups == group
+        ranks = rankdata(values[members], nan_policy="omit")
+        found[members] = ranks / max(1, int((~np.isnan(ranks)).sum()))
+    return found
+
+
+def _floats(pairs: pa.Table, names: tuple[str, ...]) -> list[Float64Array]:
+    return [pairs[name].to_numpy().astype(np.float64) for name in names]

@@ -18,19 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from congrad_ray.config.names import JUDGED
+from congrad_ray.config.names import JUDGED, LEAST_MARGIN
 from congrad_ray.config.recipe import Select, Sketch
 from congrad_ray.data.records import InputError
 from congrad_ray.stages.select.advice import Evidence, advice, language_noise
 from congrad_ray.stages.select.gram import Float64Array
-from congrad_ray.stages.select.keep import TOKENS, keep_pairs
+from congrad_ray.stages.select.keep import keep_pairs
 from congrad_ray.stages.select.schema import SCORES
 from congrad_ray.stages.select.scores import (
-    LENGTHS,
     Surgery,
     cosine_matrix,
     cosines_with_direction,
     make_direction,
+    needed_columns,
     projected_cosine_matrix,
     score_of,
 )
@@ -124,8 +124,10 @@ def select_pairs(settings: Select, table: pa.Table, sketch: Sketch | None = None
         settings: how to select: the recipe's section `select`.
         table: one row per pair, as the sketch stage writes them (`sketch.schema.sketches_schema`), in any order.
             The columns pair_id, language, sketch, sketch_scale, coefficient and norm are always needed;
-            chosen_tokens and rejected_tokens by the strategy 'length_balanced'; they and prompt_tokens by the keep
-            rule 'token_budget'; chosen_score and rejected_score, which the pairs table has, by 'reward_gap'.
+            chosen_tokens and rejected_tokens by the strategies 'length_balanced' and 'length_gap'; they,
+            chosen_logps and rejected_logps by 'logp_gap'; they and prompt_tokens by the keep rule 'token_budget';
+            chosen_score and rejected_score, which the pairs table has, by 'reward_gap' and, with rejected_tokens,
+            'rip'; least_margin, the least of several judges' margins, by 'judge_agreement'.
         sketch: how the sketches were made: the recipe's section `sketch`. Needed for `per_block`, for method
             'exact', and for a table whose schema no longer says which dtype the sketches have.
 
@@ -149,7 +151,7 @@ def select_from(settings: Select, pairs: pa.Table, sketches: Sketches) -> Select
     languages, index = layout.languages, layout.rows_of(pairs)
     if not len(pairs):
         raise SelectionError("there are no pairs to select from")
-    _check_columns(_needed_columns(settings), pairs)
+    _check_columns(settings, needed_columns(settings), pairs)
     taking_part = _taking_part(settings, languages, index)
     weights = _language_weights(settings, languages)
     surgery = surgery_of(settings)
@@ -220,6 +222,7 @@ def overlap_with_exact(selection: Selection, error: float) -> tuple[float, float
     """
     settings = selection.settings
     by_cosine = settings.strategy in ("congrad", "no_surgery") and settings.score == "cosine"
+    by_cosine = by_cosine and settings.band == "highest"
     if not by_cosine or settings.keep_rule not in ("per_language", "overall"):
         return None
     cosines = selection.cosine
@@ -252,17 +255,16 @@ def _language_weights(settings: Select, languages: tuple[str, ...]) -> Float64Ar
     return np.array([settings.language_weights.get(language, 1.0) for language in languages])
 
 
-def _needed_columns(settings: Select) -> tuple[str, ...]:
-    """What the settings need of every pair besides its sketch."""
-    by_strategy = {"length_balanced": LENGTHS, "reward_gap": JUDGED}.get(settings.strategy, ())
-    return (*by_strategy, *(TOKENS if settings.keep_rule == "token_budget" else ()))
-
-
-def _check_columns(names: tuple[str, ...], pairs: pa.Table) -> None:
+def _check_columns(settings: Select, names: tuple[str, ...], pairs: pa.Table) -> None:
     missing = [name for name in dict.fromkeys(names) if name not in pairs.column_names]
     if set(missing) & set(JUDGED):
         raise SelectionError(
-            f"select.strategy 'reward_gap' needs pairs with a judge's scores ({', '.join(JUDGED)})"
+            f"select.strategy '{settings.strategy}' needs pairs with a judge's scores ({', '.join(JUDGED)})"
+        )
+    if LEAST_MARGIN in missing:
+        raise SelectionError(
+            f"select.strategy 'judge_agreement' needs several judges' scores: a run with judge.also, or a column "
+            f"{LEAST_MARGIN}, the least of the judges' margins"
         )
     if missing:
         raise SelectionError(
@@ -271,7 +273,7 @@ def _check_columns(names: tuple[str, ...], pairs: pa.Table) -> None:
 
 
 def _check_table(settings: Select, table: pa.Table) -> None:
-    _check_columns((*PRODUCT_COLUMNS, *_needed_columns(settings)), table)
+    _check_columns(settings, (*PRODUCT_COLUMNS, *needed_columns(settings)), table)
     for name in ("pair_id", "language"):
         if table[name].null_count:
             raise SelectionError(f"{table[name].null_count} pairs have no {name}; every row needs one")

@@ -5,22 +5,25 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from congrad_ray.config.names import JUDGED
+from congrad_ray.config.names import JUDGED, LEAST_MARGIN
 from congrad_ray.config.recipe import Recipe, Select
 from congrad_ray.planning.volume import rows_of
 from congrad_ray.rundir.directory import Folder, RunDirectoryError
 from congrad_ray.runtime.context import Context, Outcome
 from congrad_ray.runtime.resources import tasks_demand
 from congrad_ray.stages.base import Stage
-from congrad_ray.stages.judge.combine import agreement_weights, disagreement_settings
+from congrad_ray.stages.judge.combine import COLUMNS, agreement_weights, disagreement_settings, scores_of
 from congrad_ray.stages.select.estimate import ESTIMATE
 from congrad_ray.stages.select.figures import STEP, figures
+from congrad_ray.stages.select.gram import Float64Array
 from congrad_ray.stages.select.schema import SCORES, SELECTED, TOKENS
+from congrad_ray.stages.select.scores import needed_columns
 from congrad_ray.stages.select.selection import Selection, languages_of, overlap_with_exact, select_from
 from congrad_ray.stages.select.shares import pair_shares
 from congrad_ray.stages.select.streaming import StreamedSketches
@@ -92,7 +95,9 @@ def _pairs(context: Context) -> pa.Table:
         raise RunDirectoryError(f"no sketches in {sketches.path}: run the sketch stage first")
     names = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "chosen_logps", "rejected_logps")
     pairs = sketches.read_table(["pair_id", "language", *names]).sort_by("pair_id").combine_chunks()
-    if context.recipe.select.strategy == "reward_gap":
+    if context.recipe.select.strategy == "judge_agreement":
+        pairs = pairs.append_column(LEAST_MARGIN, pa.array(_least_margins(context, pairs)))
+    if set(JUDGED) & set(needed_columns(context.recipe.select)):
         source = context.input("pairs")
         schema = pq.read_schema(source.files(".parquet")[0], filesystem=source.filesystem)
         judged = source.read_table(["pair_id", *(name for name in JUDGED if name in schema.names)])
@@ -100,6 +105,21 @@ def _pairs(context: Context) -> pa.Table:
         for name in judged.column_names[1:]:
             pairs = pairs.append_column(name, judged[name].take(row))
     return pairs
+
+
+def _least_margins(context: Context, pairs: pa.Table) -> Float64Array:
+    """Of the judges' standardised margins of each pair the least, (N,); 0 for one that could not read both."""
+    source, judgements = context.input("pairs"), context.input("judgements")
+    samples = Folder(judgements.filesystem, f"{judgements.path}/samples")
+    scores = scores_of(samples.read_table([*COLUMNS]), list(context.recipe.judge.judges))
+    known = pa.array(scores.response_ids, pa.string())
+    names = ("chosen_response_id", "rejected_response_id")
+    ids = source.read_table(["pair_id", *names]).combine_chunks()
+    ids = ids.take(pc.index_in(pairs["pair_id"], value_set=ids["pair_id"].combine_chunks()))
+    chosen, rejected = (
+        scores.standardised()[pc.index_in(ids[name], value_set=known).to_numpy()] for name in names
+    )
+    return np.nan_to_num(chosen - rejected, nan=0.0).min(axis=1)
 
 
 def _overlap(context: Context, selection: Selection) -> float | None:

@@ -114,7 +114,7 @@ def test_every_pair_is_kept_or_dropped_for_one_reason(how: Select) -> None:
                 assert row["kept"] == (row["score"] >= of.threshold)
 
 
-@pytest.mark.parametrize("strategy", ["own_language", "reward_gap", "length_balanced", "random"])
+@pytest.mark.parametrize("strategy", ["own_language", "reward_gap", "length_balanced", "length_gap", "random"])
 @pytest.mark.parametrize("how", [Select(), Select(keep_rule="token_budget", token_budget=600)])
 def test_the_overlap_with_another_strategy_is_that_of_its_own_selection(how: Select, strategy: str) -> None:
     table = sketches()

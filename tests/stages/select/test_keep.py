@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from congrad_ray.stages.select.keep import keep_above, keep_top_fraction, keep_within_tokens
+from congrad_ray.config.names import Band
+from congrad_ray.stages.select.keep import in_band, keep_above, keep_top_fraction, keep_within_tokens
 
 
 def kept_ids(scores: list[float], languages: list[str], ids: list[str], fraction: float) -> set[str]:
@@ -74,6 +75,36 @@ def test_a_token_budget_is_filled_from_the_best_and_ends_at_the_first_that_does_
         assert {identifier for identifier, kept in zip(ids, mask, strict=True) if kept} == set(expected)
 
 
+def test_bands_are_ends_and_middle_of_each_group() -> None:
+    ids = list("abcdefgh")
+    groups = ["de"] * 5 + ["hi"] * 3
+    scores = np.array([5.0, 4.0, 3.0, 2.0, 1.0, 0.1, 0.2, 0.3])
+
+    def kept(band: Band, fraction: float, groups: list[str] | None) -> str:
+        mask = keep_top_fraction(in_band(scores, ids, band, groups), ids, fraction, groups)
+        return "".join(identifier for identifier, inside in zip(ids, mask, strict=True) if inside)
+
+    assert kept("highest", 0.4, groups) == "abgh"
+    assert kept("lowest", 0.4, groups) == "defg"
+    assert kept("middle", 0.6, groups) == "bcdfg"  # of f and h, as near, the first id
+    assert kept("middle", 0.25, None) == "de"
+    tokens = [4] * 8
+    mask = keep_within_tokens(in_band(scores, ids, "lowest"), ids, tokens, 9)
+    assert mask.tolist() == [False] * 5 + [True, True, False]
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=30), st.sampled_from([0.2, 0.5, 0.9]))
+def test_the_middle_leaves_out_as_many_on_both_sides(values: list[int], fraction: float) -> None:
+    scores, ids = np.array(values, dtype=np.float64), [f"{row:02}" for row in range(len(values))]
+    mask = keep_top_fraction(in_band(scores, ids, "middle"), ids, fraction)
+    ranked = np.lexsort((ids, -scores))
+    inside = np.flatnonzero(mask[ranked])
+    assert (np.diff(inside) == 1).all()
+    assert abs(inside[0] - (len(ids) - 1 - inside[-1])) <= 1
+    # Whatever makes the same ranking is the same.
+    np.testing.assert_array_equal(mask, keep_top_fraction(in_band(np.exp(scores), ids, "middle"), ids, fraction))
+
+
 def test_scores_that_are_not_finite_are_named() -> None:
     scores = np.array([0.1, np.nan, 0.3, np.inf])
     ids = ["pair-a", "pair-b", "pair-c", "pair-d"]
@@ -81,6 +112,7 @@ def test_scores_that_are_not_finite_are_named() -> None:
         lambda: keep_top_fraction(scores, ids, 0.5),
         lambda: keep_above(scores, ids, 0.0),
         lambda: keep_within_tokens(scores, ids, [1] * 4, 2),
+        lambda: in_band(scores, ids, "lowest"),
     ):
         with pytest.raises(ValueError, match=r"2 scores are not finite: pair-b \(nan\), pair-d \(inf\)"):
             rule()

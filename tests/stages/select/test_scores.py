@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from congrad_ray.config.recipe import Select
 from congrad_ray.stages.select.directions import direction_weights, projected_coefficients
 from congrad_ray.stages.select.scores import (
+    Agreement,
     LeaveOut,
     PairProducts,
     Surgery,
@@ -16,7 +19,9 @@ from congrad_ray.stages.select.scores import (
     cosine_matrix,
     cosines_with_direction,
     make_direction,
+    needed_columns,
     projected_cosine_matrix,
+    score_of,
 )
 from congrad_ray.stages.select.shares import moving_average_shares
 
@@ -222,3 +227,53 @@ def test_shapes_are_checked() -> None:
         agreement(replace(world.products, shares=world.shares[1:]), direction)
     with pytest.raises(ValueError, match=r"dots has shape \(20, 1, 3\)"):
         agreement(replace(world.products, dots=world.products.dots[..., :3]), direction)
+
+
+PAIR_COLUMNS = {
+    "language": ["de", "de", "de", "hi", "hi"],
+    "chosen_score": [4.0, 3.0, 5.0, 2.0, 4.0],
+    "rejected_score": [1.0, 2.5, 2.0, 1.0, 3.5],
+    "chosen_tokens": [10, 20, 5, 8, 4],
+    "rejected_tokens": [4, 30, 5, 2, 16],
+    "chosen_logps": [-20.0, -10.0, -10.0, -4.0, -4.0],
+    "rejected_logps": [-4.0, -60.0, -10.0, -6.0, -8.0],
+    "least_margin": [0.5, -0.2, 1.0, 0.0, 0.3],
+}
+NOTHING = Agreement(*[np.zeros(5)] * 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (Select(strategy="length_gap"), [6.0, -10.0, 0.0, 6.0, -12.0]),
+        (Select(strategy="logp_gap"), [-1.0, 1.5, 0.0, 2.5, -0.5]),
+        (Select(strategy="reward_gap"), [3.0, 0.5, 3.0, 1.0, 0.5]),
+        (Select(strategy="judge_agreement"), [0.5, -0.2, 1.0, 0.0, 0.3]),
+        # Ranks of the rejected one's score, its tokens and the gap, the largest first: of de 1 3 2, 1 3 2,
+        # 1.5 3 1.5; of hi 1 2 throughout.
+        (Select(strategy="rip"), [1 / 3, 1.0, 0.5, 0.5, 1.0]),
+        # Of all: 1.5 4 3 1.5 5, 2 5 3 1 4, 1.5 4.5 1.5 3 4.5.
+        (Select(strategy="rip", keep_rule="overall"), [0.3, 0.8, 0.3, 0.2, 0.8]),
+    ],
+)
+def test_scores_of_columns(settings: Select, expected: list[float]) -> None:
+    pairs = pa.table(PAIR_COLUMNS).select(["language", *needed_columns(settings)])
+    np.testing.assert_allclose(score_of(settings, pairs, NOTHING), expected)
+
+
+def test_a_pair_that_is_not_judged_leaves_the_ranks_of_others() -> None:
+    scores = [1.0, float("nan"), 2.0, 1.0, 3.5]
+    pairs = pa.table(PAIR_COLUMNS | {"rejected_score": scores})
+    found = score_of(Select(strategy="rip"), pairs, NOTHING)
+    assert np.isnan(found[1]) and np.isfinite(np.delete(found, 1)).all()
+
+
+def test_raco_clips_by_the_languages_weights_and_scales_by_none() -> None:
+    world = World()
+    preference = np.array([1.0, 3.0, 0.5, 2.0])
+    part = np.array([True, False, True, True])
+    direction = make_direction(world.gram, Surgery("raco"), preference, part)
+    gradients = world.gradients[part]
+    expected = direction_weights(gradients @ gradients.T, "raco", preference=preference[part])
+    np.testing.assert_allclose(direction.weights[0, 0, part], expected)
+    assert direction.weights[0, 0, 1] == 0.0

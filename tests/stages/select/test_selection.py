@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from congrad_ray.config.names import Band
 from congrad_ray.config.recipe import Select, Sketch
 from congrad_ray.data.tables import table_of
 from congrad_ray.stages.select.selection import SelectionError, overlap_with_exact, select_pairs
@@ -101,6 +102,12 @@ def test_what_a_selection_cannot_do_is_said_before_anything_is_computed() -> Non
         select_pairs(budget, table.drop_columns("prompt_tokens"))
     with pytest.raises(SelectionError, match=r"a judge's scores \(chosen_score, rejected_score\)"):
         select_pairs(Select(strategy="reward_gap"), table)
+    with pytest.raises(SelectionError, match=r"strategy 'rip' needs pairs with a judge's scores"):
+        select_pairs(Select(strategy="rip"), table)
+    with pytest.raises(SelectionError, match="needs several judges' scores"):
+        select_pairs(Select(strategy="judge_agreement"), table)
+    with pytest.raises(SelectionError, match="no column chosen_logps; it has pair_id"):
+        select_pairs(Select(strategy="logp_gap"), table.drop_columns("chosen_logps"))
     with pytest.raises(SelectionError, match="no pairs to select from"):
         select_pairs(Select(), table.slice(0, 0))
     with pytest.raises(SelectionError, match="column sketch is binary; it should be binary of a fixed size"):
@@ -121,3 +128,15 @@ def test_the_estimated_overlap_goes_by_the_spread_within_languages() -> None:
     found = overlap_with_exact(overall, 0.02)
     assert found is not None and found[1] == pytest.approx(overall.cosine.std())
     assert overlap_with_exact(select_pairs(Select(strategy="random"), sketches()), 0.02) is None
+    assert overlap_with_exact(select_pairs(Select(band="middle"), sketches()), 0.02) is None
+
+
+def test_bands_take_another_part_of_the_same_ranking() -> None:
+    table = sketches()
+    kept = {band: select_pairs(Select(score="dot", keep=0.2, band=band), table) for band in get_args(Band)}
+    for language in LANGUAGES:
+        scores = kept["highest"].scores
+        members = np.array(scores["language"].to_pylist()) == language
+        ranked = np.argsort(-scores["score"].to_numpy()[members])
+        for band, places in {"highest": (0, 1), "middle": (4, 5), "lowest": (8, 9)}.items():
+            assert set(np.flatnonzero(kept[band].kept[members])) == set(ranked[list(places)])
