@@ -347,6 +347,7 @@ def test_a_table_in_memory_gives_what_the_stage_gives(
         assert said["per_language"][language] == pytest.approx(summary["per_language"][language])
     for when in ("cosine_before", "cosine_after"):
         np.testing.assert_allclose(said[when], summary[when], atol=1e-9)
+    assert said["order_spread"] == pytest.approx(summary["order_spread"])
 
 
 def test_strategies_and_keep_rules_go_by_the_same_products(sketched: RunDirectory) -> None:

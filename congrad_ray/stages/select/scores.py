@@ -10,7 +10,7 @@ or on their sum; a cosine is always that of the whole vectors: dot products and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # Squared length of a direction, relative to the parts that it is the sum of, below which only rounding is
 # left.
 _CANCELLED = 1e-12
+# Other draws of the order of projections that a direction is held against.
+_OTHER_ORDERS = 16
 
 # Columns of a pair that strategies without a direction go by.
 LENGTHS = ("chosen_tokens", "rejected_tokens")
@@ -144,6 +146,32 @@ def make_direction(
         for language in np.flatnonzero(part):
             weights[language] = weights_of(part & (np.arange(languages) != language))
     return Direction(gram, weights, part)
+
+
+def other_orders(
+    gram: Float64Array,
+    surgery: Surgery,
+    language_weights: Float64Array | None = None,
+    included: NDArray[np.bool_] | None = None,
+) -> list[Direction]:
+    """The directions of `make_direction` for 16 other draws of the order of projections, each of as many orders.
+
+    None where the surgery draws no order. It costs as much as 16 more surgeries, and no look at a sketch.
+    """
+    if surgery.method not in ("pcgrad", "gradvac"):
+        return []
+    draws = [replace(surgery, seed=surgery.seed + surgery.orders * draw) for draw in range(1, _OTHER_ORDERS + 1)]
+    return [make_direction(gram, draw, language_weights, included) for draw in draws]
+
+
+def cosines_of_directions(direction: Direction, other: Direction) -> Float64Array:
+    """Cosine (L,) of two directions of the same gradients, for the pairs of each language; 0 where one is zero."""
+    dots = np.einsum("kbl,blm,kbm->k", direction.weights, direction.gram, other.weights)
+    norms = []
+    for weights in (direction.weights, other.weights):
+        squared, parts = _squared_lengths(direction.gram, weights)
+        norms.append(np.sqrt(np.where(squared > _CANCELLED * parts, squared, 0.0)))
+    return np.clip(_cosine(dots, *norms), -1.0, 1.0)
 
 
 def agreement(products: PairProducts, direction: Direction, leave_out: LeaveOut = "nothing") -> Agreement:

@@ -26,11 +26,15 @@ from congrad_ray.stages.select.gram import Float64Array
 from congrad_ray.stages.select.keep import keep_pairs
 from congrad_ray.stages.select.schema import SCORES
 from congrad_ray.stages.select.scores import (
+    Agreement,
+    Direction,
     Surgery,
     cosine_matrix,
+    cosines_of_directions,
     cosines_with_direction,
     make_direction,
     needed_columns,
+    other_orders,
     projected_cosine_matrix,
     score_of,
 )
@@ -38,6 +42,9 @@ from congrad_ray.stages.select.shares import pair_shares
 from congrad_ray.stages.select.sums import PRODUCT_COLUMNS, Layout, Sketches, TableSketches, gram_matrices
 from congrad_ray.stages.sketch.audit import expected_overlap
 from congrad_ray.stages.sketch.schema import dtype_of
+
+# Pairs times other orders whose kept pairs are compared, at most, but always one order: each costs a ranking.
+_MOST_COMPARED = 1_000_000
 
 
 class SelectionError(InputError):
@@ -62,6 +69,32 @@ class LanguageSummary:
 
 
 @dataclass(frozen=True)
+class OrderSpread:
+    """How much a selection depends on the order of PCGrad's or GradVac's projections, by those of other draws."""
+
+    directions: int
+    """Of other draws, which the direction is held against."""
+    mean_cosine: float
+    """Of their directions with this one."""
+    least_cosine: float
+    selections: int
+    """Of them, so many had their kept pairs compared, fewer where there are many pairs; 0 for a score that does
+    not go by the direction."""
+    mean_kept: float | None
+    """Share of the kept pairs that they keep too."""
+    least_kept: float | None
+
+    def __str__(self) -> str:
+        said = (
+            f"with other orders of projection the direction has a cosine of {self.mean_cosine:.3f} with this one "
+            f"(least {self.least_cosine:.3f} of {self.directions})"
+        )
+        if self.mean_kept is None:
+            return said
+        return f"{said}, and {self.mean_kept:.1%} of the kept pairs are kept (least {self.least_kept:.1%})"
+
+
+@dataclass(frozen=True)
 class Selection:
     """What was kept of N pairs in L languages, and by which direction. Sketches have B blocks of width / B."""
 
@@ -80,6 +113,8 @@ class Selection:
     """(L, L) between them as the surgery leaves them."""
     advice: tuple[str, ...]
     """Sentences for a person about the cases that are there; see `advice.py`."""
+    order_spread: OrderSpread | None
+    """None where no order is drawn, or pairs are not kept by what they have to do with the direction."""
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -114,6 +149,7 @@ class Selection:
             "cosine_before": self.cosine_before.tolist(),
             "cosine_after": self.cosine_after.tolist(),
             "advice": list(self.advice),
+            "order_spread": asdict(self.order_spread) if self.order_spread else None,
         }
 
 
@@ -156,8 +192,11 @@ def select_from(settings: Select, pairs: pa.Table, sketches: Sketches) -> Select
     weights = _language_weights(settings, languages)
     surgery = surgery_of(settings)
     gradients = sketches.language_gradients()
-    direction = make_direction(gram_matrices(gradients), surgery, weights, taking_part)
-    found = sketches.agreement(gradients, direction, surgery.leave_out)
+    gram = gram_matrices(gradients)
+    direction = make_direction(gram, surgery, weights, taking_part)
+    others = other_orders(gram, surgery, weights, taking_part) if settings.strategy == "congrad" else []
+    compared = others[: max(1, _MOST_COMPARED // len(pairs))] if settings.score != "worst_cosine" else []
+    found, *of_others = sketches.agreement(gradients, [direction, *compared], surgery.leave_out)
     score = score_of(settings, pairs, found)
     kept = keep_pairs(settings, score, pairs)
     if not kept.any():
@@ -200,6 +239,29 @@ def select_from(settings: Select, pairs: pa.Table, sketches: Sketches) -> Select
         cosine_before=before,
         cosine_after=projected_cosine_matrix(direction, surgery),
         advice=advice(settings, evidence),
+        order_spread=_order_spread(settings, pairs, kept, direction, others, of_others) if others else None,
+    )
+
+
+def _order_spread(
+    settings: Select,
+    pairs: pa.Table,
+    kept: NDArray[np.bool_],
+    direction: Direction,
+    others: list[Direction],
+    of_others: list[Agreement],
+) -> OrderSpread:
+    cosines = np.stack([cosines_of_directions(direction, other) for other in others])
+    shares = [
+        float(keep_pairs(settings, score_of(settings, pairs, found), pairs)[kept].mean()) for found in of_others
+    ]
+    return OrderSpread(
+        len(others),
+        float(cosines.mean()),
+        float(cosines.min()),
+        len(shares),
+        float(np.mean(shares)) if shares else None,
+        min(shares, default=None),
     )
 
 

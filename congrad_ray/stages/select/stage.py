@@ -143,7 +143,7 @@ def _overlap(context: Context, selection: Selection) -> float | None:
 
 
 def _report(context: Context, selection: Selection) -> None:
-    """Languages that take no part, on the log, and every language's metrics."""
+    """Languages that take no part and the spread over orders, on the log, and every language's metrics."""
     few = ", ".join(f"{row.language} ({row.pairs})" for row in selection.languages if not row.in_direction)
     if few:
         minimum = selection.settings.min_pairs
@@ -151,6 +151,8 @@ def _report(context: Context, selection: Selection) -> None:
             f"languages with fewer than select.min_pairs ({minimum}) pairs take no part in the direction; their "
             f"pairs are scored: {few}"
         )
+    if selection.order_spread is not None:
+        logger.info(f"{selection.order_spread}; select.orders averages over more of them")
     for row in selection.languages:
         context.meter.set("congrad_pairs", row.pairs, language=row.language)
         context.meter.set("congrad_conflicting_share", row.conflicting, language=row.language)

@@ -7,7 +7,7 @@ sketches there are, and no sketch is copied into Ray's object store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -81,21 +81,27 @@ class StreamedSketches:
             sums = sums + part
         return np.asarray(sums, dtype=np.float32)
 
-    def agreement(self, gradients: NDArray[np.float32], direction: Direction, leave_out: LeaveOut) -> Agreement:
-        """The scores of all pairs against `direction`, by pair_id.
+    def agreement(
+        self, gradients: NDArray[np.float32], directions: Sequence[Direction], leave_out: LeaveOut
+    ) -> list[Agreement]:
+        """The scores of all pairs, by pair_id, against each of the directions, in one pass.
 
         Raises RunDirectoryError where the folder no longer holds the pairs that it held.
         """
         import ray
 
         layout, shares, filesystem = self.layout, self._shares_of_rows, self._folder.filesystem
-        shared = ray.put((gradients, direction))
+        shared = ray.put((gradients, directions))
+        names = tuple(Agreement.__dataclass_fields__)
 
         def score(files: dict[str, NDArray[Any]]) -> Iterator[pa.Table]:
             vectors, against = ray.get(shared)
             for piece in _pieces(files["path"], filesystem, PRODUCT_COLUMNS):
-                found = agreement(products_of(piece, layout, vectors, shares(piece)), against, leave_out)
-                columns = {name: pa.array(getattr(found, name)) for name in Agreement.__dataclass_fields__}
+                products = products_of(piece, layout, vectors, shares(piece))
+                columns = {}
+                for number, direction in enumerate(against):
+                    found = agreement(products, direction, leave_out)
+                    columns.update((f"{name} {number}", pa.array(getattr(found, name))) for name in names)
                 yield pa.table({"pair_id": piece["pair_id"], **columns})
 
         scored = self._files().map_batches(score, batch_format="numpy", batch_size=None)
@@ -108,7 +114,10 @@ class StreamedSketches:
             raise RunDirectoryError(
                 f"the sketches in {self._folder.path} changed while they were read: run select again"
             )
-        return Agreement(**{name: table[name].to_numpy() for name in Agreement.__dataclass_fields__})
+        return [
+            Agreement(**{name: table[f"{name} {number}"].to_numpy() for name in names})
+            for number in range(len(directions))
+        ]
 
     @cached_property
     def _shares_of_rows(self) -> Callable[[Rows], Float64Array]:

@@ -6,7 +6,7 @@ The functions work on a piece of the sketches table at a time. `TableSketches` a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -72,8 +72,10 @@ class Sketches(Protocol):
     def language_gradients(self) -> NDArray[np.float32]:
         """The gradient of every language, (L, blocks, width / blocks): its pairs' sum of share * c * sketch."""
 
-    def agreement(self, gradients: NDArray[np.float32], direction: Direction, leave_out: LeaveOut) -> Agreement:
-        """Every pair's scores against `direction`, by pair_id."""
+    def agreement(
+        self, gradients: NDArray[np.float32], directions: Sequence[Direction], leave_out: LeaveOut
+    ) -> list[Agreement]:
+        """Every pair's scores, by pair_id, against each of the directions, in one pass."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,11 @@ class TableSketches:
     def language_gradients(self) -> NDArray[np.float32]:
         return sums_of(self.table, self.layout, self.shares).astype(np.float32)
 
-    def agreement(self, gradients: NDArray[np.float32], direction: Direction, leave_out: LeaveOut) -> Agreement:
-        return agreement(products_of(self.table, self.layout, gradients, self.shares), direction, leave_out)
+    def agreement(
+        self, gradients: NDArray[np.float32], directions: Sequence[Direction], leave_out: LeaveOut
+    ) -> list[Agreement]:
+        products = products_of(self.table, self.layout, gradients, self.shares)
+        return [agreement(products, direction, leave_out) for direction in directions]
 
 
 def sums_of(batch: Rows, layout: Layout, shares: Float64Array) -> Float64Array:

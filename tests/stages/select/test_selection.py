@@ -12,6 +12,7 @@ import pytest
 
 from congrad_ray.config.names import Band
 from congrad_ray.config.recipe import Select, Sketch
+from congrad_ray.config.settings import validate
 from congrad_ray.data.tables import table_of
 from congrad_ray.stages.select.selection import SelectionError, overlap_with_exact, select_pairs
 from congrad_ray.stages.sketch.audit import expected_overlap
@@ -43,6 +44,20 @@ def sketches(dtype: str = "int8", count: int = 30) -> pa.Table:
         for number in generator.permutation(count).tolist()
     ]
     return table_of(rows, sketches_schema(WIDTH, dtype))
+
+
+def conflicting_sketches() -> pa.Table:
+    """Those of `sketches`, with the languages on three sides of one plane: each conflicts with both others."""
+    table = sketches("float32", 60)
+    numbers = sketch_numbers(table, "float32")
+    plane = np.random.default_rng(0).normal(size=(2, WIDTH))
+    angles = np.array([LANGUAGES.index(language) for language in table["language"].to_pylist()]) * 1.9
+    sides = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    changed = (0.3 * numbers + 20 * sides @ plane).astype(np.float32)
+    column = pa.FixedSizeBinaryArray.from_buffers(
+        table.schema.field("sketch").type, len(table), [None, pa.py_buffer(changed.tobytes())]
+    )
+    return table.set_column(table.schema.get_field_index("sketch"), table.schema.field("sketch"), column)
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
@@ -140,3 +155,42 @@ def test_bands_take_another_part_of_the_same_ranking() -> None:
         ranked = np.argsort(-scores["score"].to_numpy()[members])
         for band, places in {"highest": (0, 1), "middle": (4, 5), "lowest": (8, 9)}.items():
             assert set(np.flatnonzero(kept[band].kept[members])) == set(ranked[list(places)])
+
+
+@pytest.mark.parametrize("direction", ["pcgrad", "gradvac"])
+@pytest.mark.parametrize("how", [{}, {"orders": 3, "score": "dot", "band": "lowest"}, {"leave_out": "pair"}])
+def test_the_spread_over_orders_is_that_of_selections_with_other_seeds(
+    direction: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = conflicting_sketches()
+    settings = validate(Select, {"direction": direction, "keep": 0.3, **how}, "select")
+    mine = select_pairs(settings, table)
+    cosines, shares = [], []
+    for draw in range(1, 17):
+        other = select_pairs(settings.model_copy(update={"seed": draw * settings.orders}), table)
+        cosines += [
+            unit(one) @ unit(two) for one, two in zip(mine.direction[:, 0], other.direction[:, 0], strict=True)
+        ]
+        shares.append((mine.kept & other.kept).sum() / mine.kept.sum())
+    spread = mine.order_spread
+    assert spread is not None
+    assert (spread.directions, spread.selections) == (16, 16)
+    assert spread.least_cosine == pytest.approx(min(cosines), abs=1e-6)
+    assert spread.mean_cosine == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert spread.least_cosine < 0.9999  # the orders make a difference
+    assert (spread.least_kept, spread.mean_kept) == (min(shares), pytest.approx(np.mean(shares)))
+    # Where there are many pairs, fewer selections are compared.
+    monkeypatch.setattr("congrad_ray.stages.select.selection._MOST_COMPARED", 5 * len(table))
+    fewer = select_pairs(settings, table).order_spread
+    assert fewer is not None and fewer.selections == 5
+    assert (fewer.least_kept, fewer.least_cosine) == (min(shares[:5]), spread.least_cosine)
+
+
+def test_no_spread_over_orders_where_none_is_drawn_or_the_direction_decides_nothing() -> None:
+    table = conflicting_sketches()
+    for settings in (Select(direction="upgrad"), Select(strategy="random"), Select(strategy="no_surgery")):
+        assert select_pairs(settings, table).order_spread is None
+    spread = select_pairs(Select(score="worst_cosine"), table).order_spread
+    assert spread is not None
+    assert (spread.selections, spread.mean_kept, spread.least_kept) == (0, None, None)
+    assert str(spread).endswith("of 16)")
