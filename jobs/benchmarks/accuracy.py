@@ -5,9 +5,13 @@
 Takes the model in FOLDER, or with --small-llama FOLDER trains a small Llama a little on the preferences (once;
 kept there). One pass finds the languages' exact gradients and from them the exact de-conflicted direction; the
 next finds every pair's exact cosine with it and sketches every pair in many ways: count-sketches of several
-widths, folds and seeds, and, where asked, two-sided Gaussian projections layer by layer, the way of LoGra and
-bergson. Sketches are linear, so those of the languages' gradients are made of the exact ones, and of the pairs'
-sketches only their inner products are kept.
+widths, folds and seeds, and, where asked, Gaussian projections layer by layer: two-sided, the way of LoGra and
+bergson, or one-sided, the way of Flora and of ConGrad's paper. Sketches are linear, so those of the languages'
+gradients are made of the exact ones, and of the pairs' sketches only their inner products are kept.
+
+With --ema-decay the languages' gradients are moving averages over mini-batches too, as the paper has them: for
+the one-sided ways, and for the exact gradients to tell what of it is the average's doing. What they are held
+against is still the exact selection by the means.
 
 Results are for every number of pairs in --pairs, drawn evenly by language, the smaller ones being part of the
 larger. For each way: the bytes of a pair, the error of the cosine with the direction (root mean square), its rank
@@ -23,13 +27,14 @@ prompt_ids, chosen_ids and rejected_ids.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +47,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from congrad_ray.config.recipe import Select
 from congrad_ray.modeling.batching import token_budget_batches
 from congrad_ray.modeling.packing import PairTokens
 from congrad_ray.modeling.shared_prompts import attention_over, completion_sums
@@ -49,11 +55,11 @@ from congrad_ray.modeling.tokenization import TokenizedPair, load_tokenizer, tok
 from congrad_ray.stages.select.keep import keep_top_fraction
 from congrad_ray.stages.select.scores import PairProducts, Surgery, make_direction
 from congrad_ray.stages.select.scores import agreement as agreement_with
+from congrad_ray.stages.select.shares import pair_shares
 from congrad_ray.stages.sketch.audit import cosines_with_others, rank_correlation
 from congrad_ray.stages.sketch.capture import GradientCapture, pair_segments
 from congrad_ray.stages.sketch.countsketch import CountSketch, FoldRule
 from congrad_ray.stages.sketch.exact import LayerVectors, add_weighted_sums_
-from congrad_ray.stages.sketch.layers import target_layers
 from congrad_ray.stages.sketch.sketcher import sketch_pairs
 from congrad_ray.stages.sketch.storage import to_storage
 
@@ -66,19 +72,23 @@ MOST_PAIRS = 32  # of a micro-batch: their gradients of one layer exist together
 
 @dataclass(frozen=True)
 class Way:
-    """A way of sketching: a count-sketch of a fold and width, or two-sided projections to `side` x `side`."""
+    """A way of sketching: a count-sketch of a fold and width, two-sided projections to `side` x `side`, or
+    one-sided ones to `rank`."""
 
     fold: str = ""
     width: int = 0
     side: int = 0
+    rank: int = 0
     seed: int = 0
 
     @property
     def name(self) -> str:
+        if self.rank:
+            return f"one-sided {self.rank}"
         return f"two-sided {self.side} x {self.side}" if self.side else f"count-sketch fold {self.fold}"
 
 
-class _Projection:
+class _TwoSided:
     """Two-sided projections of every layer, one after the other."""
 
     def __init__(self, side: int, layers: Sequence[str]) -> None:
@@ -102,12 +112,48 @@ class _Projection:
         table[:, start : start + self.side**2] = (left.T @ layer @ right).flatten(1)
 
 
+class _OneSided:
+    """A projection of every layer on one side, one after the other: G A / sqrt(rank) with A (in, rank), or
+    A^T G / sqrt(rank) with A (out, rank), A of standard normal numbers (Hao et al. 2024, Flora, arXiv 2402.03293).
+
+    It is the longer side that is projected, so that a layer has min(out, in) * rank numbers; inner products are
+    those of the gradients on average.
+    """
+
+    def __init__(self, rank: int, seed: int, layers: Mapping[str, tuple[int, int]]) -> None:
+        self._rank, self._seed = rank, seed
+        self._place = {name: index for index, name in enumerate(layers)}
+        sizes = [min(shape) * rank for shape in layers.values()]
+        self._starts = np.cumsum([0, *sizes]).tolist()
+        self._matrices: dict[str, Tensor] = {}
+        self.width = sum(sizes)
+
+    def _matrix(self, name: str, features: int, device: torch.device) -> Tensor:
+        if name not in self._matrices:
+            generator = torch.Generator().manual_seed(self._seed * len(self._place) + self._place[name])
+            matrix = torch.randn((features, self._rank), generator=generator) / self._rank**0.5
+            self._matrices[name] = matrix.to(device)
+        return self._matrices[name]
+
+    def add_(self, table: Tensor, name: str, layer: Tensor) -> None:
+        """Adds the projections of (B, out, in) to the rows (B, width) of the table."""
+        outputs, inputs = layer.shape[1:]
+        matrix = self._matrix(name, max(outputs, inputs), layer.device)
+        projected = layer @ matrix if inputs >= outputs else matrix.T @ layer
+        place = self._place[name]
+        table[:, self._starts[place] : self._starts[place + 1]] = projected.flatten(1)
+
+
 class Sketchers:
     """All ways at once. Ways of one fold and seed share the folded gradients."""
 
-    def __init__(self, ways: Sequence[Way], layers: Sequence[str]) -> None:
+    def __init__(self, ways: Sequence[Way], layers: Mapping[str, tuple[int, int]]) -> None:
         self._counts = {way: CountSketch(way.width, way.seed, _fold_rule(way.fold)) for way in ways if way.fold}
-        self._projections = {way: _Projection(way.side, layers) for way in ways if way.side}
+        self._projections: dict[Way, _TwoSided | _OneSided] = {
+            way: _OneSided(way.rank, way.seed, layers) if way.rank else _TwoSided(way.side, list(layers))
+            for way in ways
+            if way.rank or way.side
+        }
         self._shared: dict[tuple[str, int], list[Way]] = {}
         for way in self._counts:
             self._shared.setdefault((way.fold, way.seed), []).append(way)
@@ -189,14 +235,15 @@ def language_gradients(
     max_tokens: int,
     subsets: list[NDArray[np.int64]],
     index: NDArray[np.int64],
+    averages: list[Select],
 ) -> LayerVectors:
-    """The exact mean gradients of the languages of every subset, subset by subset."""
+    """The exact gradients of the languages of every subset, subset by subset, by the first of the `averages`; then
+    by the next."""
     languages = int(index.max()) + 1
     vectors: LayerVectors = {}
-    shares = np.zeros((len(subsets) * languages, len(pairs)), dtype=np.float32)
-    for number, members in enumerate(subsets):
-        counts = np.bincount(index[members], minlength=languages)
-        shares[number * languages + index[members], members] = 1.0 / counts[index[members]]
+    shares = np.zeros((len(averages) * len(subsets) * languages, len(pairs)), dtype=np.float32)
+    for number, (average, members) in enumerate(itertools.product(averages, subsets)):
+        shares[number * languages + index[members], members] = pair_shares(average, index[members])
     for rows, batch in _batches(capture, pairs, max_tokens, "exact language gradients"):
         add_weighted_sums_(vectors, torch.from_numpy(shares[:, rows]), capture, batch)
     return vectors
@@ -214,7 +261,7 @@ def sketch_and_compare(
     """The second pass. `direction` (V,) is the first subset's, made of the vectors; theory is for it."""
     device = capture.model.device
     count = len(direction)
-    sketchers = Sketchers(ways, list(capture.layers))
+    sketchers = Sketchers(ways, {name: _shape(layer) for name, layer in vectors.items()})
     tables = sketchers.tables(count, device)
     exact_gram = torch.zeros((count, count), dtype=torch.float64, device=device)
     for name, layer in vectors.items():
@@ -364,39 +411,58 @@ def agreement(cosines: Float64Array, exact: Float64Array, index: NDArray[np.int6
 def summarise(
     found: Found, ways: list[Way], subsets: list[NDArray[np.int64]], index: NDArray[np.int64], theory_pairs: int
 ) -> list[dict[str, Any]]:
-    """One row for every number of pairs, way and dtype: means over seeds, and their ranges."""
+    """One row for every number of pairs, way and dtype: means over seeds, and their ranges.
+
+    Where the vectors have moving averages behind the means, one-sided ways have rows by them too, and so do the
+    exact gradients.
+    """
     languages = int(index.max()) + 1
     rows = []
+    behind = len(subsets) * languages
     for number, members in enumerate(subsets):
         vectors = slice(number * languages, (number + 1) * languages)
+        moving = slice(vectors.start + behind, vectors.stop + behind)
         exact = found.exact.cosines(members, vectors)
+        if len(found.exact.gram) > behind:
+            by_averages = [found.exact.cosines(members, moving)]
+            rows.append(_row(Way(), "exact, EMA", "float32", exact, by_averages, index[members]))
         for first in [way for way in ways if way.seed == 0]:
-            same = [
-                way for way in ways if (way.fold, way.width, way.side) == (first.fold, first.width, first.side)
-            ]
+            same = [way for way in ways if replace(way, seed=0) == first]
             for dtype in ("float32", "int8"):
                 cosines = [found.sketched[way, dtype].cosines(members, vectors) for way in same]
-                results = [agreement(values, exact, index[members]) for values in cosines]
-                row: dict[str, Any] = {
-                    "pairs": len(members),
-                    "way": first.name,
-                    "fold": first.fold,
-                    "side": first.side,
-                    "width": first.width,
-                    "dtype": dtype,
-                    "bytes": first.width * (4 if dtype == "float32" else 1),
-                    "seeds": len(same),
-                    "spread_of_exact": float(exact.std()),
-                    "mean_of_exact": float(exact.mean()),
-                }
-                for key in results[0]:
-                    values = [result[key] for result in results]
-                    row[key] = statistics.fmean(values)
-                    row[f"{key}_range"] = [min(values), max(values)]
+                row = _row(first, first.name, dtype, exact, cosines, index[members])
                 if first.fold and number == 0 and theory_pairs:
                     row |= _theory(found, first, exact[:theory_pairs], [each[:theory_pairs] for each in cosines])
                 rows.append(row)
+                if first.rank and len(found.exact.gram) > behind:
+                    cosines = [found.sketched[way, dtype].cosines(members, moving) for way in same]
+                    rows.append(_row(first, f"{first.name}, EMA", dtype, exact, cosines, index[members]))
     return rows
+
+
+def _row(
+    way: Way, name: str, dtype: str, exact: Float64Array, cosines: list[Float64Array], index: NDArray[np.int64]
+) -> dict[str, Any]:
+    """The agreement of some seeds' cosines with the exact ones."""
+    results = [agreement(values, exact, index) for values in cosines]
+    row: dict[str, Any] = {
+        "pairs": len(exact),
+        "way": name,
+        "fold": way.fold,
+        "side": way.side,
+        "rank": way.rank,
+        "width": way.width,
+        "dtype": dtype,
+        "bytes": way.width * (4 if dtype == "float32" else 1),
+        "seeds": len(cosines),
+        "spread_of_exact": float(exact.std()),
+        "mean_of_exact": float(exact.mean()),
+    }
+    for key in results[0]:
+        values = [result[key] for result in results]
+        row[key] = statistics.fmean(values)
+        row[f"{key}_range"] = [min(values), max(values)]
+    return row
 
 
 def _theory(found: Found, way: Way, exact: Float64Array, cosines: list[Float64Array]) -> dict[str, float]:
@@ -615,6 +681,11 @@ def main() -> None:
     parser.add_argument("--folds", default="auto256,auto512,1,2,4", help="auto512 leaves sides of 512")
     parser.add_argument("--widths", default="8192,16384,32768,65536,131072,262144,524288")
     parser.add_argument("--sides", default="", help="of two-sided projections, as 8,16")
+    parser.add_argument("--ranks", default="", help="of one-sided projections, as 1,2,4")
+    parser.add_argument(
+        "--ema-decay", type=float, help="of moving averages as the languages' gradients; see above"
+    )
+    parser.add_argument("--ema-batch-size", type=int, default=32, help="pairs of a language in a mini-batch of it")
     parser.add_argument("--seeds", type=int, default=3, help="of sketches")
     parser.add_argument("--theory-pairs", type=int, default=200, help="pairs whose error theory foretells")
     parser.add_argument("--max-tokens", type=int, default=8192, help="padded tokens of a micro-batch")
@@ -648,7 +719,10 @@ def run(arguments: argparse.Namespace) -> None:
     subsets = [np.arange(number) for number in numbers]
     theory_pairs = min(arguments.theory_pairs, numbers[0])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(arguments.device)
-    ways = _ways(arguments, len(target_layers(model)))
+    averages = [Select()]
+    if arguments.ema_decay is not None:
+        decay, size = arguments.ema_decay, arguments.ema_batch_size
+        averages.append(Select(language_gradient="ema", ema_decay=decay, ema_batch_size=size))
     results: dict[str, Any] = {
         "model": folder.name,
         "torch": torch.__version__,
@@ -658,15 +732,18 @@ def run(arguments: argparse.Namespace) -> None:
     }
     start = time.monotonic()
     with GradientCapture(model, gradient_checkpointing=arguments.gradient_checkpointing) as capture:
-        vectors = language_gradients(capture, pairs, arguments.max_tokens, subsets, index)
+        vectors = language_gradients(capture, pairs, arguments.max_tokens, subsets, index, averages)
+        ways = _ways(arguments, [_shape(layer) for layer in vectors.values()])
         results["weights"] = sum(layer[0].numel() for layer in vectors.values())
-        direction = np.zeros(len(subsets) * len(names))
+        direction = np.zeros(len(averages) * len(subsets) * len(names))
         first = sum(_gram(layer[: len(names)]).cpu().numpy() for layer in vectors.values())
         direction[: len(names)] = make_direction(np.asarray(first)[None], Surgery()).weights[0, 0]
         found = sketch_and_compare(capture, pairs, arguments.max_tokens, vectors, ways, direction, theory_pairs)
     results["rows"] = summarise(found, ways, subsets, index, theory_pairs)
     results["enough"] = enough(results["rows"])
-    results["audits"] = audits(found, ways, subsets[-1], slice((len(subsets) - 1) * len(names), None))
+    results["audits"] = audits(
+        found, ways, subsets[-1], slice((len(subsets) - 1) * len(names), len(subsets) * len(names))
+    )
     results["seconds"] = time.monotonic() - start
     exact = found.exact.cosines(subsets[0], slice(0, len(names)))
     del vectors, found
@@ -699,12 +776,22 @@ def _small_llama(arguments: argparse.Namespace) -> tuple[Path, list[TokenizedPai
     return folder / "model", pairs, languages
 
 
-def _ways(arguments: argparse.Namespace, layers: int) -> list[Way]:
+def _ways(arguments: argparse.Namespace, shapes: list[tuple[int, int]]) -> list[Way]:
     widths = [int(width) for width in arguments.widths.split(",")]
     folds = [fold for fold in arguments.folds.split(",") if fold]
     ways = [Way(fold, width, seed=seed) for fold in folds for seed in range(arguments.seeds) for width in widths]
     sides = [int(side) for side in arguments.sides.split(",") if side]
-    return ways + [Way(width=side * side * layers, side=side) for side in sides]
+    ways += [Way(width=side * side * len(shapes), side=side) for side in sides]
+    shorter = sum(min(shape) for shape in shapes)
+    ranks = [int(rank) for rank in arguments.ranks.split(",") if rank]
+    return ways + [
+        Way(width=shorter * rank, rank=rank, seed=seed) for seed in range(arguments.seeds) for rank in ranks
+    ]
+
+
+def _shape(layer: Tensor) -> tuple[int, int]:
+    """(out, in) of a layer's vectors (V, out, in)."""
+    return layer.shape[1], layer.shape[2]
 
 
 def _write(out: Path, results: dict[str, Any]) -> None:
