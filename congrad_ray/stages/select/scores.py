@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 # Squared length of a direction, relative to the parts that it is the sum of, below which only rounding is
 # left.
 _CANCELLED = 1e-12
-# Other draws of the order of projections that a direction is held against.
+# Other draws of the order of projections that a direction is held against, and how many projections they may take:
+# some ten seconds. More languages than that get fewer draws, but always one.
 _OTHER_ORDERS = 16
+_MOST_PROJECTIONS = 20_000_000
 
 # Columns of a pair that strategies without a direction go by.
 LENGTHS = ("chosen_tokens", "rejected_tokens")
@@ -156,12 +158,17 @@ def other_orders(
 ) -> list[Direction]:
     """The directions of `make_direction` for 16 other draws of the order of projections, each of as many orders.
 
-    None where the surgery draws no order. It costs as much as 16 more surgeries, and no look at a sketch.
+    None where the surgery draws no order; fewer draws where they would take long, as for a hundred languages with
+    leave_out "language" in many blocks. No sketch is looked at.
     """
     if surgery.method not in ("pcgrad", "gradvac"):
         return []
-    draws = [replace(surgery, seed=surgery.seed + surgery.orders * draw) for draw in range(1, _OTHER_ORDERS + 1)]
-    return [make_direction(gram, draw, language_weights, included) for draw in draws]
+    blocks, languages = gram.shape[:2]
+    projections = languages**2 * surgery.orders * (blocks if surgery.per_block else 1)
+    projections *= languages if surgery.leave_out == "language" else 1
+    draws = max(1, min(_OTHER_ORDERS, _MOST_PROJECTIONS // projections))
+    seeds = [surgery.seed + surgery.orders * draw for draw in range(1, draws + 1)]
+    return [make_direction(gram, replace(surgery, seed=seed), language_weights, included) for seed in seeds]
 
 
 def cosines_of_directions(direction: Direction, other: Direction) -> Float64Array:

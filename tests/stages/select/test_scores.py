@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from congrad_ray.stages.select.scores import (
     cosines_with_direction,
     make_direction,
     needed_columns,
+    other_orders,
     projected_cosine_matrix,
     score_of,
 )
@@ -277,3 +279,17 @@ def test_raco_clips_by_the_languages_weights_and_scales_by_none() -> None:
     expected = direction_weights(gradients @ gradients.T, "raco", preference=preference[part])
     np.testing.assert_allclose(direction.weights[0, 0, part], expected)
     assert direction.weights[0, 0, 1] == 0.0
+
+
+def test_other_orders_are_fewer_where_they_would_take_long() -> None:
+    gram = np.stack([np.eye(30)] * 4)
+    for surgery, expected in [
+        (Surgery(), 16),
+        (Surgery(per_block=True, orders=5000), 1),
+        (Surgery(leave_out="language", orders=100), 7),
+        (Surgery("mgda"), 0),
+    ]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("congrad_ray.stages.select.scores.make_direction", lambda gram, draw, *rest: draw)
+            made: list[Any] = other_orders(gram, surgery)
+        assert [draw.seed for draw in made] == [surgery.orders * draw for draw in range(1, expected + 1)]
