@@ -98,7 +98,7 @@ class StreamedSketches:
             vectors, against = ray.get(shared)
             for piece in _pieces(files["path"], filesystem, PRODUCT_COLUMNS):
                 products = products_of(piece, layout, vectors, shares(piece))
-                columns = {}
+                columns: dict[str, Any] = {}
                 for number, direction in enumerate(against):
                     found = agreement(products, direction, leave_out)
                     columns.update((f"{name} {number}", pa.array(getattr(found, name))) for name in names)
