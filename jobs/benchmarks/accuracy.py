@@ -539,16 +539,16 @@ def enough(rows: list[dict[str, Any]], wanted: float = 0.98) -> list[dict[str, A
         good = [row for row in same if row["overlap"] >= wanted]
         widest = max(same, key=lambda row: row["width"])
         # Unfolded, scatter falls as 1 / sqrt(width); the correlation must reach cos(pi (1 - wanted)).
+        # There is none within languages of one pair each.
         noise = widest["correlation_within"] ** -2 - 1
+        by_theory = widest["width"] * noise / math.tan(math.pi * (1 - wanted)) ** 2
         found.append(
             {
                 "pairs": pairs,
                 "fold": fold,
                 "width": min((row["width"] for row in good), default=None),
                 "best_overlap": max(row["overlap"] for row in same),
-                "width_by_theory_if_unfolded": round(
-                    widest["width"] * noise / math.tan(math.pi * (1 - wanted)) ** 2
-                ),
+                "width_by_theory_if_unfolded": round(by_theory) if math.isfinite(by_theory) else None,
             }
         )
     return found
@@ -821,7 +821,7 @@ def tables(results: dict[str, Any]) -> str:
     for row in results["enough"]:
         lines.append(
             f"| {row['pairs']} | {row['fold']} | {row['width'] or '-'} | {100 * row['best_overlap']:.1f} % | "
-            f"{row['width_by_theory_if_unfolded']} |"
+            f"{row['width_by_theory_if_unfolded'] or '-'} |"
         )
     lines += [
         "",
