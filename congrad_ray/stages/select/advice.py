@@ -172,7 +172,8 @@ def _of_quota(settings: Select, evidence: Evidence) -> list[str]:
     """One sentence where nearly all dropped pairs agree with the direction."""
     dropped = int((~evidence.kept).sum())
     agreeing = int((~evidence.kept & (evidence.scores >= 0)).sum())
-    if settings.keep_rule == "threshold" or not dropped or agreeing < _NEARLY_ALL * dropped:
+    by_quota = settings.keep_rule != "threshold" and settings.band == "highest"
+    if not by_quota or not dropped or agreeing < _NEARLY_ALL * dropped:
         return []
     conflicting = int((evidence.scores < 0).sum())
     score = settings.score if settings.strategy == "congrad" else "cosine"

@@ -230,7 +230,7 @@ def test_two_iterations_against_the_start(tiny_model: Path, tmp_path: Path) -> N
     assert manifest.rows == 2 * 8
     summary = directory.stage("evaluation", 1).read_json("summary.json")
     assert summary["model"] == "M_2"
-    assert {row["model"] for row in summary["answers"]} == {"M_0", "M_2"}
+    assert {row["model"] for row in summary["answers"]} == {"M_0", "M_1", "M_2"}
     assert sum(change["count"] for change in summary["score_changes"] if change["language"] == "*") == 2 * 6
 
 
