@@ -15,10 +15,11 @@ from congrad_ray.config.profile import load_profile
 from congrad_ray.pipeline.plan import max_cpus
 from congrad_ray.runtime.logs import configure
 from congrad_ray.runtime.session import connect
-from study.analysis import without_seeds
+from study.analysis import KEYS, without_seeds
 from study.protocol import cells, load_protocol
 from study.report import write_report
-from study.running import Results, check_with_exact, run_cells
+from study.results import Results
+from study.running import check_with_exact, run_cells
 
 logger = logging.getLogger("congrad_ray.study")
 
@@ -39,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     configure()
     protocol, profile = load_protocol(arguments.protocol), load_profile(arguments.profile)
-    results = Results(arguments.results)
+    results = Results(arguments.results, KEYS)
     if not arguments.only_report:
         blocks = [protocol.tuning] if arguments.tuning else protocol.blocks
         connect(profile, max(arguments.workers, max_cpus(protocol.recipe, profile)))

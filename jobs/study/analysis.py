@@ -5,22 +5,18 @@ A seed is the unit: prompts of one seed share a model, so only seeds count as in
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
 
 from study.protocol import EVERYTHING, ORACLE, START
-
-Row = Mapping[str, Any]
+from study.results import Row
 
 RANDOM = "random"
 CONFIDENCE = 0.95
@@ -33,11 +29,7 @@ _DIAGNOSTICS = (
 )
 _KEY = {"seed": int, "variant": str, "strategy": str, "keep": (int, float)}
 _TRAINING = {"learning_rate": (int, float), "iterations": int}
-_KEYS: dict[str, dict[str, Any]] = {"cell": {**_KEY, **_TRAINING}, "selection": _KEY, "exact": _KEY}
-
-
-class ResultsError(ValueError):
-    """A line of a results file is not a result; the text names the file and the line."""
+KEYS: dict[str, dict[str, Any]] = {"cell": {**_KEY, **_TRAINING}, "selection": _KEY, "exact": _KEY}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,44 +129,6 @@ class Line:
     selection: SelectionSummary | None
     scores: dict[str, Summary]
     differences: dict[tuple[str, str], Difference]
-
-
-def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a results file (one JSON object per line), the last of each key.
-
-    A last line without an end that cannot be read is what a killed run leaves, and is left out. Raises
-    ResultsError for any other line that is not a result, OSError where the file cannot be read.
-    """
-    lines = Path(path).read_bytes().split(b"\n")
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, parse_constant=_not_json)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ResultsError(f"{path}, line {number}: not JSON: {error}") from error
-        found[_checked_key(row, f"{path}, line {number}")] = row
-    return list(found.values())
-
-
-def result_key(row: Row) -> tuple[Any, ...]:
-    """What a result is about: of two rows with the same key the later one counts."""
-    return row["kind"], *(row[name] for name in _KEYS[row["kind"]])
-
-
-def cut_torn_line(path: str | Path) -> bool:
-    """Cuts off what a killed run left after the last whole line; whether there was anything.
-
-    To be done before more rows are appended: behind half a line they would be lost with it.
-    """
-    content = Path(path).read_bytes()
-    rest = len(content) - (content.rfind(b"\n") + 1)
-    if rest:
-        os.truncate(path, len(content) - rest)
-    return rest > 0
 
 
 def without_seeds(rows: Iterable[Row], seeds: Iterable[int]) -> list[Row]:
@@ -391,25 +345,6 @@ def _markdown(rows: Sequence[Row], group: Group) -> str:
 def _cell(text: str) -> str:
     """Names come from a YAML file: a bar would end the cell."""
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _not_json(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number; undefined values are null")
-
-
-def _checked_key(row: Any, where: str) -> tuple[Any, ...]:
-    """The `result_key` of something read from a file. Raises ResultsError where it is no result."""
-    if not isinstance(row, dict):
-        raise ResultsError(f"{where}: should be an object, found {type(row).__name__}")
-    kind = row.get("kind")
-    if not isinstance(kind, str) or kind not in _KEYS:
-        raise ResultsError(f"{where}: kind should be one of {', '.join(_KEYS)}, found {kind!r}")
-    for name, types in _KEYS[kind].items():
-        if name not in row:
-            raise ResultsError(f"{where}: a row of kind {kind} needs {name}")
-        if not isinstance(row[name], types) or isinstance(row[name], bool):
-            raise ResultsError(f"{where}: {name} is {row[name]!r}")
-    return result_key(row)
 
 
 def _check(measure: str) -> None:

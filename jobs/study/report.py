@@ -19,7 +19,6 @@ from study.analysis import (
     Estimate,
     Group,
     Line,
-    Row,
     SelectionSummary,
     difference_text,
     keep_text,
@@ -29,6 +28,7 @@ from study.analysis import (
     signed_text,
 )
 from study.protocol import EVERYTHING, START
+from study.results import Row
 
 _MEASURES = {
     "seen": "score in languages trained on",

@@ -1,8 +1,7 @@
-"""Running the study's cells on Ray, and the file that keeps every result."""
+"""Running the study's cells on Ray."""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import asdict
@@ -12,34 +11,11 @@ from typing import Any
 from congrad_ray.config.profile import Profile
 from congrad_ray.config.recipe import Recipe, Select
 from congrad_ray.rundir.directory import RunDirectory
-from study.analysis import cut_torn_line, read_results, result_key
 from study.preparation import iterate, prepare, prepare_exact, recipe_of
 from study.protocol import EVERYTHING, START, Cell, Protocol
+from study.results import Results
 
 logger = logging.getLogger("congrad_ray.study")
-
-
-class Results:
-    """The results file: what it holds, and one more line whenever something is known."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            cut_torn_line(path)  # left by a kill; the next row would be glued to it
-        self.rows = read_results(path) if path.exists() else []
-        self._known = {result_key(row) for row in self.rows}
-
-    def has(self, cell: Cell, kind: str = "cell") -> bool:
-        return result_key({"kind": kind, **asdict(cell)}) in self._known
-
-    def add(self, row: dict[str, Any]) -> None:
-        if result_key(row) in self._known:
-            return
-        self._known.add(result_key(row))
-        self.rows.append(row)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 def run_cells(
@@ -51,9 +27,9 @@ def run_cells(
 
     from study.trial import Trials
 
-    missing = [cell for cell in wanted if not results.has(cell)]
+    missing = [cell for cell in wanted if not _known(results, cell)]
     starts = [Cell(seed, "", START, 1.0, 0.0) for seed in dict.fromkeys(cell.seed for cell in wanted)]
-    tasks = [start for start in starts if not results.has(start)] + missing
+    tasks = [start for start in starts if not _known(results, start)] + missing
     logger.info(f"{len(wanted)} cells, {len(missing)} of them to be run")
     if not tasks:
         return
@@ -105,7 +81,7 @@ def diagnose(
         for strategy in protocol.strategies:
             for keep in [1.0] if strategy == EVERYTHING else keeps:
                 cell = Cell(seed, variant, strategy, keep, 0.0)
-                if not results.has(cell, "selection"):
+                if not _known(results, cell, "selection"):
                     results.add(trials.selection_row(cell, recipe, runs[seed, variant].path))
 
 
@@ -136,3 +112,7 @@ def check_with_exact(protocol: Protocol, profile: Profile, root: Path, results: 
                     {"kind": "exact", "seed": seed, "variant": variant, "strategy": name, "keep": keep, **row}
                 )
                 logger.info(f"seed {seed} {variant} {name}: {row}")
+
+
+def _known(results: Results, cell: Cell, kind: str = "cell") -> bool:
+    return results.has({"kind": kind, **asdict(cell)})

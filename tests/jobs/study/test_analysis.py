@@ -11,22 +11,21 @@ from typing import Any
 import pytest
 
 from study.analysis import (
+    KEYS,
     Group,
-    ResultsError,
-    cut_torn_line,
     difference_text,
     differences,
     estimate,
     groups,
     markdown_table,
     rate_text,
-    read_results,
     selection_summaries,
     signed_text,
     summaries,
     table,
     without_seeds,
 )
+from study.results import ResultsError, cut_torn_line, read_results
 
 # Upper 2.5 % points of Student's t by degrees of freedom, from printed tables.
 T_975 = {1: 12.706, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622}
@@ -71,7 +70,7 @@ class TestReadResults:
             cell(1, "congrad", 0.9),
             selection(1, "congrad", auc=0.8),
         ]
-        found = read_results(lines(tmp_path / "r", *rows))
+        found = read_results(lines(tmp_path / "r", *rows), KEYS)
         assert sorted(row["seen"] for row in found if row["kind"] == "cell") == [0.1, 0.3, 0.4, 0.5, 0.6, 0.9]
         assert [row["auc"] for row in found if row["kind"] == "selection"] == [0.8]
 
@@ -81,9 +80,9 @@ class TestReadResults:
         inside_letter = last.index("é".encode()) + 1
         for cut in (0, 1, inside_letter, *range(9, len(last), 9), len(last) - 1):
             (tmp_path / "r").write_bytes(before + last[:cut])
-            assert read_results(tmp_path / "r") == [first]
+            assert read_results(tmp_path / "r", KEYS) == [first]
         (tmp_path / "r").write_bytes(before + last)
-        assert len(read_results(tmp_path / "r")) == 2
+        assert len(read_results(tmp_path / "r", KEYS)) == 2
 
     @pytest.mark.parametrize(
         ("bad", "why"),
@@ -100,17 +99,17 @@ class TestReadResults:
     def test_any_other_bad_line_is_named(self, tmp_path: Path, bad: str, why: str) -> None:
         path = lines(tmp_path / "r", cell(1, "all", 0.1), "", bad, cell(2, "all", 0.1))
         with pytest.raises(ResultsError, match=rf"r, line 3: .*{why}"):
-            read_results(path)
+            read_results(path, KEYS)
         # The last line as well, once it has its end.
         with pytest.raises(ResultsError, match="line 1"):
-            read_results(lines(tmp_path / "r", bad))
+            read_results(lines(tmp_path / "r", bad), KEYS)
 
     def test_a_torn_line_is_cut_off_before_more_is_appended(self, tmp_path: Path) -> None:
         path = lines(tmp_path / "r", cell(1, "all", 0.1), '{"kind": "ce', end="")
         assert cut_torn_line(path)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(cell(2, "all", 0.2)) + "\n")
-        assert [row["seed"] for row in read_results(path)] == [1, 2]
+        assert [row["seed"] for row in read_results(path, KEYS)] == [1, 2]
         assert not cut_torn_line(path)
         path.write_text('{"kind')
         assert cut_torn_line(path) and path.read_bytes() == b""
