@@ -6,8 +6,8 @@
     python jobs/run_real_study.py report ...    the results as tables in docs/results/real-model.md
 
 PROTOCOL is jobs/real_study/protocol.yaml, or one of your own. DATA is a folder with preferences.jsonl,
-eval_prompts.jsonl, tata.jsonl and xcopa.jsonl; MODEL a Hugging Face folder. Every verb needs the ones before it and
-takes the same arguments. Whatever is known is kept in RUN and FILE at once: run the same command again to resume.
+eval_prompts.jsonl, tata.jsonl and xcopa.jsonl; MODEL a Hugging Face folder. Every verb needs the ones before it
+and takes the same arguments. What is known is kept in RUN and FILE at once: run the same command again to resume.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from congrad_ray.modeling.source import named_model
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.logs import configure
-from real_study.protocol import DATASETS, KEYS, load_protocol, recipe_for
+from real_study.protocol import DATASETS, KEYS, cells, load_protocol, recipe_for, tuning_cells
 from study.results import Results
 
 logger = logging.getLogger("congrad_ray.real_study")
@@ -85,7 +85,9 @@ def main() -> None:
         return
     from real_study.training import run_training
 
-    run_training(protocol, recipe, arguments, run, results)
+    wanted = tuning_cells(protocol.training) if arguments.tuning else cells(protocol.training)
+    chosen = [cell for cell in wanted if not arguments.seeds or cell.seed in arguments.seeds]
+    run_training(protocol, recipe, arguments.data.resolve(), run, results, chosen, arguments.workers)
 
 
 if __name__ == "__main__":

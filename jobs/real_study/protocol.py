@@ -155,6 +155,9 @@ class Protocol(Settings):
                 raise ValueError(f"selection.blocks: {blocks}; sketch.groups ({self.sketch.groups}) counts from 0")
         if set(training.seeds) & set(training.tuning_seeds):
             raise ValueError("a seed that the learning rate was chosen on must not be compared on")
+        for name, strategy in self.strategies.items():
+            if not isinstance(strategy, str) and strategy.keep_rule == "token_budget":
+                raise ValueError(f"strategies.{name}: the study has no keep_rule 'token_budget'; leave it out")
         for variant in training.variants:
             if "alpaca" not in self.plantings[variant].datasets:
                 raise ValueError(f"training.variants: {variant} is not a planting of alpaca, which is trained on")

@@ -62,7 +62,7 @@ def own_rule(strategy: Strategy | Oracle) -> KeepRule:
     """The keep rule of a strategy's own settings, which training goes by."""
     if isinstance(strategy, str):
         return "overall" if strategy == "oracle_overall" else "per_language"
-    assert strategy.keep_rule != "token_budget"  # `check_strategies`
+    assert strategy.keep_rule != "token_budget"  # the protocol refuses it
     return strategy.keep_rule
 
 

@@ -74,7 +74,7 @@ def commands(page: Path) -> Iterator[list[str]]:
     for line in lines(page):
         for part in re.split(r"&&|\||--\s+(?=python)", line.strip().removeprefix("$ ")):
             job = re.match(r"\s*python jobs/run_(\w+)\.py(.*)", part)
-            if job and job[1] != "study":
+            if job and job[1] not in ("study", "real_study"):
                 assert (ROOT / "jobs" / f"run_{job[1]}.py").exists(), part
                 name = "run" if job[1] == "all" else job[1]
                 yield [name, *shlex.split(job[2].replace("...", ""), comments=True)]

@@ -1,0 +1,165 @@
+"""What a selection is worth: the same start trained on every strategy's pairs, each model on a Ray actor."""
+
+from __future__ import annotations
+
+import io
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from congrad_ray.config.profile import load_profile
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.modeling.source import named_model
+from congrad_ray.rundir.directory import Folder, RunDirectory
+from congrad_ray.runtime.progress import duration
+from congrad_ray.stages.select.schema import SELECTED
+from real_study.measuring import Question, log_probabilities, measured, over, questions
+from real_study.protocol import Cell, Protocol
+from real_study.selecting import Choice, can_select, choose, own_rule
+from real_study.sketches import Draw, draw, read_sketched
+from study.results import Results
+
+Row = dict[str, Any]
+
+logger = logging.getLogger("congrad_ray.real_study")
+
+_START_FILE = "start-logps.npy"
+_TOKENS = 1024  # padded, of a forward pass when measuring
+
+
+class Trials:
+    """Trains and measures in one process (a Ray actor) with one thread."""
+
+    def __init__(self, protocol: Protocol, recipe: Recipe, data: Path, run: Folder) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._protocol, self._recipe, self._run = protocol, recipe, run
+        self._source = named_model(recipe.model.name, recipe.model)
+        self._asked: list[Question] = questions(protocol, data, run, self._source.load_tokenizer())
+
+    def start(self) -> Row:
+        """The starting model's row; its log-probabilities are written to the run."""
+        before = time.monotonic()
+        logps = log_probabilities(self._source.load_model("cpu"), self._asked, _TOKENS)
+        buffer = io.BytesIO()
+        np.save(buffer, logps)
+        self._run.write_bytes(_START_FILE, buffer.getvalue())
+        return {
+            "kind": "start",
+            **measured(self._asked, logps, logps, self._protocol.training.train.beta),
+            "questions": len(self._asked),
+            "seconds": round(time.monotonic() - before, 1),
+        }
+
+    def run(self, cell: Cell) -> Row:
+        """The row of a trained model."""
+        from congrad_ray.stages.sketch.layers import base_causal_model
+        from congrad_ray.stages.train.loop import TrainingJob, train_alone
+
+        before = time.monotonic()
+        training = self._protocol.training
+        drawn, choice, kept = selected(self._protocol, self._run, cell)
+        train = training.train.model_copy(update={"learning_rate": cell.learning_rate, "seed": cell.seed})
+        recipe = self._recipe.model_copy(update={"train": train})
+        with tempfile.TemporaryDirectory() as scratch:
+            output = RunDirectory.open(scratch)
+            output.write_table("selected.parquet", training_table(drawn, choice, kept))
+            model: Any = train_alone(TrainingJob(recipe, self._source, output, output, threads=1))
+        trained = time.monotonic()
+        start: NDArray[np.float64] = np.load(io.BytesIO(self._run.read_bytes(_START_FILE)))
+        if len(start) != len(self._asked):
+            raise ValueError(
+                f"the start was asked {len(start)} questions and this model {len(self._asked)}: the protocol's "
+                "measures have changed; give other --run and --results"
+            )
+        logps = log_probabilities(base_causal_model(model).eval(), self._asked, _TOKENS)
+        return {
+            "kind": "cell",
+            **asdict(cell),
+            "pairs": len(kept),
+            "kept": int(kept.sum()),
+            "flipped": round(float(drawn.flipped.mean()), 4),
+            "flipped_kept": round(float(drawn.flipped[kept].mean()), 4),
+            "planted": list(drawn.planted),
+            "steps": train.max_steps,
+            **measured(self._asked, logps, start, train.beta),
+            "train_seconds": round(trained - before, 1),
+            "seconds": round(time.monotonic() - before, 1),
+        }
+
+
+def selected(protocol: Protocol, run: Folder, cell: Cell) -> tuple[Draw, Choice, NDArray[np.bool_]]:
+    """The pairs of a cell's draw, its strategy's scores, and the mask (N,) of those that it keeps.
+
+    The draw depends on seed and variant alone: strategies of a seed choose among the same pairs.
+    """
+    training = protocol.training
+    data = read_sketched(run, "alpaca", protocol.sketch.groups).of_languages(training.languages)
+    drawn = draw(data, protocol.plantings[cell.variant], training.share, cell.seed)
+    strategy = protocol.strategies[cell.strategy]
+    if not can_select(strategy, data):
+        raise ValueError(
+            f"strategy {cell.strategy} goes by scores, which nobody gave the pairs that are trained on"
+        )
+    choice = choose(strategy, drawn, cell.seed)
+    return drawn, choice, choice.kept(drawn.data.pairs, own_rule(strategy), training.keep)
+
+
+def training_table(drawn: Draw, choice: Choice, kept: NDArray[np.bool_]) -> pa.Table:
+    """The kept pairs as the select stage writes them, flipped labels as they are now; schema SELECTED."""
+    pairs = drawn.data.pairs
+    columns: Row = {name: pairs[name] for name in SELECTED.names if name in pairs.column_names}
+    columns |= {f"ref_{side}_logps": pairs[f"{side}_logps"] for side in ("chosen", "rejected")}
+    columns["congrad_score"] = pa.array(choice.scores)
+    nothing = {name: pa.nulls(len(pairs), SELECTED.field(name).type) for name in SELECTED.names}
+    table = pa.table([(nothing | columns)[name] for name in SELECTED.names], schema=SELECTED)
+    return table.filter(pa.array(kept))
+
+
+def run_training(
+    protocol: Protocol,
+    recipe: Recipe,
+    data: Path,
+    run: Folder,
+    results: Results,
+    wanted: Sequence[Cell],
+    workers: int,
+) -> None:
+    """Trains the cells that have no result yet, `workers` at a time; the start is measured first."""
+    import ray
+    from ray.util import ActorPool
+
+    from congrad_ray.runtime.session import connect
+
+    missing = [cell for cell in wanted if not results.has({"kind": "cell", **asdict(cell)})]
+    logger.info(f"{len(wanted)} cells, {len(missing)} of them to be run")
+    if not missing:
+        return
+    connect(load_profile("local"), workers)
+    actors: list[Any] = [
+        ray.remote(Trials).options(num_cpus=1).remote(protocol, recipe, data, run) for _ in range(workers)
+    ]
+    if not results.has({"kind": "start"}) or not run.exists(_START_FILE):
+        results.add(ray.get(actors[0].start.remote()))
+    began = time.monotonic()
+    found = ActorPool(actors).map_unordered(lambda actor, cell: actor.run.remote(cell), missing)
+    for number, row in enumerate(found, 1):
+        results.add(row)
+        left = (time.monotonic() - began) / number * (len(missing) - number)
+        accuracy = over(row["held_out_accuracy"], protocol.training.languages)
+        logger.info(
+            f"{number}/{len(missing)} {row['variant']} {row['strategy']} seed {row['seed']} rate "
+            f"{row['learning_rate']:g}: held-out accuracy {accuracy:.3f}, {row['seconds']:.0f} s; "
+            f"{duration(left)} left"
+        )
+    for actor in actors:
+        ray.kill(actor)
