@@ -79,7 +79,12 @@ class Selection(Settings):
     draws: Positive = 40
     share: Fraction = Field(0.75, description="of each language's pairs, drawn in each draw")
     keep: Fraction = 0.5
-    rules: list[KeepRule] = Field(["per_language", "overall", "threshold"], min_length=1)
+    rules: list[KeepRule] = Field(
+        ["per_language", "overall", "threshold"],
+        min_length=1,
+        description="each strategy is tried with all; one with another rule than per_language is for training",
+    )
+    detailed: str = Field("flipped2", description="the planting that more is said about")
     blocks: list[list[int]] = Field(
         default_factory=list, description="blocks of layers that `block_strategies` are repeated on, from 0"
     )
@@ -146,6 +151,7 @@ class Protocol(Settings):
             (selection.subset_strategies, self.strategies, "selection.subset_strategies"),
             (training.strategies, self.strategies, "training.strategies"),
             (training.variants, self.plantings, "training.variants"),
+            ([selection.detailed], self.plantings, "selection.detailed"),
         ):
             unknown = sorted(set(names) - set(known))
             if unknown:

@@ -102,12 +102,13 @@ def _auc(rows: Sequence[Row], protocol: Protocol, dataset: DatasetName) -> str:
     strategies = _strategies(found)
     if not strategies:
         return _EMPTY
-    head = ["strategy", *plantings, "flipped2, in its languages", "flipped2, to `congrad`", "± over pairs"]
+    detailed = protocol.selection.detailed
+    head = ["strategy", *plantings, f"{detailed}, in its languages", f"{detailed}, to `congrad`", "± over pairs"]
     rated = any(row.get("auc_rating") for row in found.values())
     body = []
     for strategy in strategies:
-        two: Row = found.get(("flipped2", strategy), {})
-        paper: Row = found.get(("flipped2", "congrad"), {})
+        two: Row = found.get((detailed, strategy), {})
+        paper: Row = found.get((detailed, "congrad"), {})
         line = [_code(strategy), *(_interval(found.get((name, strategy), {}).get("auc")) for name in plantings)]
         line += [_interval(two.get("auc_planted")), _difference(two.get("auc"), paper.get("auc"))]
         line.append(number_text(_normal(two.get("auc_se"))))
@@ -142,7 +143,7 @@ def _blocks(rows: Sequence[Row], protocol: Protocol, dataset: DatasetName) -> st
     names = protocol.selection.block_strategies
     if not found:
         return _EMPTY
-    plantings = [name for name in ("flipped2", "noise") if name in protocol.plantings]
+    plantings = [name for name in (protocol.selection.detailed, "noise") if name in protocol.plantings]
     body = []
     for blocks in (None, *protocol.selection.blocks):
         suffix = "" if blocks is None else f"@{'+'.join(map(str, blocks))}"
@@ -180,12 +181,13 @@ def _subset(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["kind"] == "against":
             names = ("cosines_rank_correlation", "rank_correlation", "rank_correlation_without_pair")
-            line = [row["against"], _code(row["strategy"]), str(row["pairs"])]
+            line = [row["against"], _code(row["strategy"]), str(row["pairs"]), number_text(row["languages_error"])]
             line += [number_text(row[name]) for name in names]
             line += [percent_text(row["kept_in_common"]), percent_text(row["kept_in_common_without_pair"])]
             line += [_interval(row["auc"]), _interval(row["auc_other"]), _difference(row["auc_other"], row["auc"])]
             body.append(line)
-    head = ["against exact", "strategy", "pairs", "rank correlation of pairs' cosines", "of scores"]
+    head = ["against exact", "strategy", "pairs", "largest difference of languages' cosines"]
+    head += ["rank correlation of pairs' cosines", "of scores"]
     head += ["of scores without the pair", "kept in common", "without the pair"]
     return _table([*head, "AUC exact", "AUC", "difference"], body) if body else _EMPTY
 

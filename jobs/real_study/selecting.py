@@ -41,7 +41,7 @@ _TEXTS = ("prompt", "chosen", "rejected", "part", "place")
 # Strategies whose scores are cosines or products, of which 0 is the border between agreement and conflict.
 _AGREEMENT = ("congrad", "no_surgery", "own_language")
 _RANDOM_ORDER = 0.5  # below the 1 between right and wrong labels
-_NORMAL = 1.959963984540054  # two-sided 95 %
+_DIGITS = 4  # of what is written
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ def rules_of(strategy: Strategy | Oracle, rules: Sequence[KeepRule]) -> list[Kee
     if strategy.strategy == ALL:
         return ["per_language"]
     return [rule for rule in rules if rule != "threshold" or strategy.strategy in _AGREEMENT]
+
+
+def is_studied(strategy: Strategy | Oracle, data: Sketched) -> bool:
+    """Whether `select` is about the strategy: one that differs by its keep rule alone is for training."""
+    return can_select(strategy, data) and (isinstance(strategy, str) or own_rule(strategy) == "per_language")
 
 
 def can_select(strategy: Strategy | Oracle, data: Sketched) -> bool:
@@ -120,8 +125,9 @@ def facts(drawn: Draw, choice: Choice, rules: Sequence[KeepRule], fraction: floa
     auc: the probability that a pair with the right label has a higher score than one with a flipped label;
     auc_planted: among the pairs of the planted languages; auc_within: within a language, mean over those that have
     both; auc_se: standard error of auc over pairs (DeLong); auc_rating: the same of pairs rated 2 over 0 against 2
-    over 1, where people rated. By keep rule: the share kept, of flipped ones among the kept, and of those kept and
-    dropped that agree with the direction (cosine of 0 or more). None where there is nothing to say.
+    over 1, where people rated. conflicting: the share with a negative cosine with the direction. By keep rule: the
+    share of flipped ones among the kept, or where none is flipped that of those kept and dropped that agree with
+    the direction (cosine of 0 or more); of a threshold the share kept. None where there is nothing to say.
     """
     pairs, flipped, scores = drawn.data.pairs, drawn.flipped, choice.scores
     languages = drawn.data.languages
@@ -148,9 +154,11 @@ def facts(drawn: Draw, choice: Choice, rules: Sequence[KeepRule], fraction: floa
         row["auc_rating"] = area_under_curve(scores[margin > 1], scores[margin <= 1])
     for rule in rules:
         kept = choice.kept(pairs, rule, fraction)
-        row[f"{rule}_kept"] = float(kept.mean())
-        row[f"{rule}_flipped"] = float(flipped[kept].mean()) if kept.any() else None
-        if selection is not None:
+        if rule == "threshold":
+            row["threshold_kept"] = float(kept.mean())
+        if flipped.any():
+            row[f"{rule}_flipped"] = float(flipped[kept].mean()) if kept.any() else None
+        elif selection is not None:
             for name, members in (("kept", kept), ("dropped", ~kept)):
                 agree = float((selection.cosine[members] >= 0).mean()) if members.any() else None
                 row[f"{rule}_{name}_agreeing"] = agree
@@ -170,11 +178,11 @@ def delong_error(higher: Float64Array, lower: Float64Array) -> float | None:
     return float(math.sqrt(sum(parts)))
 
 
-def over_draws(protocol: Protocol, draws: Sequence[Draw], strategy: Strategy | Oracle) -> Row:
+def over_draws(
+    draws: Sequence[Draw], strategy: Strategy | Oracle, rules: Sequence[KeepRule], fraction: float
+) -> Row:
     """Of every fact its values in all draws; None for a fact without a value in any."""
-    study = protocol.selection
-    rules = rules_of(strategy, study.rules)
-    rows = [facts(of, choose(strategy, of, seed), rules, study.keep) for seed, of in enumerate(draws)]
+    rows = [facts(of, choose(strategy, of, seed), rules, fraction) for seed, of in enumerate(draws)]
     found: Row = {}
     for name in rows[0]:
         values = [_rounded(row[name]) for row in rows]
@@ -193,7 +201,7 @@ def run_selection(protocol: Protocol, run: Folder, results: Results) -> None:
                 results.add({**about, **describe(data)})
         some = {name: protocol.strategies[name] for name in study.block_strategies}
         parts: list[tuple[str, Sketched, dict[str, Strategy | Oracle]]] = [
-            ("", data, {name: of for name, of in protocol.strategies.items() if can_select(of, data)}),
+            ("", data, {name: of for name, of in protocol.strategies.items() if is_studied(of, data)}),
             *((f"@{'+'.join(map(str, blocks))}", data.of_blocks(blocks), some) for blocks in study.blocks),
         ]
         plantings = [name for name, planting in protocol.plantings.items() if dataset in planting.datasets]
@@ -209,7 +217,9 @@ def run_selection(protocol: Protocol, run: Folder, results: Results) -> None:
                         if not draws:
                             settings = protocol.plantings[planting]
                             draws = [draw(part, settings, study.share, seed) for seed in range(study.draws)]
-                        results.add({**about, **over_draws(protocol, draws, strategy)})
+                        # Of some blocks of layers the scores are wanted, not what is kept by them.
+                        rules = [] if suffix else rules_of(strategy, study.rules)
+                        results.add({**about, **over_draws(draws, strategy, rules, study.keep)})
                     progress.add(1)
     run_subset(protocol, run, results)
 
@@ -236,7 +246,7 @@ def compared(protocol: Protocol, strategy: Strategy, one: Sketched, other: Sketc
     """A strategy's selection from `one` and `other`, which are different gradients of the same pairs.
 
     Of all pairs: rank correlation of the cosines between pairs, of the scores with and without the pair itself in
-    the direction, and the share of the kept half in common. Of the draws of planting flipped2: both AUCs.
+    the direction, and the share of the kept half in common. Of the detailed planting's draws: both AUCs.
     """
     everything = (
         Draw(one, np.zeros(len(one.pairs), np.bool_), ()),
@@ -249,6 +259,9 @@ def compared(protocol: Protocol, strategy: Strategy, one: Sketched, other: Sketc
         "cosines_rank_correlation": rank_correlation(*cosines),
         "cosines_error": float(np.sqrt(np.mean((cosines[0] - cosines[1]) ** 2))),
     }
+    languages = [choose(strategy, of, 0).selection for of in everything]
+    assert languages[0] is not None and languages[1] is not None  # no oracle
+    row["languages_error"] = float(np.abs(languages[0].cosine_before - languages[1].cosine_before).max())
     for name, settings in (("", strategy), ("_without_pair", strategy.model_copy(update={"leave_out": "pair"}))):
         choices = [choose(settings, of, 0) for of in everything]
         kept = [
@@ -256,7 +269,7 @@ def compared(protocol: Protocol, strategy: Strategy, one: Sketched, other: Sketc
         ]
         row[f"rank_correlation{name}"] = rank_correlation(choices[0].scores, choices[1].scores)
         row[f"kept_in_common{name}"] = float((kept[0] & kept[1]).sum() / kept[0].sum())
-    planting = protocol.plantings["flipped2"]
+    planting = protocol.plantings[protocol.selection.detailed]
     aucs: list[tuple[float | None, float | None]] = []
     for seed in range(protocol.selection.draws):
         drawn = [draw(data, planting, 1.0, seed) for data in (one, other)]
@@ -338,5 +351,5 @@ def _pair_cosines(data: Sketched) -> Float64Array:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
+        return round(value, _DIGITS) if math.isfinite(value) else None
     return value

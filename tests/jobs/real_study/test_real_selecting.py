@@ -124,16 +124,20 @@ def test_facts_of_a_selection(sketched: Sketched) -> None:
     drawn = draw(sketched, Planting(languages=2, share=0.5), 1.0, 1)
     right = facts(drawn, choose("oracle_overall", drawn, 0), ["overall"], 0.5)
     assert right["auc"] == right["auc_planted"] == right["auc_within"] == 1.0
-    assert right["overall_flipped"] == 0.0 and right["overall_kept"] == 0.5
+    assert right["overall_flipped"] == 0.0
     assert 0.0 < facts(drawn, choose("oracle", drawn, 0), ["per_language"], 0.75)["per_language_flipped"] < 1 / 3
     found = choose(Strategy(), drawn, 0)
     said = facts(drawn, found, ["per_language", "threshold"], 0.5)
     kept = found.scores > 0
     assert said["threshold_kept"] == pytest.approx(kept.mean())
     assert said["threshold_flipped"] == pytest.approx(drawn.flipped[kept].mean())
-    assert said["threshold_kept_agreeing"] == 1.0 and said["conflicting"] == pytest.approx(
-        (found.scores < 0).mean()
-    )
+    assert said["conflicting"] == pytest.approx((found.scores < 0).mean())
+    clean = draw(sketched, Planting(), 1.0, 1)
+    agree = choose(Strategy(), clean, 0).scores >= 0
+    as_they_are = facts(clean, choose(Strategy(), clean, 0), ["per_language", "threshold"], 0.5)
+    assert as_they_are["threshold_kept_agreeing"] == 1.0 and as_they_are["auc"] is None
+    halves = as_they_are["per_language_kept_agreeing"] + as_they_are["per_language_dropped_agreeing"]
+    assert halves / 2 == pytest.approx(agree.mean())
     assert facts(drawn, choose(Strategy(strategy="all"), drawn, 0), ["per_language"], 0.5)["auc"] is None
     one, other = (choose(Strategy(strategy="random"), drawn, seed).scores for seed in (0, 1))
     assert (one != other).all()
