@@ -89,6 +89,7 @@ class Selection(Settings):
         default_factory=list, description="blocks of layers that `block_strategies` are repeated on, from 0"
     )
     block_strategies: list[str] = Field(default_factory=list)
+    block_plantings: list[str] = Field(default_factory=list)
     subset_per_language: Positive = Field(
         12, description="pairs of alpaca that are compared with exact gradients and with the embedding's"
     )
@@ -152,6 +153,7 @@ class Protocol(Settings):
             (training.strategies, self.strategies, "training.strategies"),
             (training.variants, self.plantings, "training.variants"),
             ([selection.detailed], self.plantings, "selection.detailed"),
+            (selection.block_plantings, self.plantings, "selection.block_plantings"),
         ):
             unknown = sorted(set(names) - set(known))
             if unknown:

@@ -143,7 +143,7 @@ def _blocks(rows: Sequence[Row], protocol: Protocol, dataset: DatasetName) -> st
     names = protocol.selection.block_strategies
     if not found:
         return _EMPTY
-    plantings = [name for name in (protocol.selection.detailed, "noise") if name in protocol.plantings]
+    plantings = protocol.selection.block_plantings
     body = []
     for blocks in (None, *protocol.selection.blocks):
         suffix = "" if blocks is None else f"@{'+'.join(map(str, blocks))}"

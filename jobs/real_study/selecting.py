@@ -40,6 +40,7 @@ logger = logging.getLogger("congrad_ray.real_study")
 _TEXTS = ("prompt", "chosen", "rejected", "part", "place")
 # Strategies whose scores are cosines or products, of which 0 is the border between agreement and conflict.
 _AGREEMENT = ("congrad", "no_surgery", "own_language")
+_BY_RATING = ("reward_gap", "rip")
 _RANDOM_ORDER = 0.5  # below the 1 between right and wrong labels
 _DIGITS = 4  # of what is written
 
@@ -72,7 +73,8 @@ def rules_of(strategy: Strategy | Oracle, rules: Sequence[KeepRule]) -> list[Kee
         return [own_rule(strategy)]
     if strategy.strategy == ALL:
         return ["per_language"]
-    return [rule for rule in rules if rule != "threshold" or strategy.strategy in _AGREEMENT]
+    by_agreement = strategy.strategy in _AGREEMENT and getattr(strategy, "band", "highest") == "highest"
+    return [rule for rule in rules if rule != "threshold" or by_agreement]
 
 
 def is_studied(strategy: Strategy | Oracle, data: Sketched) -> bool:
@@ -82,7 +84,7 @@ def is_studied(strategy: Strategy | Oracle, data: Sketched) -> bool:
 
 def can_select(strategy: Strategy | Oracle, data: Sketched) -> bool:
     """Whether the pairs have what the strategy goes by: not all were rated."""
-    by_rating = not isinstance(strategy, str) and strategy.strategy == "reward_gap"
+    by_rating = not isinstance(strategy, str) and strategy.strategy in _BY_RATING
     return not by_rating or "chosen_score" in data.pairs.column_names
 
 
@@ -206,21 +208,26 @@ def run_selection(protocol: Protocol, run: Folder, results: Results) -> None:
         ]
         plantings = [name for name, planting in protocol.plantings.items() if dataset in planting.datasets]
         logger.info(f"{dataset}: {len(plantings)} plantings")
-        progress = Progress(len(plantings) * sum(len(strategies) for *_, strategies in parts))
-        for planting in plantings:
-            for suffix, part, strategies in parts:
-                draws: list[Draw] = []
-                for name, strategy in strategies.items():
-                    about = {"kind": "selection", "dataset": dataset, "planting": planting}
-                    about["strategy"] = f"{name}{suffix}"
-                    if not results.has(about):
-                        if not draws:
-                            settings = protocol.plantings[planting]
-                            draws = [draw(part, settings, study.share, seed) for seed in range(study.draws)]
-                        # Of some blocks of layers the scores are wanted, not what is kept by them.
-                        rules = [] if suffix else rules_of(strategy, study.rules)
-                        results.add({**about, **over_draws(draws, strategy, rules, study.keep)})
-                    progress.add(1)
+        wanted = [
+            (planting, *part)
+            for planting in plantings
+            for part in parts
+            if not part[0] or planting in study.block_plantings
+        ]
+        progress = Progress(sum(len(strategies) for *_, strategies in wanted))
+        for planting, suffix, part, strategies in wanted:
+            draws: list[Draw] = []
+            for name, strategy in strategies.items():
+                about = {"kind": "selection", "dataset": dataset, "planting": planting}
+                about["strategy"] = f"{name}{suffix}"
+                if not results.has(about):
+                    if not draws:
+                        settings = protocol.plantings[planting]
+                        draws = [draw(part, settings, study.share, seed) for seed in range(study.draws)]
+                    # Of some blocks of layers the scores are wanted, not what is kept by them.
+                    rules = [] if suffix else rules_of(strategy, study.rules)
+                    results.add({**about, **over_draws(draws, strategy, rules, study.keep)})
+                progress.add(1)
     run_subset(protocol, run, results)
 
 

@@ -121,6 +121,7 @@ def small_protocol() -> dict[str, Any]:
             "draws": 3,
             "blocks": [[0], [1]],
             "block_strategies": ["congrad"],
+            "block_plantings": ["flipped2"],
             "subset_per_language": 3,
             "subset_strategies": ["congrad"],
         },
