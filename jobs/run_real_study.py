@@ -83,11 +83,11 @@ def main() -> None:
             exact_gram(protocol, recipe, source, run, arguments.threads)
             embedding_sketches(protocol, source, run, arguments.threads)
         return
-    from real_study.training import run_training
+    from real_study.training import Trial, run_training
 
     wanted = tuning_cells(protocol.training) if arguments.tuning else cells(protocol.training)
     chosen = [cell for cell in wanted if not arguments.seeds or cell.seed in arguments.seeds]
-    run_training(protocol, recipe, arguments.data.resolve(), run, results, chosen, arguments.workers)
+    run_training(Trial(protocol, recipe, arguments.data.resolve(), run), results, chosen, arguments.workers)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def cut_to_equal(
     """
     ids = [_ids(tokenizer, text) for text in (chosen, rejected)]
     for count in range(min(*(len(one) - 1 for one in ids), most), least - 1, -1):
-        texts = [tokenizer.decode(one[:count]) for one in ids]
+        texts = [str(tokenizer.decode(one[:count])) for one in ids]
         if all(_ids(tokenizer, text) == one[:count] for text, one in zip(texts, ids, strict=True)):
             return (texts[0], texts[1]) if texts[0] != texts[1] else None
     return None

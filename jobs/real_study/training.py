@@ -1,4 +1,4 @@
-"""What a selection is worth: the same start trained on every strategy's pairs, each model on a Ray actor."""
+"""What a selection is worth: the same start trained on each strategy's pairs, each model in its own process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from congrad_ray.config.profile import load_profile
 from congrad_ray.config.recipe import Recipe
-from congrad_ray.modeling.source import named_model
+from congrad_ray.modeling.source import ModelSource, named_model
 from congrad_ray.rundir.directory import Folder, RunDirectory
 from congrad_ray.runtime.progress import duration
 from congrad_ray.stages.select.schema import SELECTED
@@ -35,53 +35,55 @@ _START_FILE = "start-logps.npy"
 _TOKENS = 1024  # padded, of a forward pass when measuring
 
 
-class Trials:
-    """Trains and measures in one process (a Ray actor) with one thread."""
+@dataclass(frozen=True)
+class Trial:
+    """What a process needs to know that trains and measures one model, with one thread; travels to it by Ray."""
 
-    def __init__(self, protocol: Protocol, recipe: Recipe, data: Path, run: Folder) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        self._protocol, self._recipe, self._run = protocol, recipe, run
-        self._source = named_model(recipe.model.name, recipe.model)
-        self._asked: list[Question] = questions(protocol, data, run, self._source.load_tokenizer())
+    protocol: Protocol
+    recipe: Recipe
+    data: Path
+    run: Folder
 
     def start(self) -> Row:
         """The starting model's row; its log-probabilities are written to the run."""
         before = time.monotonic()
-        logps = log_probabilities(self._source.load_model("cpu"), self._asked, _TOKENS)
+        source = named_model(self.recipe.model.name, self.recipe.model)
+        asked = self._asked(source)
+        logps = log_probabilities(source.load_model("cpu"), asked, _TOKENS)
         buffer = io.BytesIO()
         np.save(buffer, logps)
-        self._run.write_bytes(_START_FILE, buffer.getvalue())
+        self.run.write_bytes(_START_FILE, buffer.getvalue())
         return {
             "kind": "start",
-            **measured(self._asked, logps, logps, self._protocol.training.train.beta),
-            "questions": len(self._asked),
+            **measured(asked, logps, logps, self.protocol.training.train.beta),
+            "questions": len(asked),
             "seconds": round(time.monotonic() - before, 1),
         }
 
-    def run(self, cell: Cell) -> Row:
-        """The row of a trained model."""
+    def cell(self, cell: Cell) -> Row:
+        """The row of a trained model. Raises ValueError where the start was asked something else."""
         from congrad_ray.stages.sketch.layers import base_causal_model
         from congrad_ray.stages.train.loop import TrainingJob, train_alone
 
         before = time.monotonic()
-        training = self._protocol.training
-        drawn, choice, kept = selected(self._protocol, self._run, cell)
+        training = self.protocol.training
+        source = named_model(self.recipe.model.name, self.recipe.model)
+        asked = self._asked(source)
+        start: NDArray[np.float64] = np.load(io.BytesIO(self.run.read_bytes(_START_FILE)))
+        if len(start) != len(asked):
+            raise ValueError(
+                f"the start was asked {len(start)} questions and this model {len(asked)}: the protocol's measures "
+                "have changed; give other --run and --results"
+            )
+        drawn, choice, kept = selected(self.protocol, self.run, cell)
         train = training.train.model_copy(update={"learning_rate": cell.learning_rate, "seed": cell.seed})
-        recipe = self._recipe.model_copy(update={"train": train})
+        recipe = self.recipe.model_copy(update={"train": train})
         with tempfile.TemporaryDirectory() as scratch:
             output = RunDirectory.open(scratch)
             output.write_table("selected.parquet", training_table(drawn, choice, kept))
-            model: Any = train_alone(TrainingJob(recipe, self._source, output, output, threads=1))
+            model: Any = train_alone(TrainingJob(recipe, source, output, output, threads=1))
         trained = time.monotonic()
-        start: NDArray[np.float64] = np.load(io.BytesIO(self._run.read_bytes(_START_FILE)))
-        if len(start) != len(self._asked):
-            raise ValueError(
-                f"the start was asked {len(start)} questions and this model {len(self._asked)}: the protocol's "
-                "measures have changed; give other --run and --results"
-            )
-        logps = log_probabilities(base_causal_model(model).eval(), self._asked, _TOKENS)
+        logps = log_probabilities(base_causal_model(model).eval(), asked, _TOKENS)
         return {
             "kind": "cell",
             **asdict(cell),
@@ -91,10 +93,16 @@ class Trials:
             "flipped_kept": round(float(drawn.flipped[kept].mean()), 4),
             "planted": list(drawn.planted),
             "steps": train.max_steps,
-            **measured(self._asked, logps, start, train.beta),
+            **measured(asked, logps, start, train.beta),
             "train_seconds": round(trained - before, 1),
             "seconds": round(time.monotonic() - before, 1),
         }
+
+    def _asked(self, source: ModelSource) -> list[Question]:
+        import torch
+
+        torch.set_num_threads(1)
+        return questions(self.protocol, self.data, self.run, source.load_tokenizer())
 
 
 def selected(protocol: Protocol, run: Folder, cell: Cell) -> tuple[Draw, Choice, NDArray[np.bool_]]:
@@ -125,18 +133,9 @@ def training_table(drawn: Draw, choice: Choice, kept: NDArray[np.bool_]) -> pa.T
     return table.filter(pa.array(kept))
 
 
-def run_training(
-    protocol: Protocol,
-    recipe: Recipe,
-    data: Path,
-    run: Folder,
-    results: Results,
-    wanted: Sequence[Cell],
-    workers: int,
-) -> None:
+def run_training(trial: Trial, results: Results, wanted: Sequence[Cell], workers: int) -> None:
     """Trains the cells that have no result yet, `workers` at a time; the start is measured first."""
     import ray
-    from ray.util import ActorPool
 
     from congrad_ray.runtime.session import connect
 
@@ -145,21 +144,24 @@ def run_training(
     if not missing:
         return
     connect(load_profile("local"), workers)
-    actors: list[Any] = [
-        ray.remote(Trials).options(num_cpus=1).remote(protocol, recipe, data, run) for _ in range(workers)
-    ]
-    if not results.has({"kind": "start"}) or not run.exists(_START_FILE):
-        results.add(ray.get(actors[0].start.remote()))
-    began = time.monotonic()
-    found = ActorPool(actors).map_unordered(lambda actor, cell: actor.run.remote(cell), missing)
-    for number, row in enumerate(found, 1):
+    # Each in a process of its own, which ends with it: what DeepSpeed keeps of a model is freed.
+    in_a_process: Any = ray.remote(num_cpus=1, max_calls=1)
+    if not results.has({"kind": "start"}) or not trial.run.exists(_START_FILE):
+        results.add(ray.get(in_a_process(Trial.start).remote(trial)))
+    task = in_a_process(Trial.cell)
+    began, waiting = time.monotonic(), list(missing)
+    running: list[Any] = []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            running.append(task.remote(trial, waiting.pop(0)))
+        [ended], running = ray.wait(running)
+        row = ray.get(ended)
         results.add(row)
+        number = len(missing) - len(waiting) - len(running)
         left = (time.monotonic() - began) / number * (len(missing) - number)
-        accuracy = over(row["held_out_accuracy"], protocol.training.languages)
+        accuracy = over(row["held_out_accuracy"], trial.protocol.training.languages)
         logger.info(
             f"{number}/{len(missing)} {row['variant']} {row['strategy']} seed {row['seed']} rate "
             f"{row['learning_rate']:g}: held-out accuracy {accuracy:.3f}, {row['seconds']:.0f} s; "
             f"{duration(left)} left"
         )
-    for actor in actors:
-        ray.kill(actor)
