@@ -160,19 +160,6 @@ def check_parallel(rows: Iterable[Row], parallel: Iterable[Row], gap: int) -> in
     return drift
 
 
-def split_is_disjoint(pairs: pa.Table, gap: int) -> bool:
-    """Whether held-out rows of alpaca lie at least `gap` rows behind all rows to select from, in all languages."""
-    places = {
-        part: [
-            place
-            for place, found in zip(pairs["place"].to_pylist(), pairs["part"].to_pylist(), strict=True)
-            if found == part
-        ]
-        for part in (SELECT, HELD_OUT)
-    }
-    return not all(places.values()) or min(places[HELD_OUT]) - max(places[SELECT]) > gap
-
-
 def tokenized_pairs(pairs: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[TokenizedPair]:
     """The pairs as the stages tokenise them. Raises ValueError for one that cannot be."""
     return [

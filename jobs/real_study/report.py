@@ -185,11 +185,16 @@ def _subset(rows: Sequence[Row]) -> str:
             line += [number_text(row[name]) for name in names]
             line += [percent_text(row["kept_in_common"]), percent_text(row["kept_in_common_without_pair"])]
             line += [_interval(row["auc"]), _interval(row["auc_other"]), _difference(row["auc_other"], row["auc"])]
+            line.append(percent_text(row.get("embedding_share")))
             body.append(line)
     head = ["against exact", "strategy", "pairs", "largest difference of languages' cosines"]
     head += ["rank correlation of pairs' cosines", "of scores"]
     head += ["of scores without the pair", "kept in common", "without the pair"]
-    return _table([*head, "AUC exact", "AUC", "difference"], body) if body else _EMPTY
+    return (
+        _table([*head, "AUC exact", "AUC", "difference", "embedding's share of the squared norm"], body)
+        if body
+        else _EMPTY
+    )
 
 
 def _start(rows: Sequence[Row]) -> str:

@@ -241,12 +241,15 @@ def run_subset(protocol: Protocol, run: Folder, results: Results) -> None:
     sketched = Sketched(subset(whole.pairs, protocol.selection.subset_per_language), whole.sketch)
     exact = with_coordinates(sketched.pairs, coordinates_of(gram[None]))
     embedded, share = with_embedding(run, sketched, gram)
-    for against, other in (("sketched", sketched), ("with the embedding", embedded)):
+    for against, other, more in (
+        ("sketched", sketched, {}),
+        ("with the embedding", embedded, {"embedding_share": round(share, 4)}),
+    ):
         for name in protocol.selection.subset_strategies:
             strategy, about = protocol.strategies[name], {"kind": "against", "against": against, "strategy": name}
             if not isinstance(strategy, str) and not results.has(about):
                 row = compared(protocol, strategy, exact, other)
-                results.add({**about, **row, "embedding_share": round(share, 4)})
+                results.add({**about, **row, **more})
 
 
 def compared(protocol: Protocol, strategy: Strategy, one: Sketched, other: Sketched) -> Row:
