@@ -355,7 +355,7 @@ def _interval(values: Values, percent: bool = False) -> str:
         return NOTHING
 
     def text(value: float) -> str:
-        return f"{100 * value:.1f}" if percent else number_text(value)
+        return number_text(100 * value, 1) if percent else number_text(value)
 
     found: Estimate = estimate(some)
     within = "" if found.low is None or found.high is None else f" ({text(found.low)}..{text(found.high)})"
