@@ -26,6 +26,7 @@ from real_study.sketches import (
     coordinates_of,
     draw,
     read_sketched,
+    replaced,
     with_coordinates,
     with_embedding,
 )
@@ -117,8 +118,7 @@ def normalised(strategy: Strategy, pairs: pa.Table) -> pa.Table:
     else:
         tokens = pairs["chosen_tokens"].to_numpy() + pairs["rejected_tokens"].to_numpy()
         coefficients = 2 * coefficients / tokens
-    place = pairs.schema.get_field_index("coefficient")
-    return pairs.set_column(place, pairs.schema.field("coefficient"), pa.array(coefficients))
+    return replaced(pairs, "coefficient", pa.array(coefficients))
 
 
 def facts(drawn: Draw, choice: Choice, rules: Sequence[KeepRule], fraction: float) -> Row:

@@ -19,7 +19,8 @@ from real_study.protocol import DatasetName, Planting
 from real_study.sketching import EMBEDDING, PAIRS_FILE, SKETCHES
 
 _LEAST_NUMBERS = 64  # of a block: a recipe allows no sketch of fewer
-_TURNED = ("logps", "tokens")  # what a flipped label turns round, beside the gradient and the texts
+# What a flipped label turns round, beside the gradient.
+_OTHER_SIDE = {"chosen": "rejected", "chosen_logps": "rejected_logps", "chosen_tokens": "rejected_tokens"}
 
 
 @dataclass(frozen=True)
@@ -149,22 +150,20 @@ def flip(data: Sketched, flipped: NDArray[np.bool_]) -> Sketched:
     stay: a judge that gave the wrong label gave it by them, and its margin is above zero.
     """
     pairs = data.pairs
-    sides = [name for name in ("chosen", "rejected") if name in pairs.column_names]
-    turned = {name: name for name in sides} | {
-        f"{side}_{what}": what for side in ("chosen", "rejected") for what in _TURNED
-    }
-    index = np.arange(len(pairs)) + np.where(flipped, len(pairs), 0)
-    for name in turned:
-        other = (
-            name.replace("chosen", "rejected") if name.startswith("chosen") else name.replace("rejected", "chosen")
-        )
-        both = pa.chunked_array([*data.pairs[name].chunks, *data.pairs[other].chunks], data.pairs[name].type)
-        place = pairs.schema.get_field_index(name)
-        pairs = pairs.set_column(place, pairs.schema.field(name), both.take(pa.array(index)))
+    index = pa.array(np.arange(len(pairs)) + np.where(flipped, len(pairs), 0))
+    for one, other in _OTHER_SIDE.items():
+        for name, opposite in ((one, other), (other, one)):
+            if name in pairs.column_names:
+                both = [*data.pairs[name].chunks, *data.pairs[opposite].chunks]
+                pairs = replaced(pairs, name, pa.chunked_array(both, data.pairs[name].type).take(index))
     scale = np.where(flipped, -1.0, 1.0) * pairs["sketch_scale"].to_numpy()
-    place = pairs.schema.get_field_index("sketch_scale")
-    pairs = pairs.set_column(place, pairs.schema.field("sketch_scale"), pa.array(scale.astype(np.float32)))
+    pairs = replaced(pairs, "sketch_scale", pa.array(scale.astype(np.float32)))
     return replace(data, pairs=pairs.combine_chunks())
+
+
+def replaced(table: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """The table with other values in a column."""
+    return table.set_column(table.schema.get_field_index(name), table.schema.field(name), values)
 
 
 def draw(data: Sketched, planting: Planting, share: float, seed: int) -> Draw:
@@ -188,10 +187,8 @@ def draw(data: Sketched, planting: Planting, share: float, seed: int) -> Draw:
         if name in planted and planting.longer:
             flipped[members] = longer[members]
         else:
-            flipped[ranks[: round((planting.share if name in planted else planting.elsewhere) * len(ranks))]] = (
-                True
-            )
+            wrong = planting.share if name in planted else planting.elsewhere
+            flipped[ranks[: round(wrong * len(ranks))]] = True
     turned = flip(data, flipped)
-    return Draw(
-        replace(turned, pairs=turned.pairs.filter(pa.array(wanted)).combine_chunks()), flipped[wanted], planted
-    )
+    drawn = replace(turned, pairs=turned.pairs.filter(pa.array(wanted)).combine_chunks())
+    return Draw(drawn, flipped[wanted], planted)
