@@ -241,15 +241,14 @@ def run_subset(protocol: Protocol, run: Folder, results: Results) -> None:
     sketched = Sketched(subset(whole.pairs, protocol.selection.subset_per_language), whole.sketch)
     exact = with_coordinates(sketched.pairs, coordinates_of(gram[None]))
     embedded, share = with_embedding(run, sketched, gram)
-    for against, other, more in (
-        ("sketched", sketched, {}),
-        ("with the embedding", embedded, {"embedding_share": round(share, 4)}),
-    ):
+    for against, other in (("sketched", sketched), ("with the embedding", embedded)):
         for name in protocol.selection.subset_strategies:
             strategy, about = protocol.strategies[name], {"kind": "against", "against": against, "strategy": name}
             if not isinstance(strategy, str) and not results.has(about):
                 row = compared(protocol, strategy, exact, other)
-                results.add({**about, **row, **more})
+                if other is embedded:
+                    row["embedding_share"] = round(share, 4)
+                results.add({**about, **row})
 
 
 def compared(protocol: Protocol, strategy: Strategy, one: Sketched, other: Sketched) -> Row:
