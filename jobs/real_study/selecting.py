@@ -17,6 +17,7 @@ from congrad_ray.rundir.directory import Folder
 from congrad_ray.runtime.progress import Progress
 from congrad_ray.stages.select.directions import Float64Array
 from congrad_ray.stages.select.keep import keep_pairs
+from congrad_ray.stages.select.scores import needed_columns
 from congrad_ray.stages.select.selection import Selection, select_pairs
 from congrad_ray.stages.sketch.audit import rank_correlation
 from real_study.protocol import ALL, DATASETS, KeepRule, Oracle, Protocol, Strategy
@@ -41,7 +42,6 @@ logger = logging.getLogger("congrad_ray.real_study")
 _TEXTS = ("prompt", "chosen", "rejected", "part", "place")
 # Strategies whose scores are cosines or products, of which 0 is the border between agreement and conflict.
 _AGREEMENT = ("congrad", "no_surgery", "own_language")
-_BY_RATING = ("reward_gap", "rip")
 _RANDOM_ORDER = 0.5  # below the 1 between right and wrong labels
 _DIGITS = 4  # of what is written
 
@@ -74,7 +74,7 @@ def rules_of(strategy: Strategy | Oracle, rules: Sequence[KeepRule]) -> list[Kee
         return [own_rule(strategy)]
     if strategy.strategy == ALL:
         return ["per_language"]
-    by_agreement = strategy.strategy in _AGREEMENT and getattr(strategy, "band", "highest") == "highest"
+    by_agreement = strategy.strategy in _AGREEMENT and strategy.band == "highest"
     return [rule for rule in rules if rule != "threshold" or by_agreement]
 
 
@@ -85,8 +85,7 @@ def is_studied(strategy: Strategy | Oracle, data: Sketched) -> bool:
 
 def can_select(strategy: Strategy | Oracle, data: Sketched) -> bool:
     """Whether the pairs have what the strategy goes by: not all were rated."""
-    by_rating = not isinstance(strategy, str) and strategy.strategy in _BY_RATING
-    return not by_rating or "chosen_score" in data.pairs.column_names
+    return isinstance(strategy, str) or set(needed_columns(strategy)) <= set(data.pairs.column_names)
 
 
 def choose(strategy: Strategy | Oracle, drawn: Draw, seed: int) -> Choice:
