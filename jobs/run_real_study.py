@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder for pairs and sketches; not for report")
     parser.add_argument("--results", type=Path, required=True, help="the results file, one JSON object a line")
     parser.add_argument("--threads", type=int, default=2, help="sketch: of torch")
-    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=DATASETS, help="sketch: these alone")
+    parser.add_argument(
+        "--datasets", nargs="+", choices=DATASETS, default=DATASETS, help="sketch, select: these alone"
+    )
     parser.add_argument("--workers", type=int, default=2, help="train: models at once, one CPU each")
     parser.add_argument("--seeds", type=int, nargs="+", help="train: only cells of these seeds")
     parser.add_argument("--tuning", action="store_true", help="train: only the cells for the learning rate")
@@ -69,7 +71,7 @@ def main() -> None:
     if arguments.verb == "select":
         from real_study.selecting import run_selection
 
-        run_selection(protocol, run, results)
+        run_selection(protocol, run, results, arguments.datasets)
         return
     recipe = recipe_for(protocol, arguments.model, arguments.chat_template)
     source = named_model(recipe.model.name, recipe.model)

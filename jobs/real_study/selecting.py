@@ -20,7 +20,7 @@ from congrad_ray.stages.select.keep import keep_pairs
 from congrad_ray.stages.select.scores import needed_columns
 from congrad_ray.stages.select.selection import Selection, select_pairs
 from congrad_ray.stages.sketch.audit import rank_correlation
-from real_study.protocol import ALL, DATASETS, KeepRule, Oracle, Protocol, Strategy
+from real_study.protocol import ALL, DATASETS, DatasetName, KeepRule, Oracle, Protocol, Strategy
 from real_study.sketches import (
     Draw,
     Sketched,
@@ -191,10 +191,12 @@ def over_draws(
     return found
 
 
-def run_selection(protocol: Protocol, run: Folder, results: Results) -> None:
-    """Every result of the selection study that is not there yet."""
+def run_selection(
+    protocol: Protocol, run: Folder, results: Results, datasets: Sequence[DatasetName] = DATASETS
+) -> None:
+    """Every result of the selection study of some datasets that is not there yet."""
     study = protocol.selection
-    for dataset in DATASETS:
+    for dataset in datasets:
         data = slim(read_sketched(run, dataset, protocol.sketch.groups))
         for kind, describe in (("labels", label_facts), ("cosines", cosine_facts)):
             about = {"kind": kind, "dataset": dataset}
@@ -227,7 +229,8 @@ def run_selection(protocol: Protocol, run: Folder, results: Results) -> None:
                     rules = [] if suffix else rules_of(strategy, study.rules)
                     results.add({**about, **over_draws(draws, strategy, rules, study.keep)})
                 progress.add(1)
-    run_subset(protocol, run, results)
+    if "alpaca" in datasets:
+        run_subset(protocol, run, results)
 
 
 def run_subset(protocol: Protocol, run: Folder, results: Results) -> None:
