@@ -71,6 +71,7 @@ class Strategy(Select):
         "nothing",
         description="what each pair's gradient is divided by before the mean: its response's tokens, its length",
     )
+    blocks: list[int] = Field(default_factory=list, description="blocks of layers alone, from 0; none: all")
 
 
 class Selection(Settings):

@@ -97,6 +97,8 @@ def choose(strategy: Strategy | Oracle, drawn: Draw, seed: int) -> Choice:
     if isinstance(strategy, str):
         order = np.random.default_rng([seed, 1]).random(len(drawn.flipped))
         return Choice(strategy, np.where(drawn.flipped, 0.0, 1.0) + _RANDOM_ORDER * order)
+    if strategy.blocks:
+        data = data.of_blocks(strategy.blocks)
     # Which pairs are kept is asked of `kept`; this rule always keeps some.
     settings = strategy.model_copy(update={"seed": seed, "keep_rule": "per_language"})
     selection = select_pairs(settings, normalised(strategy, data.pairs), data.sketch)
