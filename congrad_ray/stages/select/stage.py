@@ -152,7 +152,8 @@ def _report(context: Context, selection: Selection) -> None:
             f"pairs are scored: {few}"
         )
     if selection.order_spread is not None:
-        logger.info(f"{selection.order_spread}; select.orders averages over more of them")
+        way_out = "" if selection.order_spread.nothing else "; select.orders averages over more of them"
+        logger.info(f"{selection.order_spread}{way_out}")
     for row in selection.languages:
         context.meter.set("congrad_pairs", row.pairs, language=row.language)
         context.meter.set("congrad_conflicting_share", row.conflicting, language=row.language)
