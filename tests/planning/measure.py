@@ -5,7 +5,7 @@ python measure.py sketch|train MODEL_FOLDER MAX_LENGTH SCRATCH_FOLDER
 
 import json
 import sys
-from pathlib import Path
+from typing import Any
 
 from congrad_ray.config.recipe import Recipe
 from congrad_ray.config.settings import validate
@@ -13,7 +13,7 @@ from congrad_ray.data.tables import table_of
 from congrad_ray.modeling.source import ModelSource
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.stages.pair.schema import PAIRS
-from congrad_ray.stages.select.schema import SELECTED
+from congrad_ray.stages.select.schema import SELECTED, TOKENS
 from congrad_ray.stages.sketch.memory import PeakResidentMemory
 
 WORKERS = 1
@@ -34,13 +34,13 @@ def recipe_for(max_length: int, **sections: object) -> Recipe:
     return validate(Recipe, {**settings, **sections}, "measured")
 
 
-def rows(source: ModelSource, max_length: int, count: int) -> list[dict[str, object]]:
+def rows(source: ModelSource, max_length: int, count: int) -> list[dict[str, Any]]:
     """Pairs whose rows have `max_length` tokens, or a few less."""
     from congrad_ray.modeling.tokenization import tokenize_pair
 
     tokenizer = source.load_tokenizer()
 
-    def pair(words: int, number: int) -> dict[str, object]:
+    def pair(words: int, number: int) -> dict[str, Any]:
         text = " ".join(str(place % 10) for place in range(words))
         return {
             "pair_id": f"pair-{number}",
@@ -72,27 +72,42 @@ def sketch(source: ModelSource, max_length: int) -> None:
     assert table["norm"].null_count == 0, table["failure"]
 
 
-def train(source: ModelSource, max_length: int, scratch: Path) -> None:
+def write_selected(source: ModelSource, max_length: int, run: RunDirectory) -> None:
+    """Four pairs with the log-probabilities of the model itself: training refuses another reference's."""
+    import torch
+
+    from congrad_ray.modeling.batching import collate_pairs
+    from congrad_ray.modeling.logprobs import completion_logprobs
+    from congrad_ray.modeling.tokenization import tokenize_pair
+
+    tokenizer, causal = source.load_tokenizer(), source.load_model("cpu")
+    selected = []
+    for row in rows(source, max_length, 4):
+        pair = tokenize_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], max_length)
+        with torch.no_grad():
+            chosen, rejected = completion_logprobs(causal, collate_pairs([pair], 0)).tolist()
+        tokens = (len(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+        known = dict(zip(TOKENS, tokens, strict=True))
+        logps = {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected, "congrad_score": 0.0}
+        selected.append({**row, **known, **logps, "chosen_score": None, "rejected_score": None})
+    run.write_table("selected.parquet", table_of(selected, SELECTED))
+
+
+def train(source: ModelSource, max_length: int, run: RunDirectory) -> None:
     from congrad_ray.stages.train.loop import TrainingJob, train_alone
 
-    run = RunDirectory.open(scratch)
-    others = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0, "congrad_score": 0.0}
-    response = max_length - 1
-    tokens = {"prompt_tokens": 1, "chosen_tokens": response, "rejected_tokens": response}
-    selected = [
-        {**row, **others, **tokens, "chosen_score": None, "rejected_score": None}
-        for row in rows(source, max_length, 4)
-    ]
-    run.write_table("selected.parquet", table_of(selected, SELECTED))
     train_alone(TrainingJob(recipe_for(max_length), source, run, run, 2))
 
 
 if __name__ == "__main__":
     what, folder, length, scratch_folder = sys.argv[1:]
     model = ModelSource(folder, recipe_for(int(length)).model)
+    scratch = RunDirectory.open(scratch_folder)
+    if what == "train":
+        write_selected(model, int(length), scratch)
     with PeakResidentMemory() as memory:
         if what == "sketch":
             sketch(model, int(length))
         else:
-            train(model, int(length), Path(scratch_folder))
+            train(model, int(length), scratch)
     print(json.dumps({"peak": memory.peak, "before": memory.before}))

@@ -56,10 +56,10 @@ def measured_tokens(run: RunDirectory, recipe: Recipe) -> dict[str, float]:
     }
 
 
-def measured_bytes(run: RunDirectory) -> dict[str, int]:
+def measured_bytes(run: RunDirectory, recipe: Recipe) -> dict[str, int]:
     """Bytes of the files that a stage's result is made of."""
     found = {}
-    for stage in ITERATED:
+    for stage in (stage for stage in ITERATED if stage.wanted(recipe)):
         committed = run.stage(stage.folder, 0).committed_files()
         assert committed is not None
         names = ("model.safetensors",) if stage.name == "train" else (".parquet", "direction.safetensors")
@@ -135,7 +135,7 @@ def test_bytes_on_disk(finished: tuple[RunDirectory, Recipe]) -> None:
     """The policy's, and the sketches' before zstd makes them smaller; of texts, compression is assumed."""
     run, recipe = finished
     counts, stored = predicted(run, recipe)
-    ratios = {stage: size / stored[stage] for stage, size in measured_bytes(run).items()}
+    ratios = {stage: size / stored[stage] for stage, size in measured_bytes(run, recipe).items()}
     print("bytes, measured / predicted:", {stage: round(ratio, 3) for stage, ratio in ratios.items()})
     files = [pq.ParquetFile(path).metadata for path in run.stage("sketches", 0).files(".parquet")]
     columns = [
