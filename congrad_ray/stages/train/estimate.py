@@ -96,7 +96,8 @@ def training_memory(shape: ModelShape, recipe: Recipe, profile: Profile, assumpt
     moments. Stage 1 spreads the last three over the workers, stage 2 the gradients as well, stage 3 the weights.
     DeepSpeed keeps a master copy under float32 too, except without ZeRO. What is not trained has weights alone.
     The optimiser's step comes after the backward, so its float32 gradients and temporaries and the activations are
-    not there together.
+    not there together on a GPU. On a CPU they are: glibc keeps what the backward freed in pieces below 32 MiB, and
+    the step's are larger.
     """
     workers, stage = profile.trainers.num_workers, recipe.train.zero_stage
     width, trained = BYTES[recipe.model.dtype], float(trainable_parameters(shape, recipe))
@@ -125,7 +126,7 @@ def training_memory(shape: ModelShape, recipe: Recipe, profile: Profile, assumpt
     # The shares' gradients in float32; on a CPU, AdamW makes two tensors as large as its weights besides.
     step = 4 * share * ((0 if no_master else 1) + (2 if profile.device == "cpu" else 0))
     parts["optimiser_step"] = step
-    return Memory(parts, standing + max(working, step))
+    return Memory(parts, standing + (working + step if profile.device == "cpu" else max(working, step)))
 
 
 def training_working_bytes(shape: ModelShape, recipe: Recipe, tokens: int) -> int:
