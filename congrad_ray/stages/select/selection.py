@@ -85,12 +85,12 @@ class OrderSpread:
     least_kept: float | None
 
     @property
-    def nothing(self) -> bool:
+    def negligible(self) -> bool:
         """Whether other orders make the same direction, to the digits that are shown."""
         return self.least_cosine > 0.9995
 
     def __str__(self) -> str:
-        if self.nothing:
+        if self.negligible:
             return f"the order of projection changes nothing ({self.directions} others tried)"
         said = (
             f"with other orders of projection the direction has a cosine of {self.mean_cosine:.3f} with this one "

@@ -116,9 +116,8 @@ def _least_margins(context: Context, pairs: pa.Table) -> Float64Array:
     names = ("chosen_response_id", "rejected_response_id")
     ids = source.read_table(["pair_id", *names]).combine_chunks()
     ids = ids.take(pc.index_in(pairs["pair_id"], value_set=ids["pair_id"].combine_chunks()))
-    chosen, rejected = (
-        scores.standardised()[pc.index_in(ids[name], value_set=known).to_numpy()] for name in names
-    )
+    values = scores.standardised()
+    chosen, rejected = (values[pc.index_in(ids[name], value_set=known).to_numpy()] for name in names)
     return np.nan_to_num(chosen - rejected, nan=0.0).min(axis=1)
 
 
@@ -152,7 +151,7 @@ def _report(context: Context, selection: Selection) -> None:
             f"pairs are scored: {few}"
         )
     if selection.order_spread is not None:
-        way_out = "" if selection.order_spread.nothing else "; select.orders averages over more of them"
+        way_out = "" if selection.order_spread.negligible else "; select.orders averages over more of them"
         logger.info(f"{selection.order_spread}{way_out}")
     for row in selection.languages:
         context.meter.set("congrad_pairs", row.pairs, language=row.language)
