@@ -17,7 +17,9 @@ import logging
 import os
 from pathlib import Path
 
-from congrad_ray.modeling.source import named_model
+from congrad_ray.config.fields import TensorType
+from congrad_ray.config.recipe import Recipe
+from congrad_ray.modeling.source import ModelSource, named_model
 from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.runtime.logs import configure
 from real_study.protocol import DATASETS, KEYS, cells, load_protocol, recipe_for, tuning_cells
@@ -73,22 +75,28 @@ def main() -> None:
 
         run_selection(protocol, run, results, arguments.datasets)
         return
-    recipe = recipe_for(protocol, arguments.model, arguments.chat_template)
-    source = named_model(recipe.model.name, recipe.model)
+
+    def recipe_in(dtype: TensorType) -> tuple[Recipe, ModelSource]:
+        recipe = recipe_for(protocol, arguments.model, arguments.chat_template, dtype)
+        return recipe, named_model(recipe.model.name, recipe.model)
+
     if arguments.verb == "sketch":
         from real_study.sketching import embedding_sketches, exact_gram, sketch_dataset, write_pairs
 
         for dataset in arguments.datasets:
+            recipe, source = recipe_in(getattr(protocol, dataset).dtype)
             write_pairs(dataset, protocol, source, arguments.data, run)
             sketch_dataset(dataset, protocol, recipe, source, run, arguments.threads)
         if "alpaca" in arguments.datasets:
+            recipe, source = recipe_in(protocol.alpaca.dtype)
             exact_gram(protocol, recipe, source, run, arguments.threads)
             embedding_sketches(protocol, source, run, arguments.threads)
         return
     from real_study.training import Trial, run_training
 
-    wanted = tuning_cells(protocol.training) if arguments.tuning else cells(protocol.training)
+    wanted = tuning_cells(protocol.training) if arguments.tuning else cells(protocol)
     chosen = [cell for cell in wanted if not arguments.seeds or cell.seed in arguments.seeds]
+    recipe, _ = recipe_in(protocol.training.dtype)
     run_training(Trial(protocol, recipe, arguments.data.resolve(), run), results, chosen, arguments.workers)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from congrad_ray.config.fields import Fraction, Language, Positive
+from congrad_ray.config.fields import Fraction, Language, Positive, TensorType
 from congrad_ray.config.recipe import Model, Recipe, Select, Sketch
 from congrad_ray.config.settings import Settings, read_yaml, validate
 from congrad_ray.config.training import Train
@@ -39,6 +39,7 @@ class Alpaca(Settings):
     max_prompt_tokens: Positive = Field(64, description="longer prompts are left out")
     max_response_tokens: Positive = Field(48, description="both responses are cut to no more than this")
     min_response_tokens: Positive = Field(16, description="pairs that would be cut to less are left out")
+    dtype: TensorType = Field("float32", description="that pairs are sketched in")
     rows: Positive = Field(300, description="so many first rows of each language are selected from")
     gap: Positive = Field(20, description="rows after them that are not used: more than the languages drift apart")
     pairs_per_language: Positive = Field(80, description="to select from")
@@ -52,6 +53,7 @@ class Tata(Settings):
     pairs_per_language: Positive = Field(60, description="to select from")
     min_pairs: Positive = Field(12, description="a language with fewer pairs is left out")
     held_out_share: Fraction = Field(0.2, description="of the tables, each in all its languages")
+    dtype: TensorType = Field("float32", description="that pairs are sketched in")
 
 
 class Planting(Settings):
@@ -62,6 +64,11 @@ class Planting(Settings):
     elsewhere: float = Field(0.0, ge=0, le=1, description="share flipped in all other languages")
     longer: bool = Field(False, description="in those languages the longer response is chosen, instead of flips")
     datasets: list[DatasetName] = Field(list(DATASETS), min_length=1)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether labels stay as they are."""
+        return not (self.languages or self.elsewhere)
 
 
 class Strategy(Select):
@@ -119,6 +126,7 @@ class Training(Settings):
 
     languages: list[Language] = Field(min_length=2, description="of alpaca, trained on; its others are unseen")
     train: Train
+    dtype: TensorType = Field("float32", description="of training and of measuring")
     share: Fraction = Field(0.75, description="of each language's pairs, drawn by the seed")
     keep: Fraction = 0.5
     variants: list[str] = Field(min_length=1, description="plantings")
@@ -134,7 +142,6 @@ class Protocol(Settings):
     """The whole study."""
 
     seed: int = Field(0, ge=0, description="of the pairs that are drawn from the files")
-    dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: Positive = Field(1024, description="tokens of a prompt with one response")
     sketch: Sketch
     pairs_per_piece: Positive = Field(16, description="what a kill can cost of the sketching")
@@ -183,12 +190,18 @@ class Cell:
     learning_rate: float
 
 
-def cells(training: Training) -> Iterator[Cell]:
-    """The cells of the comparison, seed by seed, so that an unfinished study has whole seeds."""
+def cells(protocol: Protocol) -> Iterator[Cell]:
+    """The cells of the comparison, seed by seed, so that an unfinished study has whole seeds.
+
+    An oracle is left out where no label is wrong: it would be `random` there.
+    """
+    training = protocol.training
     for seed in training.seeds:
         for variant in training.variants:
             for strategy in training.strategies:
-                yield Cell(variant, strategy, seed, training.learning_rate)
+                oracle = isinstance(protocol.strategies[strategy], str)
+                if not (oracle and protocol.plantings[variant].nothing):
+                    yield Cell(variant, strategy, seed, training.learning_rate)
 
 
 def tuning_cells(training: Training) -> Iterator[Cell]:
@@ -203,15 +216,15 @@ def load_protocol(path: str | Path) -> Protocol:
     return validate(Protocol, read_yaml(Path(path)), f"protocol {path}")
 
 
-def recipe_for(protocol: Protocol, model: str, chat_template: Path, train: Train | None = None) -> Recipe:
-    """What the library's stages are told: the model, how its gradients are sketched, how it is trained."""
+def recipe_for(protocol: Protocol, model: str, chat_template: Path, dtype: TensorType = "float32") -> Recipe:
+    """What the library's stages are told: the model, and how its gradients are sketched."""
     return validate(
         Recipe,
         {
             "name": "real study",
             "model": Model(
                 name=model,
-                dtype=protocol.dtype,
+                dtype=dtype,
                 max_length=protocol.max_length,
                 chat_template=chat_template.read_text(encoding="utf-8"),
             ),
@@ -220,7 +233,7 @@ def recipe_for(protocol: Protocol, model: str, chat_template: Path, train: Train
             "judge": {"max_tokens": 1},
             "evaluate": {"max_tokens": 1},
             "sketch": protocol.sketch,
-            "train": train or Train(),
+            "train": Train(),
         },
         "the study's recipe",
     )

@@ -166,7 +166,7 @@ def test_a_study_from_beginning_to_end(
     run("train", "--tuning")
     run("train")
     lines = results.read_text().splitlines()
-    wanted = list(cells(protocol.training))
+    wanted = list(cells(protocol))
     assert sum(json.loads(line)["kind"] == "cell" for line in lines) == len(wanted) + 1
     results.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:30])  # as a kill leaves it
     run("train")
