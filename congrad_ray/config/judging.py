@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -64,7 +64,7 @@ class OneJudge(Settings):
         exclude_if=lambda penalty: penalty == 1.0,
         description="above 1 tokens that are there already become less likely; 'sampled' and 'pairwise'",
     )
-    stop: list[str] = Field(
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
         exclude_if=operator.not_,
         description="texts at which a judgement ends; 'sampled' and 'pairwise'",

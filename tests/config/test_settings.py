@@ -43,6 +43,8 @@ def test_every_profile_in_the_repository_is_valid(path: Path) -> None:
             ["generate.max_tokens (96)", "(200)", "judge.max_length (256"],
         ),
         ("judge.max_length=97", ["generate.max_tokens (96)", "judge.max_tokens (1)", "judge.max_length (97"]),
+        ("generate.stop=['']", ["generate.stop.0", "must not be empty"]),
+        ("judge.stop=['']", ["judge.stop.0", "must not be empty"]),
         ("evaluate.judge_max_length=704", ["evaluate.max_tokens (96)", "judge_max_tokens (512)", "(704)", "null"]),
         ("generate.top_p=1.5", ["generate.top_p", "at most 1", "1.5"]),
         ("prompts.languages=[inglish]", ["prompts.languages.0", "BCP-47", "did you mean english"]),

@@ -100,7 +100,7 @@ def small_protocol() -> dict[str, Any]:
             "pairs_per_language": 8,
             "held_out_per_language": 4,
         },
-        "tata": {"pairs_per_language": 6, "min_pairs": 2, "held_out_share": 0.3},
+        "tata": {"pairs_per_language": 6, "min_pairs": 2, "held_out_share": 0.3, "dtype": "bfloat16"},
         "plantings": {
             "clean": {},
             "flipped2": {"languages": 2},
@@ -127,6 +127,7 @@ def small_protocol() -> dict[str, Any]:
         },
         "training": {
             "languages": ["de", "en"],
+            "dtype": "bfloat16",
             "train": {
                 "max_steps": 2,
                 "batch_size": 4,

@@ -95,6 +95,12 @@ def test_what_is_trained_on(protocol: Protocol, sketched_run: RunDirectory, tiny
     assert not drawn.flipped[chosen].any() and chosen.sum() == 6
 
 
+def test_no_oracle_where_no_label_is_wrong(protocol: Protocol) -> None:
+    found = [(cell.variant, cell.strategy) for cell in cells(protocol)]
+    of_each = {"clean": ["all", "congrad"], "flipped2": ["all", "congrad", "oracle_overall"]}
+    assert found == [(variant, strategy) for variant, names in of_each.items() for strategy in names]
+
+
 def cell(strategy: str, seed: int, accuracy: float, variant: str = "clean") -> dict[str, Any]:
     languages = {"de": accuracy, "en": accuracy + 0.1, "es": 0.5}
     return {
