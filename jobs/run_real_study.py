@@ -2,7 +2,8 @@
 
     python jobs/run_real_study.py sketch PROTOCOL --data DATA --model MODEL --run RUN --results FILE
     python jobs/run_real_study.py select ...    what every strategy keeps where labels are wrong, without training
-    python jobs/run_real_study.py train ...     training on the selections (--tuning: for the learning rate alone)
+    python jobs/run_real_study.py train ...     training on the selections (--tuning: for the learning rate alone;
+                                                one cell: --seeds 111 --variants clean --strategies congrad)
     python jobs/run_real_study.py report ...    the results as tables in docs/results/real-model.md
 
 PROTOCOL is jobs/real_study/protocol.yaml, or one of your own. DATA is a folder with preferences.jsonl,
@@ -51,7 +52,15 @@ def main() -> None:
         "--datasets", nargs="+", choices=DATASETS, default=DATASETS, help="sketch, select: these alone"
     )
     parser.add_argument("--workers", type=int, default=2, help="train: models at once, one CPU each")
-    parser.add_argument("--seeds", type=int, nargs="+", help="train: only cells of these seeds")
+    only: tuple[tuple[str, str, type], ...] = (
+        ("seed", "--seeds", int),
+        ("variant", "--variants", str),
+        ("strategy", "--strategies", str),
+    )
+    for name, option, kind in only:
+        parser.add_argument(
+            option, dest=name, type=kind, nargs="+", help=f"train: only the cells of a {name} named"
+        )
     parser.add_argument("--tuning", action="store_true", help="train: only the cells for the learning rate")
     parser.add_argument("--page", type=Path, default=PAGE, help="report: the page whose tables are written")
     arguments = parser.parse_args()
@@ -94,10 +103,15 @@ def main() -> None:
         return
     from real_study.training import Trial, run_training
 
-    wanted = tuning_cells(protocol.training) if arguments.tuning else cells(protocol)
-    chosen = [cell for cell in wanted if not arguments.seeds or cell.seed in arguments.seeds]
+    wanted = list(tuning_cells(protocol.training) if arguments.tuning else cells(protocol))
+    for name, option, _ in only:
+        if named := getattr(arguments, name):
+            known = {getattr(cell, name) for cell in wanted}
+            if unknown := [value for value in named if value not in known]:
+                parser.error(f"{option}: no cell has {unknown[0]}; there are {', '.join(map(str, sorted(known)))}")
+            wanted = [cell for cell in wanted if getattr(cell, name) in named]
     recipe, _ = recipe_in(protocol.training.dtype)
-    run_training(Trial(protocol, recipe, arguments.data.resolve(), run), results, chosen, arguments.workers)
+    run_training(Trial(protocol, recipe, arguments.data.resolve(), run), results, wanted, arguments.workers)
 
 
 if __name__ == "__main__":

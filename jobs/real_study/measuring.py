@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -131,6 +132,8 @@ def measured(
     start_l)] (arXiv 2305.18290) is above zero, counting half where it is zero; margin, its mean; likelier, the
     share with log p(chosen) > log p(rejected). Of XCOPA: accuracy, the share of right alternatives that are
     likelier, and right, their mean log-probability per token. Of plain text: its mean log-probability per token.
+    held_out_margins has every held-out pair's margin, held_out_by_start the accuracy among those whose chosen
+    response was the likelier, or the less likely, at the start; None where there are none.
     """
     margins = beta * ((logps - start) @ np.array([1.0, -1.0]))
     likelier = (logps[:, 0] > logps[:, 1]).astype(np.float64)
@@ -150,7 +153,32 @@ def measured(
         for name, each in values.items():
             by_language = {one: float(each[of == f"{group} {one}"].mean()) for one in languages}
             found[f"{group}_{name}"] = {language: round(value, 5) for language, value in by_language.items()}
+    held_out = np.array([question.group == "held_out" for question in asked])
+    was_likelier = start[:, 0] > start[:, 1]
+    found["held_out_margins"] = {
+        language: [round(float(margin), 3) for margin in margins[of == f"held_out {language}"]]
+        for language in found["held_out_margin"]
+    }
+    found["held_out_by_start"] = {
+        name: round(float(above[members].mean()), 5) if members.any() else None
+        for name, members in (("likelier", held_out & was_likelier), ("less likely", held_out & ~was_likelier))
+    }
     return found
+
+
+def fingerprint(asked: Sequence[Question], dtype: str) -> str:
+    """Twelve hexadecimal digits that say what was asked, and in which dtype."""
+    ids = [
+        (
+            question.group,
+            question.language,
+            question.pair.prompt_ids,
+            question.pair.chosen_ids,
+            question.pair.rejected_ids,
+        )
+        for question in asked
+    ]
+    return hashlib.sha256(json.dumps([dtype, ids]).encode()).hexdigest()[:12]
 
 
 def over(values: Mapping[str, float], languages: Sequence[str] | None = None) -> float | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from real_study.measuring import over
 from real_study.protocol import ALL, DATASETS, DatasetName, Protocol
@@ -25,6 +28,10 @@ from study.results import Row
 # <!-- table NAME --> what is written <!-- end -->
 _PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _EMPTY = "*No results yet.*"
+
+_PREFERENCE = ("accuracy", "margin")
+_ELSEWHERE = ("in unseen languages", "chosen likelier at the start", "chosen less likely at the start")
+_TAX = ("TaTA accuracy", "XCOPA accuracy", "XCOPA log p of right", "log p of plain text")
 
 Values = Sequence[float | None] | None
 
@@ -52,11 +59,15 @@ def tables(rows: Sequence[Row], protocol: Protocol) -> dict[str, str]:
             f"auc-{dataset}": _auc(rows, protocol, dataset),
             f"blocks-{dataset}": _blocks(rows, protocol, dataset),
             f"agreement-{dataset}": _agreement(rows, dataset),
+            f"planted-{dataset}": _planted(rows, protocol, dataset),
         }
         for rule in protocol.selection.rules:
             found[f"{rule}-{dataset}"] = _kept(rows, protocol, dataset, rule)
     for variant in protocol.training.variants:
-        found[f"training-{variant}"] = _training(rows, protocol, variant)
+        found[f"trained-on-{variant}"] = _trained_on(rows, protocol, variant)
+        found[f"training-{variant}"] = _training(rows, protocol, variant, _PREFERENCE)
+        found[f"held-out-{variant}"] = _training(rows, protocol, variant, _ELSEWHERE)
+        found[f"tax-{variant}"] = _training(rows, protocol, variant, _TAX)
         found[f"languages-{variant}"] = _by_language(rows, protocol, variant)
     return found
 
@@ -103,20 +114,43 @@ def _auc(rows: Sequence[Row], protocol: Protocol, dataset: DatasetName) -> str:
     if not strategies:
         return _EMPTY
     detailed = protocol.selection.detailed
-    head = ["strategy", *plantings, f"{detailed}, in its languages", f"{detailed}, to `congrad`", "± over pairs"]
+    head = ["strategy", *plantings, f"{detailed}, in its languages", "within each language"]
+    head += [f"{detailed}, to `congrad`", "± over pairs"]
     rated = any(row.get("auc_rating") for row in found.values())
     body = []
     for strategy in strategies:
         two: Row = found.get((detailed, strategy), {})
         paper: Row = found.get((detailed, "congrad"), {})
         line = [_code(strategy), *(_interval(found.get((name, strategy), {}).get("auc")) for name in plantings)]
-        line += [_interval(two.get("auc_planted")), _difference(two.get("auc"), paper.get("auc"))]
+        line += [_interval(two.get("auc_planted")), _interval(two.get("auc_within"))]
+        line += [_difference(two.get("auc"), paper.get("auc"))]
         line.append(number_text(_normal(two.get("auc_se"))))
         if rated:
             line.append(_interval(found.get(("clean", strategy), {}).get("auc_rating")))
         if any(cell != NOTHING for cell in line[1:]):
             body.append(line)
     return _table([*head, "clean: 2 over 0 against 2 over 1"] if rated else head, body)
+
+
+def _planted(rows: Sequence[Row], protocol: Protocol, dataset: DatasetName) -> str:
+    """Cosines between languages by planting, of `congrad`'s draws."""
+    found = _selections(rows, dataset, plain=True)
+    body = []
+    for name in _plantings(protocol, dataset):
+        row = found.get((name, "congrad"), {})
+        least = _numbers(row.get("least_cosine"))
+        if least:
+            values = [_mean(row.get(f"{which}_cosine")) for which in ("healthy", "planted", "least")]
+            negative = percent_text(sum(value < 0 for value in least) / len(least), 0)
+            body.append([name, *(number_text(value, 2) for value in values), negative])
+    head = [
+        "planting",
+        "among the others",
+        "between them and the planted",
+        "the least",
+        "draws with a negative one",
+    ]
+    return _table(head, body) if body else _EMPTY
 
 
 def _kept(rows: Sequence[Row], protocol: Protocol, dataset: DatasetName, rule: str) -> str:
@@ -198,7 +232,7 @@ def _subset(rows: Sequence[Row]) -> str:
 
 
 def _start(rows: Sequence[Row]) -> str:
-    row = _one(rows, kind="start")
+    row = _one(rows[::-1], kind="start")
     if row is None:
         return _EMPTY
     names = ("held_out_likelier", "tata_likelier", "xcopa_accuracy", "xcopa_right", "plain_logp")
@@ -211,7 +245,7 @@ def _tuning(rows: Sequence[Row], protocol: Protocol) -> str:
     for row in rows:
         if row["kind"] == "cell" and row["seed"] in seeds:
             by_rate.setdefault(row["learning_rate"], []).append(row)
-    measures = _measures(protocol)
+    measures = {name: of for name, of in _measures(protocol).items() if name in (*_PREFERENCE, *_TAX)}
     body = [
         [
             rate_text(rate),
@@ -223,24 +257,22 @@ def _tuning(rows: Sequence[Row], protocol: Protocol) -> str:
     return _table(["learning rate", "seeds", *measures], body) if body else _EMPTY
 
 
-def _training(rows: Sequence[Row], protocol: Protocol, variant: str) -> str:
+def _training(rows: Sequence[Row], protocol: Protocol, variant: str, names: Sequence[str]) -> str:
     """Means over seeds, and differences to `all` and `random` of the same seed with 95 % Student intervals."""
     cells = _cells(rows, protocol, variant)
     if not cells:
         return _EMPTY
-    measures = _measures(protocol)
-    first = next(iter(measures))
-    head = ["strategy", "seeds", "flipped among kept", first, "to `all`", "to `random`"]
-    head += [text for name in list(measures)[1:] for text in (name, "to `all`")]
+    measures = {name: measure for name, measure in _measures(protocol).items() if name in names}
+    head = ["strategy", *(text for name in measures for text in (name, "to `all`", "to `random`"))]
     body = []
     for strategy in protocol.training.strategies:
         of = cells.get(strategy, {})
         if not of:
             continue
-        line = [_code(strategy), str(len(of)), percent_text(_mean([row["flipped_kept"] for row in of.values()]))]
-        for name, measure in measures.items():
+        line = [_code(strategy)]
+        for measure in measures.values():
             line.append(number_text(_mean([measure(row) for row in of.values()])))
-            for baseline in (ALL, RANDOM) if name == first else (ALL,):
+            for baseline in (ALL, RANDOM):
                 other = {} if strategy == baseline else cells.get(baseline, {})
                 both = sorted(set(of) & set(other))
                 line.append(
@@ -248,6 +280,45 @@ def _training(rows: Sequence[Row], protocol: Protocol, variant: str) -> str:
                 )
         body.append(line)
     return _table(head, body)
+
+
+def _trained_on(rows: Sequence[Row], protocol: Protocol, variant: str) -> str:
+    """What each strategy was trained on, means over seeds, and how far other held-out pairs would move it."""
+    cells = _cells(rows, protocol, variant)
+    if not cells:
+        return _EMPTY
+    seen, train = protocol.training.languages, protocol.training.train
+    body = []
+    for strategy in protocol.training.strategies:
+        of = cells.get(strategy, {})
+        if not of:
+            continue
+        first = next(iter(of.values()))
+        kept = [_mean([row["kept_by_language"].get(language, 0) for row in of.values()]) for language in seen]
+        line = [_code(strategy), str(len(of)), *(number_text(count, 0) for count in kept)]
+        line.append(
+            number_text(_mean([first["steps"] * train.batch_size / row["kept"] for row in of.values()]), 2)
+        )
+        line.append(percent_text(_mean([row["flipped_kept"] for row in of.values()])))
+        other = {} if strategy == RANDOM else cells.get(RANDOM, {})
+        line.append(number_text(_normal([_error_over_pairs(of, other, seen)])))
+        body.append(line)
+    head = ["strategy", "seeds", *(f"{language} kept" for language in seen), "passes", "flipped among kept"]
+    return _table([*head, "± over held-out pairs of its accuracy to `random`"], body)
+
+
+def _error_over_pairs(of: Mapping[int, Row], other: Mapping[int, Row], languages: Sequence[str]) -> float | None:
+    """Standard error over held-out pairs of the difference in accuracy, itself the mean over common seeds."""
+
+    def right(row: Row) -> NDArray[np.float64]:
+        margins = [margin for language in languages for margin in row["held_out_margins"][language]]
+        return (np.array(margins) > 0).astype(np.float64)
+
+    both = set(of) & set(other)
+    if not both:
+        return None
+    differences = np.mean([right(of[seed]) - right(other[seed]) for seed in both], axis=0)
+    return float(differences.std(ddof=1) / len(differences) ** 0.5)
 
 
 def _by_language(rows: Sequence[Row], protocol: Protocol, variant: str) -> str:
@@ -288,9 +359,11 @@ def _measures(protocol: Protocol) -> dict[str, Any]:
         return over(row[name], [language for language in row[name] if language not in seen])
 
     return {
-        "accuracy in languages trained on": lambda row: over(row["held_out_accuracy"], seen),
+        "accuracy": lambda row: over(row["held_out_accuracy"], seen),
         "margin": lambda row: over(row["held_out_margin"], seen),
-        "accuracy in unseen languages": lambda row: unseen(row, "held_out_accuracy"),
+        "in unseen languages": lambda row: unseen(row, "held_out_accuracy"),
+        "chosen likelier at the start": lambda row: row["held_out_by_start"]["likelier"],
+        "chosen less likely at the start": lambda row: row["held_out_by_start"]["less likely"],
         "TaTA accuracy": lambda row: over(row["tata_accuracy"]),
         "XCOPA accuracy": lambda row: over(row["xcopa_accuracy"]),
         "XCOPA log p of right": lambda row: over(row["xcopa_right"]),

@@ -126,11 +126,13 @@ def facts(drawn: Draw, choice: Choice, rules: Sequence[KeepRule], fraction: floa
     """What can be said of one strategy in one draw.
 
     auc: the probability that a pair with the right label has a higher score than one with a flipped label;
-    auc_planted: among the pairs of the planted languages; auc_within: within a language, mean over those that have
-    both; auc_se: standard error of auc over pairs (DeLong); auc_rating: the same of pairs rated 2 over 0 against 2
-    over 1, where people rated. conflicting: the share with a negative cosine with the direction. By keep rule: the
-    share of flipped ones among the kept, or where none is flipped that of those kept and dropped that agree with
-    the direction (cosine of 0 or more); of a threshold the share kept. None where there is nothing to say.
+    auc_planted: among the pairs of the planted languages; auc_within: within a language, mean over those that
+    have both; auc_se: standard error of auc over pairs (DeLong); auc_rating: the same of pairs rated 2 over 0
+    against 2 over 1, where people rated. conflicting: the share with a negative cosine with the direction.
+    healthy_cosine: mean cosine between gradients of languages that are not planted; planted_cosine: of those with
+    the planted ones; least_cosine: the least of all. By keep rule: the share of flipped ones among the kept, or
+    where none is flipped that of those kept and dropped that agree with the direction (cosine of 0 or more); of a
+    threshold the share kept. None where there is nothing to say.
     """
     pairs, flipped, scores = drawn.data.pairs, drawn.flipped, choice.scores
     languages = drawn.data.languages
@@ -151,6 +153,7 @@ def facts(drawn: Draw, choice: Choice, rules: Sequence[KeepRule], fraction: floa
         "auc_se": delong_error(scores[~flipped], scores[flipped]) if ranked else None,
         "auc_rating": None,
         "conflicting": None if selection is None else float((selection.cosine < 0).mean()),
+        **(_language_cosines(selection, drawn) if selection is not None and drawn.planted else {}),
     }
     if ranked and "chosen_score" in pairs.column_names:
         margin = pairs["chosen_score"].to_numpy() - pairs["rejected_score"].to_numpy()
@@ -166,6 +169,21 @@ def facts(drawn: Draw, choice: Choice, rules: Sequence[KeepRule], fraction: floa
                 agree = float((selection.cosine[members] >= 0).mean()) if members.any() else None
                 row[f"{rule}_{name}_agreeing"] = agree
     return row
+
+
+def _language_cosines(selection: Selection, drawn: Draw) -> Row:
+    matrix = selection.cosine_before
+    planted = np.isin(sorted(set(drawn.data.languages.tolist())), drawn.planted)
+    other = ~np.eye(len(planted), dtype=np.bool_)
+
+    def mean(members: NDArray[np.bool_]) -> float | None:
+        return float(matrix[members].mean()) if members.any() else None
+
+    return {
+        "healthy_cosine": mean(other & ~planted & ~planted[:, None]),
+        "planted_cosine": mean(other & (planted ^ planted[:, None])),
+        "least_cosine": float(matrix[other].min()),
+    }
 
 
 def delong_error(higher: Float64Array, lower: Float64Array) -> float | None:

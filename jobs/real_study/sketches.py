@@ -49,8 +49,11 @@ class Sketched:
         return numbers.reshape(len(self.pairs), self.blocks, -1)
 
     def of_blocks(self, blocks: Sequence[int]) -> Sketched:
-        """The same pairs with the sketches of some blocks of layers alone."""
-        return with_coordinates(self.pairs, self.coordinates()[:, list(blocks)])
+        """The same pairs with the sketches and norms of some blocks of layers alone."""
+        coordinates = self.coordinates()[:, list(blocks)]
+        norms = np.linalg.norm(coordinates.reshape(len(coordinates), -1).astype(np.float64), axis=1)
+        pairs = replaced(self.pairs, "norm", pa.array(norms, self.pairs.schema.field("norm").type))
+        return with_coordinates(pairs, coordinates)
 
     def of_languages(self, languages: Sequence[str]) -> Sketched:
         """The pairs of some languages."""
@@ -172,7 +175,7 @@ def draw(data: Sketched, planting: Planting, share: float, seed: int) -> Draw:
     Draws of the same seed have the same pairs in all plantings, and the languages of a planting in two are among
     those of one in three.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng([seed, 2])  # not that of the orders of a selection with this seed
     languages, names = data.languages, sorted(set(data.languages.tolist()))
     order = generator.permutation(len(names))
     planted = tuple(sorted(names[place] for place in order[: planting.languages]))

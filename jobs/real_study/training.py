@@ -6,6 +6,7 @@ import io
 import logging
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from congrad_ray.modeling.source import ModelSource, named_model
 from congrad_ray.rundir.directory import Folder, RunDirectory
 from congrad_ray.runtime.progress import duration
 from congrad_ray.stages.select.schema import SELECTED
-from real_study.measuring import Question, log_probabilities, measured, over, questions
+from real_study.measuring import Question, fingerprint, log_probabilities, measured, over, questions
 from real_study.protocol import Cell, Protocol
 from real_study.selecting import Choice, can_select, choose, own_rule
 from real_study.sketches import Draw, draw, read_sketched
@@ -31,7 +32,6 @@ Row = dict[str, Any]
 
 logger = logging.getLogger("congrad_ray.real_study")
 
-_START_FILE = "start-logps.npy"
 _TOKENS = 1024  # padded, of a forward pass when measuring
 
 
@@ -44,37 +44,40 @@ class Trial:
     data: Path
     run: Folder
 
+    def asked(self) -> str:
+        """What models are asked, as `fingerprint` says it."""
+        asked = self._questions(named_model(self.recipe.model.name, self.recipe.model))
+        return fingerprint(asked, self.recipe.model.dtype)
+
     def start(self) -> Row:
         """The starting model's row; its log-probabilities are written to the run."""
         before = time.monotonic()
         source = named_model(self.recipe.model.name, self.recipe.model)
-        asked = self._asked(source)
+        asked = self._questions(source)
+        of = fingerprint(asked, self.recipe.model.dtype)
         logps = log_probabilities(source.load_model("cpu"), asked, _TOKENS)
         buffer = io.BytesIO()
         np.save(buffer, logps)
-        self.run.write_bytes(_START_FILE, buffer.getvalue())
+        self.run.write_bytes(start_file(of), buffer.getvalue())
         return {
             "kind": "start",
+            "asked": of,
             **measured(asked, logps, logps, self.protocol.training.train.beta),
             "questions": len(asked),
             "seconds": round(time.monotonic() - before, 1),
         }
 
     def cell(self, cell: Cell) -> Row:
-        """The row of a trained model. Raises ValueError where the start was asked something else."""
+        """The row of a trained model; the start must have been measured."""
         from congrad_ray.stages.sketch.layers import base_causal_model
         from congrad_ray.stages.train.loop import TrainingJob, train_alone
 
         before = time.monotonic()
         training = self.protocol.training
         source = named_model(self.recipe.model.name, self.recipe.model)
-        asked = self._asked(source)
-        start: NDArray[np.float64] = np.load(io.BytesIO(self.run.read_bytes(_START_FILE)))
-        if len(start) != len(asked):
-            raise ValueError(
-                f"the start was asked {len(start)} questions and this model {len(asked)}: the protocol's measures "
-                "have changed; give other --run and --results"
-            )
+        asked = self._questions(source)
+        of = fingerprint(asked, self.recipe.model.dtype)
+        start: NDArray[np.float64] = np.load(io.BytesIO(self.run.read_bytes(start_file(of))))
         drawn, choice, kept = selected(self.protocol, self.run, cell)
         train = training.train.model_copy(update={"learning_rate": cell.learning_rate, "seed": cell.seed})
         recipe = self.recipe.model_copy(update={"train": train})
@@ -87,8 +90,10 @@ class Trial:
         return {
             "kind": "cell",
             **asdict(cell),
+            "asked": of,
             "pairs": len(kept),
             "kept": int(kept.sum()),
+            "kept_by_language": dict(sorted(Counter(drawn.data.languages[kept].tolist()).items())),
             "flipped": round(float(drawn.flipped.mean()), 4),
             "flipped_kept": round(float(drawn.flipped[kept].mean()), 4),
             "planted": list(drawn.planted),
@@ -98,11 +103,16 @@ class Trial:
             "seconds": round(time.monotonic() - before, 1),
         }
 
-    def _asked(self, source: ModelSource) -> list[Question]:
+    def _questions(self, source: ModelSource) -> list[Question]:
         import torch
 
         torch.set_num_threads(1)
         return questions(self.protocol, self.data, self.run, source.load_tokenizer())
+
+
+def start_file(asked: str) -> str:
+    """The name of the file in the run that has the start's log-probabilities of these questions."""
+    return f"start-{asked}.npy"
 
 
 def selected(protocol: Protocol, run: Folder, cell: Cell) -> tuple[Draw, Choice, NDArray[np.bool_]]:
@@ -146,7 +156,8 @@ def run_training(trial: Trial, results: Results, wanted: Sequence[Cell], workers
     connect(load_profile("local"), workers)
     # Each in a process of its own, which ends with it: what DeepSpeed keeps of a model is freed.
     in_a_process: Any = ray.remote(num_cpus=1, max_calls=1)
-    if not results.has({"kind": "start"}) or not trial.run.exists(_START_FILE):
+    asked = trial.asked()
+    if not results.has({"kind": "start", "asked": asked}) or not trial.run.exists(start_file(asked)):
         results.add(ray.get(in_a_process(Trial.start).remote(trial)))
     task = in_a_process(Trial.cell)
     began, waiting = time.monotonic(), list(missing)

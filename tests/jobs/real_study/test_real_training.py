@@ -15,7 +15,7 @@ import torch
 from congrad_ray.modeling.source import named_model
 from congrad_ray.modeling.tokenization import TokenizedPair
 from congrad_ray.rundir.directory import RunDirectory
-from real_study.measuring import Question, log_probabilities, measured, over, questions
+from real_study.measuring import Question, fingerprint, log_probabilities, measured, over, questions
 from real_study.protocol import KEYS, Cell, Protocol, cells, load_protocol, recipe_for
 from real_study.report import tables, write_tables
 from real_study.training import selected, training_table
@@ -71,6 +71,13 @@ def test_measures_by_hand() -> None:
     assert row["held_out_likelier"] == {"de": 0.5, "en": 0.0}
     assert row["xcopa_accuracy"] == {"de": 1.0} and row["xcopa_right"] == {"de": -2.0}
     assert row["plain_logp"] == {"de": -3.0}
+    assert row["held_out_margins"] == {"de": [pytest.approx(0.2), pytest.approx(-0.3)], "en": [0.0]}
+    assert row["held_out_by_start"] == {"likelier": 0.0, "less likely": 0.75}  # -5, -6; then -5, -4 and a tie
+    assert fingerprint(asked, "float32") == fingerprint(list(asked), "float32")
+    assert (
+        len({fingerprint(asked, "float32"), fingerprint(asked, "bfloat16"), fingerprint(asked[:-1], "float32")})
+        == 3
+    )
     assert over({"de": 0.5, "en": 1.0}) == 0.75 and over({"de": 0.5}, ["fr"]) is None
 
 
@@ -106,6 +113,9 @@ def cell(strategy: str, seed: int, accuracy: float, variant: str = "clean") -> d
     return {
         "kind": "cell", "variant": variant, "strategy": strategy, "seed": seed, "learning_rate": 1e-3, "kept": 6,
         "flipped_kept": 0.25, "held_out_accuracy": languages, "held_out_margin": languages,
+        "steps": 6, "kept_by_language": {"de": 4, "en": 2},
+        "held_out_margins": {"de": [accuracy - 0.7, 0.1], "en": [0.1, -0.1], "es": [0.1]},
+        "held_out_by_start": {"likelier": accuracy, "less likely": None},
         "tata_accuracy": {"es": 0.5}, "xcopa_accuracy": {"de": 0.5}, "xcopa_right": {"de": -2.0},
         "plain_logp": {"de": -3.0},
     }  # fmt: skip
@@ -114,6 +124,7 @@ def cell(strategy: str, seed: int, accuracy: float, variant: str = "clean") -> d
 def test_the_report_pairs_seeds(protocol: Protocol, tmp_path: Path) -> None:
     rows = [cell("all", seed, 0.5 + 0.1 * seed) for seed in (1, 2)]
     rows += [cell("congrad", seed, 0.52 + 0.12 * seed) for seed in (1, 2)]
+    rows += [cell("random", seed, 0.5 + 0.1 * seed) for seed in (1, 2)]
     rows += [cell("congrad", 9, 0.0), cell("all", 1, 0.1, "flipped2")]  # for the learning rate; another variant
     lists = {"auc": [0.6, 0.7, None], "auc_se": [0.05, 0.05, 0.05], "per_language_flipped": [0.3, 0.4, 0.5]}
     about = {"kind": "selection", "dataset": "alpaca", "planting": "flipped2"}
@@ -123,9 +134,16 @@ def test_the_report_pairs_seeds(protocol: Protocol, tmp_path: Path) -> None:
         {**about, "strategy": "congrad@0", **lists, "auc": [0.5, 0.5, 0.5]},
     ]
     found = tables(rows, protocol)
-    line = next(line for line in found["training-clean"].splitlines() if "`congrad`" in line).split(" | ")
+
+    def line(table: str) -> list[str]:
+        return next(line for line in found[table].splitlines() if "`congrad`" in line).split(" | ")
+
     # Means .76 and .70; the differences .04 and .06 have mean .05 and a t of 12.706 for one degree of freedom.
-    assert line[1:5] == ["2", "25.0 %", "0.750", "+0.050 (−0.077..+0.177)"]
+    assert line("training-clean")[1:3] == ["0.750", "+0.050 (−0.077..+0.177)"]
+    assert line("held-out-clean")[4:8] == ["0.700", *["+0.050 (−0.077..+0.177)"] * 2, "–"]
+    # Six steps of four pairs over six. Of four held-out pairs one is right (margins -.06 and .06) in one of two
+    # seeds where `random`'s (-.1 and 0) is not: .5, 0, 0, 0 have a standard deviation of .25; 1.96 * .25 / 2.
+    assert line("trained-on-clean")[1:] == ["2", "4", "2", "4.00", "25.0 %", "0.245 |"]
     assert "| `congrad` | 0.650 (0.015..1.285) |" in found["auc-alpaca"] and "@" not in found["auc-alpaca"]
     assert "+0.050 (+0.050..+0.050) | 0.098 |" in found["auc-alpaca"]  # of mean, to congrad; over pairs
     assert "| `mean` | 40.0 % (15.2..64.8) |" in found["per_language-alpaca"]
