@@ -179,11 +179,17 @@ def _of_quota(settings: Select, evidence: Evidence) -> list[str]:
     conflicting = int((evidence.scores < 0).sum())
     score = settings.score if settings.strategy == "congrad" else "cosine"
     quota = "token_budget" if settings.keep_rule == "token_budget" else "keep"
+    own_part = settings.leave_out == "nothing" and settings.strategy == "congrad"
     return [
         f"{agreeing:,} of {dropped:,} dropped pairs have a {score.replace('_', ' ')} of 0 or more: they fell to "
-        f"select.{quota}, not to conflict. That quota dropped most wrong labels in our study of a 270M model; "
-        f"select.keep_rule=threshold drops only what conflicts, "
-        f"{conflicting:,} of {len(evidence.scores):,} pairs: {_PAGE}"
+        f"select.{quota}, not to conflict. select.keep_rule=threshold drops only what conflicts, "
+        f"{conflicting:,} of {len(evidence.scores):,} pairs"
+        + (
+            "; with select.leave_out=pair more do, since a pair agrees with a direction that it is part of"
+            if own_part
+            else ""
+        )
+        + f": {_PAGE}"
     ]
 
 

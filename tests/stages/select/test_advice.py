@@ -135,7 +135,9 @@ def test_pairs_that_fell_to_the_quota_are_counted() -> None:
     kept = [True] * 10 + [False] * 10
     (line,) = advice(Select(), evidence(scores, kept))
     assert line.startswith("9 of 10 dropped pairs have a cosine of 0 or more: they fell to select.keep, not")
-    assert "select.keep_rule=threshold drops only what conflicts, 1 of 20 pairs" in line
+    assert "select.keep_rule=threshold drops only what conflicts, 1 of 20 pairs; with select.leave_out" in line
+    (line,) = advice(Select(leave_out="pair"), evidence(scores, kept))
+    assert "what conflicts, 1 of 20 pairs: docs/" in line
     (line,) = advice(Select(score="worst_cosine"), evidence(scores, kept))
     assert "a worst cosine of 0 or more" in line
     (line,) = advice(Select(keep_rule="token_budget", token_budget=9), evidence(scores, kept))
