@@ -17,8 +17,8 @@ Results are for every number of pairs in --pairs, drawn evenly by language, the 
 larger. For each way: the bytes of a pair, the error of the cosine with the direction (root mean square), its rank
 correlation and the overlap of the kept half, as the mean and range over seeds; what theory says of error and
 overlap; and the rank correlation that a run's audit reports, which compares pairs of a micro-batch with the mean
-of the others. Last, the sketches of `sketch_pairs` itself with the model in float32 and in bfloat16, and its
-speed against the floor. Everything else is float32, without TF32.
+of the others. Last, the sketches of `sketch_pairs` itself with the model in float32 and in bfloat16, the cosine of
+each pair's two, and its speed against the floor. Everything else is float32, without TF32.
 
 PREFERENCES is JSONL with language and either the texts prompt, chosen and rejected, or their token ids:
 prompt_ids, chosen_ids and rejected_ids.
@@ -555,9 +555,16 @@ def enough(rows: list[dict[str, Any]], wanted: float = 0.98) -> list[dict[str, A
 
 
 def by_sketch_pairs(
-    model: PreTrainedModel, pairs: list[TokenizedPair], index: NDArray[np.int64], exact: Float64Array
-) -> dict[str, Any]:
-    """The default sketches of the library, int8, against the exact cosines."""
+    model: PreTrainedModel,
+    pairs: list[TokenizedPair],
+    index: NDArray[np.int64],
+    exact: Float64Array,
+    first: Float64Array | None,
+) -> tuple[dict[str, Any], Float64Array]:
+    """The default sketches of the library, int8, against the exact cosines, and the sketches, (N, width).
+
+    With `first`, the sketches of another dtype: quantiles (0, .05, .25, .5) of each pair's cosine between the two.
+    """
     whole = torch.zeros(len(pairs), 32768)
     with GradientCapture(model) as capture:
         sketch = CountSketch(32768, 0)
@@ -568,7 +575,12 @@ def by_sketch_pairs(
     gradients = np.stack([numbers[index == number].mean(axis=0) for number in range(int(index.max()) + 1)])
     products = Products(numbers @ gradients.T, np.linalg.norm(numbers, axis=1), gradients @ gradients.T)
     cosines = products.cosines(np.arange(len(pairs)), slice(None))
-    return {"model": str(model.dtype), "pairs": len(pairs), **agreement(cosines, exact, index)}
+    row = {"model": str(model.dtype), "pairs": len(pairs), **agreement(cosines, exact, index)}
+    if first is not None:
+        norms = np.linalg.norm(first, axis=1) * np.linalg.norm(numbers, axis=1)
+        with_first = (first * numbers).sum(axis=1) / norms
+        row["with_first"] = np.quantile(with_first, [0, 0.05, 0.25, 0.5]).tolist()
+    return row, numbers
 
 
 def speed(model: PreTrainedModel, pairs: list[TokenizedPair], ways: list[Way]) -> list[dict[str, Any]]:
@@ -749,10 +761,12 @@ def run(arguments: argparse.Namespace) -> None:
     del vectors, found
     _write(arguments.out, results)
     results["sketch_pairs"], results["speed"] = [], []
+    first = None
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
         members = subsets[0]
-        row = by_sketch_pairs(model, [pairs[place] for place in members], index[members], exact)
+        row, numbers = by_sketch_pairs(model, [pairs[place] for place in members], index[members], exact, first)
+        first = numbers if first is None else first
         results["sketch_pairs"].append(row)
         if not arguments.skip_speed:
             results["speed"] += speed(model, pairs, ways)
@@ -845,6 +859,12 @@ def tables(results: dict[str, Any]) -> str:
             f"\nsketch_pairs, {row['model']}, {row['pairs']} pairs: error {row['error']:.5f}, rank correlation "
             f"{row['rank_correlation']:.5f}, {100 * row['overlap']:.1f} % in common"
         )
+        if "with_first" in row:
+            least, low, quarter, median = row["with_first"]
+            lines.append(
+                f"Cosine of each pair's sketch with that in float32: least {least:.3f}, 5 % below {low:.3f}, "
+                f"a quarter below {quarter:.4f}, half below {median:.4f}"
+            )
     if results.get("speed"):
         lines += ["", "| model | method | over the floor | positions a second |", "|---|---|--:|--:|"]
         for row in results["speed"]:
