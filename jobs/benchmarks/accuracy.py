@@ -571,7 +571,7 @@ def by_sketch_pairs(
         for members, batch in _batches(capture, pairs, 8192, f"sketch_pairs in {model.dtype}"):
             whole[members] = sketch_pairs(capture, sketch, batch).sketches.cpu()
     stored, scales = to_storage(whole, "int8")
-    numbers = stored.astype(np.float64) * scales[:, None]
+    numbers: Float64Array = stored.astype(np.float64) * scales[:, None]
     gradients = np.stack([numbers[index == number].mean(axis=0) for number in range(int(index.max()) + 1)])
     products = Products(numbers @ gradients.T, np.linalg.norm(numbers, axis=1), gradients @ gradients.T)
     cosines = products.cosines(np.arange(len(pairs)), slice(None))
@@ -761,12 +761,13 @@ def run(arguments: argparse.Namespace) -> None:
     del vectors, found
     _write(arguments.out, results)
     results["sketch_pairs"], results["speed"] = [], []
-    first = None
+    in_float32: Float64Array | None = None
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
         members = subsets[0]
-        row, numbers = by_sketch_pairs(model, [pairs[place] for place in members], index[members], exact, first)
-        first = numbers if first is None else first
+        chosen = [pairs[place] for place in members]
+        row, sketched = by_sketch_pairs(model, chosen, index[members], exact, in_float32)
+        in_float32 = sketched if in_float32 is None else in_float32
         results["sketch_pairs"].append(row)
         if not arguments.skip_speed:
             results["speed"] += speed(model, pairs, ways)
