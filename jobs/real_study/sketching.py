@@ -33,6 +33,7 @@ logger = logging.getLogger("congrad_ray.real_study")
 
 PAIRS_FILE = "pairs.parquet"
 SKETCHES = "sketches"
+SETTINGS_FILE = "sketches.json"
 EXACT_FILE = "exact-gram.npy"
 EMBEDDING = "embedding"
 
@@ -67,8 +68,18 @@ def write_pairs(
 def sketch_dataset(
     dataset: DatasetName, protocol: Protocol, recipe: Recipe, source: ModelSource, run: Folder, threads: int
 ) -> None:
-    """Sketches the pairs to select from that have no sketch yet, `pairs_per_piece` at a time, each a file."""
+    """Sketches the pairs to select from that have no sketch yet, `pairs_per_piece` at a time, each a file.
+
+    Raises StudyDataError where the run has sketches of other settings.
+    """
     folder = run / dataset / SKETCHES
+    settings = {"model.dtype": recipe.model.dtype, "model.max_length": recipe.model.max_length}
+    settings |= recipe.sketch.model_dump(mode="json", exclude={"max_tokens_per_batch", "gradient_checkpointing"})
+    if not (run / dataset).exists(SETTINGS_FILE):
+        (run / dataset).write_json(SETTINGS_FILE, settings)
+    elif (before := (run / dataset).read_json(SETTINGS_FILE)) != settings:
+        other = {name: before.get(name) for name in settings if before.get(name) != settings[name]}
+        raise StudyDataError(f"{folder.path} has sketches of other settings, {other}: give another --run")
     pairs = _to_select_from(run, dataset)
     done = folder.read_table(["pair_id"])["pair_id"] if folder.files(".parquet") else pa.array([], pa.string())
     missing = pairs.filter(

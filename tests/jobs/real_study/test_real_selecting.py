@@ -17,7 +17,7 @@ from congrad_ray.rundir.directory import RunDirectory
 from congrad_ray.stages.select.selection import select_pairs
 from congrad_ray.stages.sketch.replicas import ReplicaSpec, SketchReplica
 from congrad_ray.stages.sketch.schema import sketch_numbers
-from real_study.pairs import tokenized_pairs
+from real_study.pairs import StudyDataError, tokenized_pairs
 from real_study.protocol import KEYS, Planting, Protocol, Strategy, load_protocol, recipe_for
 from real_study.selecting import choose, delong_error, facts, run_selection
 from real_study.sketches import Draw, Sketched, block_grams, coordinates_of, draw, flip, read_sketched
@@ -132,6 +132,15 @@ def test_facts_of_a_selection(sketched: Sketched) -> None:
     assert said["threshold_kept"] == pytest.approx(kept.mean())
     assert said["threshold_flipped"] == pytest.approx(drawn.flipped[kept].mean())
     assert said["conflicting"] == pytest.approx((found.scores < 0).mean())
+    flat = drawn.data.coordinates().reshape(len(drawn.flipped), -1).astype(np.float64)
+    means = {name: flat[drawn.data.languages == name].mean(axis=0) for name in ("de", "en", "es")}
+    units = {name: mean / np.linalg.norm(mean) for name, mean in means.items()}
+    [healthy] = set(units) - set(drawn.planted)
+    with_planted = [units[healthy] @ units[name] for name in drawn.planted]
+    assert said["planted_cosine"] == pytest.approx(np.mean(with_planted), abs=1e-5)
+    both = units[drawn.planted[0]] @ units[drawn.planted[1]]
+    assert said["least_cosine"] == pytest.approx(min(*with_planted, both), abs=1e-5)
+    assert said["healthy_cosine"] is None  # there is one such language
     clean = draw(sketched, Planting(), 1.0, 1)
     agree = choose(Strategy(), clean, 0).scores >= 0
     as_they_are = facts(clean, choose(Strategy(), clean, 0), ["per_language", "threshold"], 0.5)
@@ -163,6 +172,14 @@ def test_normalising_by_length_and_norm(sketched: Sketched) -> None:
         "norm": 1 / sketched.pairs["norm"].to_numpy(),
         "tokens": 1 / sketched.pairs["chosen_tokens"].to_numpy(),
     }
+    block = sketched.coordinates()[:, 1].astype(np.float64)
+    direction = sum(
+        (block / np.linalg.norm(block, axis=1)[:, None])[sketched.languages == language].mean(axis=0)
+        for language in ("de", "en", "es")
+    )
+    expected = block @ direction / np.linalg.norm(block, axis=1) / np.linalg.norm(direction)
+    of_block = Strategy(direction="mean", normalise="norm", blocks=[1])
+    np.testing.assert_allclose(choose(of_block, nothing, 0).scores, expected, atol=1e-5)
     for normalise, factor in factors.items():
         direction = sum(
             (flat * factor[:, None])[sketched.languages == language].mean(axis=0)
@@ -201,6 +218,9 @@ def test_sketching_goes_on_with_the_pieces_that_are_missing(
     assert found["pair_id"].to_pylist() == whole["pair_id"].to_pylist()
     np.testing.assert_allclose(found["norm"].to_numpy(), whole["norm"].to_numpy(), rtol=1e-4)
     assert len((run / "alpaca" / "sketches").files(".parquet")) == 1 + 4  # 19 pairs in pieces of 5
+    with pytest.raises(StudyDataError, match=r"other settings, {'model\.dtype': 'float32'}: give"):
+        in_half = recipe_for(protocol, str(tiny_model), TEMPLATE, "bfloat16")
+        sketch_dataset("alpaca", protocol, in_half, source, run, 1)
 
 
 def test_a_selection_study_resumes(sketched_run: RunDirectory, protocol: Protocol, tmp_path: Path) -> None:
