@@ -3,7 +3,7 @@
     python jobs/run_real_study.py sketch PROTOCOL --data DATA --model MODEL --run RUN --results FILE
     python jobs/run_real_study.py select ...    what every strategy keeps where labels are wrong, without training
     python jobs/run_real_study.py train ...     training on the selections (--tuning: for the learning rate alone;
-                                                one cell: --seeds 111 --variants clean --strategies congrad)
+                                                one cell: --seeds 121 --variants clean --strategies congrad)
     python jobs/run_real_study.py report ...    the results as tables in docs/results/real-model.md
 
 PROTOCOL is jobs/real_study/protocol.yaml, or one of your own. DATA is a folder with preferences.jsonl,
