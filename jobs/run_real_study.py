@@ -96,10 +96,9 @@ def main() -> None:
             recipe, source = recipe_in(getattr(protocol, dataset).dtype)
             write_pairs(dataset, protocol, source, arguments.data, run)
             sketch_dataset(dataset, protocol, recipe, source, run, arguments.threads)
-        if "alpaca" in arguments.datasets:
-            recipe, source = recipe_in(protocol.alpaca.dtype)
-            exact_gram(protocol, recipe, source, run, arguments.threads)
-            embedding_sketches(protocol, source, run, arguments.threads)
+            if dataset == "alpaca":
+                exact_gram(protocol, recipe, source, run, arguments.threads)
+                embedding_sketches(protocol, source, run, arguments.threads)
         return
     from real_study.training import Trial, run_training
 

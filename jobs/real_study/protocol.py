@@ -28,7 +28,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "cosines": {"dataset": str},
     "selection": {"dataset": str, "planting": str, "strategy": str},
     "against": {"against": str, "strategy": str},
-    "start": {"asked": str},
+    "start": {},
     "cell": {"variant": str, "strategy": str, "seed": int, "learning_rate": (int, float)},
 }
 

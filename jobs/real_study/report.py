@@ -232,7 +232,7 @@ def _subset(rows: Sequence[Row]) -> str:
 
 
 def _start(rows: Sequence[Row]) -> str:
-    row = _one(rows[::-1], kind="start")
+    row = _one(rows, kind="start")
     if row is None:
         return _EMPTY
     names = ("held_out_likelier", "tata_likelier", "xcopa_accuracy", "xcopa_right", "plain_logp")

@@ -75,9 +75,10 @@ def sketch_dataset(
     folder = run / dataset / SKETCHES
     settings = {"model.dtype": recipe.model.dtype, "model.max_length": recipe.model.max_length}
     settings |= recipe.sketch.model_dump(mode="json", exclude={"max_tokens_per_batch", "gradient_checkpointing"})
-    if not (run / dataset).exists(SETTINGS_FILE):
+    before = (run / dataset).read_json(SETTINGS_FILE)
+    if before is None:
         (run / dataset).write_json(SETTINGS_FILE, settings)
-    elif (before := (run / dataset).read_json(SETTINGS_FILE)) != settings:
+    elif before != settings:
         other = {name: before.get(name) for name in settings if before.get(name) != settings[name]}
         raise StudyDataError(f"{folder.path} has sketches of other settings, {other}: give another --run")
     pairs = _to_select_from(run, dataset)

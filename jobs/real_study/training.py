@@ -23,6 +23,7 @@ from congrad_ray.rundir.directory import Folder, RunDirectory
 from congrad_ray.runtime.progress import duration
 from congrad_ray.stages.select.schema import SELECTED
 from real_study.measuring import Question, fingerprint, log_probabilities, measured, over, questions
+from real_study.pairs import StudyDataError
 from real_study.protocol import Cell, Protocol
 from real_study.selecting import Choice, can_select, choose, own_rule
 from real_study.sketches import Draw, draw, read_sketched
@@ -144,7 +145,10 @@ def training_table(drawn: Draw, choice: Choice, kept: NDArray[np.bool_]) -> pa.T
 
 
 def run_training(trial: Trial, results: Results, wanted: Sequence[Cell], workers: int) -> None:
-    """Trains the cells that have no result yet, `workers` at a time; the start is measured first."""
+    """Trains the cells that have no result yet, `workers` at a time; the start is measured first.
+
+    Raises StudyDataError where the results have models that were asked something else.
+    """
     import ray
 
     from congrad_ray.runtime.session import connect
@@ -153,11 +157,16 @@ def run_training(trial: Trial, results: Results, wanted: Sequence[Cell], workers
     logger.info(f"{len(wanted)} cells, {len(missing)} of them to be run")
     if not missing:
         return
+    asked = trial.asked()
+    if any(row.get("asked", asked) != asked for row in results.rows):
+        raise StudyDataError(
+            "the results have models that were asked other questions, or in another dtype: the protocol's "
+            "measures, the data or the tokenizer have changed; give other --run and --results"
+        )
     connect(load_profile("local"), workers)
     # Each in a process of its own, which ends with it: what DeepSpeed keeps of a model is freed.
     in_a_process: Any = ray.remote(num_cpus=1, max_calls=1)
-    asked = trial.asked()
-    if not results.has({"kind": "start", "asked": asked}) or not trial.run.exists(start_file(asked)):
+    if not results.has({"kind": "start"}) or not trial.run.exists(start_file(asked)):
         results.add(ray.get(in_a_process(Trial.start).remote(trial)))
     task = in_a_process(Trial.cell)
     began, waiting = time.monotonic(), list(missing)

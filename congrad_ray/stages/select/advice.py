@@ -179,17 +179,13 @@ def _of_quota(settings: Select, evidence: Evidence) -> list[str]:
     conflicting = int((evidence.scores < 0).sum())
     score = settings.score if settings.strategy == "congrad" else "cosine"
     quota = "token_budget" if settings.keep_rule == "token_budget" else "keep"
-    own_part = settings.leave_out == "nothing" and settings.strategy == "congrad"
+    own_part = ""
+    if settings.strategy == "congrad" and settings.leave_out == "nothing":
+        own_part = "; with select.leave_out=pair more do, since a pair agrees with a direction that it is part of"
     return [
         f"{agreeing:,} of {dropped:,} dropped pairs have a {score.replace('_', ' ')} of 0 or more: they fell to "
         f"select.{quota}, not to conflict. select.keep_rule=threshold drops only what conflicts, "
-        f"{conflicting:,} of {len(evidence.scores):,} pairs"
-        + (
-            "; with select.leave_out=pair more do, since a pair agrees with a direction that it is part of"
-            if own_part
-            else ""
-        )
-        + f": {_PAGE}"
+        f"{conflicting:,} of {len(evidence.scores):,} pairs{own_part}: {_PAGE}"
     ]
 
 

@@ -16,10 +16,11 @@ from congrad_ray.modeling.source import named_model
 from congrad_ray.modeling.tokenization import TokenizedPair
 from congrad_ray.rundir.directory import RunDirectory
 from real_study.measuring import Question, fingerprint, log_probabilities, measured, over, questions
+from real_study.pairs import StudyDataError
 from real_study.protocol import KEYS, Cell, Protocol, cells, load_protocol, recipe_for
 from real_study.report import tables, write_tables
-from real_study.training import selected, training_table
-from study.results import read_results
+from real_study.training import Trial, run_training, selected, training_table
+from study.results import Results, read_results
 
 ROOT = Path(__file__).resolve().parents[3]
 TEMPLATE = ROOT / "jobs" / "real_study" / "open_answer.jinja"
@@ -106,6 +107,16 @@ def test_no_oracle_where_no_label_is_wrong(protocol: Protocol) -> None:
     found = [(cell.variant, cell.strategy) for cell in cells(protocol)]
     of_each = {"clean": ["all", "congrad"], "flipped2": ["all", "congrad", "oracle_overall"]}
     assert found == [(variant, strategy) for variant, names in of_each.items() for strategy in names]
+
+
+def test_models_that_were_asked_something_else_are_refused(
+    protocol: Protocol, made_data: Path, sketched_run: RunDirectory, tiny_model: Path, tmp_path: Path
+) -> None:
+    trial = Trial(protocol, recipe_for(protocol, str(tiny_model), TEMPLATE), made_data, sketched_run)
+    results = Results(tmp_path / "results.jsonl", KEYS)
+    results.add({"kind": "start", "asked": trial.asked()[::-1]})
+    with pytest.raises(StudyDataError, match="asked other questions"):
+        run_training(trial, results, list(cells(protocol)), 1)
 
 
 def cell(strategy: str, seed: int, accuracy: float, variant: str = "clean") -> dict[str, Any]:
